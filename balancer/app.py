@@ -1,0 +1,493 @@
+"""
+The composition root: the only place that knows every room. Build, wire, start, reload, drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import os
+import random
+import socket
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from balancer import __version__
+from balancer.config import EVERYWHERE, BackendSpec, BreakerLimits, Config, Listen
+from balancer.core import scheduler
+from balancer.core.admission import Admission, QueueLimits
+from balancer.core.catalog import Catalog
+from balancer.core.dispatch import Dispatcher
+from balancer.core.domain import Backend, Kind, Role
+from balancer.core.errors import Draining
+from balancer.core.events import Event, Mishap, Serving, Stopped, Stopping
+from balancer.core.pool import GateSettings, Pool, PoolSettings
+from balancer.core.retry import Budget
+from balancer.net.prober import Prober, ProberSettings
+from balancer.net.proxy import Proxy, ProxySettings
+from balancer.net.reads import Reads
+from balancer.net.server import Front, check_parser, listen, make_server
+from balancer.net.tasks import Tasks
+from balancer.net.upstream import ClientUpstream, Target
+from balancer.ops.admin import OPEN_PAGES, Admin
+from balancer.ops.auth import Access
+from balancer.ops.door import Door
+from balancer.ops.metrics import Metrics, QueueRow, Snapshot
+from balancer.ops.reload import Reload, Reloaded
+
+CUT_GRACE_S: Final = 2.0  # for error records to reach the clients of cut calls
+LAG_S: Final = 1.0
+
+
+class Bus:
+    """Events to subscribers: synchronous, in order, never raising."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> None:
+        """Hear every event from now on."""
+        self._subscribers.append(subscriber)
+
+    def __call__(self, event: Event) -> None:
+        """Tell everybody."""
+        for subscriber in self._subscribers:
+            try:
+                subscriber(event)
+            except Exception as error:  # noqa: BLE001 - one deaf subscriber must not stop a call
+                if not isinstance(event, Mishap):
+                    where = f"event {type(event).__name__}"
+                    self(Mishap(event.at, where, f"{type(error).__name__}: {error}"))
+
+
+class Timer:
+    """The one timer of the dispatcher: kept at the earliest instant asked for."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handle: asyncio.TimerHandle | None = None
+        self.fire: Callable[[], None] = lambda: None
+
+    def wake_at(self, at: float) -> None:
+        """Fire at *at*, instead of whenever it was set to; inf: never."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        if not math.isinf(at):
+            self._handle = self._loop.call_at(at, self._fired)
+
+    def _fired(self) -> None:
+        self._handle = None
+        self.fire()
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """
+    How to stop.
+
+    Args:
+        reason: For the log.
+        lag_s: How long to go on serving after readiness went off, for load balancers before us.
+    """
+
+    reason: str
+    lag_s: float = 0.0
+
+
+class Balancer:
+    """
+    A whole balancer in one event loop. Build it inside the loop; `start`, then `wait`.
+
+    Args:
+        read: Loads the configuration anew, for a reload.
+        seed: Of all chance, told in the log.
+        sockets: Bound sockets to serve on instead of `server.listen`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        read: Callable[[], Config] | None = None,
+        config_file: str | None = None,
+        seed: int | None = None,
+        sockets: Sequence[socket.socket] = (),
+        subscribers: Sequence[Callable[[Event], None]] = (),
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.config = config
+        self.seed = seed if seed is not None else int.from_bytes(os.urandom(4))
+        self.bus = Bus()
+        self._clock = loop.time
+        self._sockets = list(sockets)
+        self._rng = random.Random(self.seed)  # noqa: S311 - jitter, not secrets
+        self._timer = Timer(loop)
+        self._servers: list[asyncio.Server] = []
+        self._stopping: asyncio.Future[Stop] = loop.create_future()
+        self._now = asyncio.Event()
+        self._leaving = False
+        self._refusing = False
+        self.addresses: tuple[str, ...] = ()
+        self._wire(read or (lambda: config), config_file)
+        for subscriber in subscribers:
+            self.bus.subscribe(subscriber)
+        if self.metrics is not None:
+            self.bus.subscribe(self.metrics)
+
+    def _wire(self, read: Callable[[], Config], config_file: str | None) -> None:
+        config, clock, emit = self.config, self._clock, self.bus
+        token = f"ollama-balancer-{self._rng.getrandbits(48):012x}"
+        self.tasks = Tasks(emit, clock)
+        self.exchanges = Tasks(emit, clock)
+        self.catalog = Catalog(clock, config.models.remember_s)
+        self.pool = Pool(pool_settings(config), self.catalog, clock, self._rng, emit)
+        self.upstream = ClientUpstream(targets(config), self.exchanges)
+        self.prober = Prober(
+            prober_settings(config), self.pool, self.upstream, self.tasks, clock, _wall, emit
+        )
+        self.dispatcher = Dispatcher(
+            self.pool,
+            scheduler.build(config.routing.strategy, self.pool),
+            Admission(queue_limits(config), clock),
+            clock,
+            emit,
+            self._timer.wake_at,
+            self.prober.load,
+            self.prober.unload,
+        )
+        self.prober.dispatcher = self.dispatcher
+        self.pool.changed = self.dispatcher.kick
+        self._timer.fire = self.dispatcher.kick
+        self.budget = Budget(clock, config.retry.budget_ratio)
+        self.reads = Reads(self.pool, self.upstream, self.prober, clock, config.models.version)
+        self.proxy = Proxy(
+            proxy_settings(config),
+            self.dispatcher,
+            self.upstream,
+            self.budget,
+            clock,
+            self.reads.unload,
+            token,
+        )
+        self.metrics = self._metrics() if config.metrics.enabled else None
+        self.reload = Reload(config, read, self.apply, clock, emit)
+        self.admin = Admin(
+            self.pool,
+            self.dispatcher,
+            self.reload,
+            self.metrics,
+            clock,
+            lambda: self._leaving,
+            __version__,
+            _wall().timestamp(),
+            config_file,
+        )
+        self.door = Door(access(config))
+        self.front = Front(
+            {Kind.ONE: self.proxy.handle, **self.reads.handlers()},
+            self.admin.pages(),
+            OPEN_PAGES,
+            self.door,
+            emit,
+            clock,
+            lambda: self._refusing,
+            token,
+        )
+        self._server = make_server(
+            self.front,
+            keepalive_s=config.server.keepalive_timeout_s,
+            head_timeout_s=config.server.head_timeout_s,
+            max_header=config.server.max_header_bytes,
+        )
+
+    def _metrics(self) -> Metrics:
+        return Metrics(
+            snapshot=self._snapshot,
+            known_models=self.catalog.names,
+            wall=lambda: _wall().timestamp(),
+            version=__version__,
+            model_label_limit=self.config.metrics.model_label_limit,
+        )
+
+    def _snapshot(self) -> Snapshot:
+        now = self._clock()
+        waiting: dict[str, list[float]] = {}
+        for ticket in self.dispatcher.waiting():
+            shown = self.catalog.shown(ticket.call.key.model)
+            waiting.setdefault(shown, []).append(now - ticket.queued_at)
+        return Snapshot(
+            backends=self.pool.snapshot(),
+            queues=[QueueRow(model, len(s), max(s)) for model, s in waiting.items()],
+            retry_refused=self.budget.refused,
+        )
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bind, begin to watch the backends, and serve."""
+        check_parser()
+        sockets = self._sockets or [bind(address) for address in self.config.server.listen]
+        self.pool.reshape(backends(self.config))
+        self.prober.start()
+        self.prober.follow()
+        self.tasks.spawn(self._watch_lag(), "event loop lag")
+        for sock in sockets:
+            self._servers.append(await listen(self._server, sock))
+        self.addresses = tuple(shown_address(sock) for sock in sockets)
+        gc.freeze()  # what exists now lives as long as we do
+        self.bus(Serving(self._clock(), self.addresses, len(self.pool.members), self.seed))
+
+    def stop(self, stop: Stop) -> None:
+        """Begin to drain; a second time: stop at once."""
+        if self._stopping.done():
+            self._now.set()
+        else:
+            self._stopping.set_result(stop)
+
+    async def wait(self) -> None:
+        """Until `stop` was called and everything has ended."""
+        await self._drain(await self._stopping)
+
+    async def close(self) -> None:
+        """Stop at once."""
+        self.stop(Stop("closed"))
+        self._now.set()
+        await self.wait()
+
+    async def _drain(self, stop: Stop) -> None:
+        self._leaving = True
+        waiting = len(self.dispatcher.waiting())
+        self.bus(Stopping(self._clock(), stop.reason, self.pool.running, waiting))
+        await self._unless_now(self._now.wait(), stop.lag_s)
+        for server in self._servers:
+            server.close()
+        self._refusing = True
+        await self._unless_now(self._idle(), self.config.server.drain_timeout_s)
+        cut = len(self.front.running)
+        self.dispatcher.refuse_all(Draining("The balancer is stopping.", retry_after_s=5.0))
+        await self.exchanges.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CUT_GRACE_S):
+                await self._idle()
+        await self._server.shutdown(timeout=0.5)
+        await self.tasks.close()
+        await self.upstream.close()
+        self.bus(Stopped(self._clock(), cut))
+
+    async def _unless_now(self, wanted: object, limit_s: float) -> None:
+        """Wait for *wanted* or the limit, whichever is first, or for a second stop."""
+        if self._now.is_set() or limit_s <= 0:
+            if asyncio.iscoroutine(wanted):
+                wanted.close()
+            return
+        loop = asyncio.get_running_loop()
+        waits = {loop.create_task(wanted), loop.create_task(self._now.wait())}  # type: ignore[arg-type]
+        await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        await asyncio.wait(waits)
+
+    async def _idle(self) -> None:
+        """Until no request runs."""
+        while self.front.running:
+            await asyncio.sleep(0.05)
+
+    async def _watch_lag(self) -> None:
+        """How late the loop is, for the metrics."""
+        while True:
+            due = self._clock() + LAG_S
+            await asyncio.sleep(LAG_S)
+            if self.metrics is not None:
+                self.metrics.loop_lag(max(0.0, self._clock() - due))
+
+    # -- reload --------------------------------------------------------------------------------
+
+    def reload_now(self) -> Reloaded:
+        """Read the configuration again; what is bad changes nothing."""
+        return self.reload()
+
+    def apply(self, config: Config) -> None:
+        """
+        Take a new configuration over, in one turn of the loop.
+
+        Calls that run keep the settings they began with.
+        """
+        reached = targets(config)  # may fail on a bad certificate: then nothing has changed
+        self.config = config
+        self.upstream.targets = reached
+        self.pool.configure(pool_settings(config))
+        self.catalog.remember_s = config.models.remember_s
+        self.pool.reshape(backends(config))
+        self.dispatcher.exchange(scheduler.build(config.routing.strategy, self.pool))
+        self.dispatcher.admission.limits = queue_limits(config)
+        self.prober.settings = prober_settings(config)
+        self.prober.follow()
+        self.proxy.settings = proxy_settings(config)
+        self.reads.version_policy = config.models.version
+        self.budget.ratio = config.retry.budget_ratio
+        self.door.access = access(config)
+        self.dispatcher.kick()
+
+
+# -- settings for each room --------------------------------------------------------------------
+
+
+def _wall() -> datetime:
+    return datetime.fromtimestamp(time.time(), UTC)  # noqa: TID251 - the wall clock's one source
+
+
+def _gate(limits: BreakerLimits, like: GateSettings, half_open_max_s: float) -> GateSettings:
+    return GateSettings(
+        limits.in_a_row,
+        limits.backoff_s,
+        limits.backoff_max_s,
+        like.window_s,
+        like.minimum,
+        like.ratio,
+        half_open_max_s,
+    )
+
+
+def pool_settings(config: Config) -> PoolSettings:
+    """What the pool needs."""
+    usual = PoolSettings()
+    load_s = config.timeouts.load_s or 3600.0
+    return PoolSettings(
+        host=_gate(config.breaker.host, usual.host, 60.0),
+        model=_gate(config.breaker.model, usual.model, load_s + 60.0),
+        interval_s=config.health.interval_s,
+        fall=config.health.fall,
+        rise=config.health.rise,
+        first_byte_s=config.timeouts.first_byte_s or 3600.0,
+    )
+
+
+def prober_settings(config: Config) -> ProberSettings:
+    """What the prober needs."""
+    health = config.health
+    return ProberSettings(
+        health.timeout_s,
+        health.models_interval_s,
+        health.loaded_interval_s,
+    )
+
+
+def proxy_settings(config: Config) -> ProxySettings:
+    """What the proxy needs."""
+    server = config.server
+    return ProxySettings(server.max_body_bytes, server.replay_memory_bytes, config.timeouts.total_s)
+
+
+def queue_limits(config: Config) -> QueueLimits:
+    """The bounds on waiting."""
+    queue = config.queue
+    return QueueLimits(queue.max_depth, queue.max_depth_per_model, queue.max_wait_s)
+
+
+def backends(config: Config) -> list[Backend]:
+    """The configured backends as the pool knows them."""
+    return [
+        Backend(spec.name, spec.url, spec.slots, spec.allow, spec.deny, spec.enabled)
+        for spec in config.backends
+    ]
+
+
+def targets(config: Config) -> dict[str, Target]:
+    """How each backend is reached, by name."""
+    return {spec.name: _target(spec, config) for spec in config.backends}
+
+
+def _target(spec: BackendSpec, config: Config) -> Target:
+    timeouts = spec.timeouts or config.timeouts
+    secrets = tuple((name, secret.reveal()) for name, secret in spec.auth_headers)
+    return Target(
+        url=spec.url,
+        headers=(*spec.headers, *secrets),
+        tls=_tls(spec),
+        server_name=None if spec.tls is None else spec.tls.server_name,
+        connect_s=timeouts.connect_s,
+        idle_s=timeouts.idle_s,
+        load_s=timeouts.load_s,
+    )
+
+
+def _tls(spec: BackendSpec) -> ssl.SSLContext | bool:
+    tls = spec.tls
+    if tls is None:
+        return True
+    context = ssl.create_default_context(cafile=tls.ca_file)
+    if not tls.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if tls.client_cert_file:
+        context.load_cert_chain(tls.client_cert_file, tls.client_key_file)
+    return context
+
+
+def access(config: Config) -> Access:
+    """The rules of who may do what."""
+    return Access(
+        keys=[_Key(key.name, key.sha256, Role(key.role)) for key in config.auth.keys],
+        anonymous="always"
+        if config.auth.anonymous == EVERYWHERE
+        else [str(network) for network in config.auth.anonymous],
+        trusted_proxies=[str(network) for network in config.server.trusted_proxies],
+        allowed_hosts=config.server.allowed_hosts,
+        admin_cidrs=[str(network) for network in config.admin.allowed_cidrs],
+        admin_hosts=config.admin.allowed_hosts,
+        listener_loopback=all(address.is_local for address in config.server.listen),
+        local_names=(socket.gethostname(),),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    name: str
+    sha256: bytes
+    role: Role
+
+
+def bind(address: Listen) -> socket.socket:
+    """
+    A bound socket; not yet listening.
+
+    Raises:
+        OSError: The address is in use, or is none of this machine's.
+    """
+    if address.path is not None:
+        with suppress(FileNotFoundError):
+            if Path(address.path).is_socket():
+                Path(address.path).unlink()
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(address.path)
+        return sock
+    host = address.host or "::"
+    infos = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, proto, _, where = infos[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(where)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def shown_address(sock: socket.socket) -> str:
+    """Where a bound socket is reached, as a URL."""
+    name = sock.getsockname()
+    if isinstance(name, str):
+        return f"unix:{name}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"http://{host}:{name[1]}"

@@ -1,0 +1,66 @@
+"""The configuration: YAML, environment and flags in; one frozen `Config`, or every fault, out."""
+
+from .addresses import EVERYWHERE, LOOPBACK, BackendUrl, Listen, Network, parse_ollama_host
+from .blocks import schema
+from .loading import find_file, load
+from .problems import ConfigError, Problem
+from .settings import (
+    Admin,
+    Auth,
+    BackendSpec,
+    Breaker,
+    BreakerLimits,
+    Config,
+    Demo,
+    Health,
+    Key,
+    Logging,
+    Metrics,
+    Models,
+    Queue,
+    Retry,
+    Routing,
+    Secret,
+    Server,
+    Timeouts,
+    Tls,
+)
+from .views import Difference, Setting, diff, effective, to_yaml
+
+__all__ = [
+    "EVERYWHERE",
+    "LOOPBACK",
+    "Admin",
+    "Auth",
+    "BackendSpec",
+    "BackendUrl",
+    "Breaker",
+    "BreakerLimits",
+    "Config",
+    "ConfigError",
+    "Demo",
+    "Difference",
+    "Health",
+    "Key",
+    "Listen",
+    "Logging",
+    "Metrics",
+    "Models",
+    "Network",
+    "Problem",
+    "Queue",
+    "Retry",
+    "Routing",
+    "Secret",
+    "Server",
+    "Setting",
+    "Timeouts",
+    "Tls",
+    "diff",
+    "effective",
+    "find_file",
+    "load",
+    "parse_ollama_host",
+    "schema",
+    "to_yaml",
+]

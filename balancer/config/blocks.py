@@ -1,0 +1,319 @@
+"""The file's shape: every key, its kind and its default."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+from . import kinds
+from .addresses import LOOPBACK, parse_listen
+from .problems import Path, shown
+from .units import parse_duration, parse_size
+
+_AUTH_TAKES = {
+    "none": (),
+    "bearer": ("token",),
+    "basic": ("username", "password"),
+    "header": ("name", "value"),
+}
+_NULL_IS_EMPTY = BeforeValidator(lambda items: () if items is None else items)
+
+
+class Block(BaseModel):
+    """
+    Some keys under one name; written without any, it is all defaults.
+
+    *stands_whole* says that its keys are checked against one another.
+    """
+
+    stands_whole: ClassVar[bool] = False
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, data: object) -> object:
+        return {} if data is None else data
+
+
+class ServerBlock(Block):
+    """The listener that clients talk to."""
+
+    listen: kinds.ListenAt = (parse_listen("127.0.0.1:11435"),)
+    trusted_proxies: kinds.Networks = ()
+    max_body: kinds.Size = parse_size("256MiB")
+    replay_memory: kinds.Size = parse_size("512MiB")
+    max_header: kinds.Size = parse_size("64KiB")
+    head_timeout: kinds.Duration = parse_duration("10s")
+    allowed_hosts: kinds.HostNames = ()
+    keepalive_timeout: kinds.Duration = parse_duration("75s")
+    drain_timeout: kinds.Wait = parse_duration("5m")
+
+
+class AdminBlock(Block):
+    """Who reaches /_balancer/ and /metrics."""
+
+    listen: kinds.Nothing = None
+    allowed_hosts: kinds.HostNames = ("localhost",)
+    allowed_cidrs: kinds.Networks = LOOPBACK
+
+
+class KeyBlock(Block):
+    """An API key."""
+
+    stands_whole = True
+    name: kinds.Name
+    hash: kinds.Hash = None
+    key: kinds.SecretOrNull = None
+    key_file: kinds.TextOrNull = None
+    role: kinds.OneRole = "user"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if [self.hash, self.key, self.key_file].count(None) != 2:
+            raise ValueError("needs exactly one of hash, key, key_file.")
+        return self
+
+
+class AuthBlock(Block):
+    """Who may call."""
+
+    keys: Annotated[tuple[KeyBlock, ...], _NULL_IS_EMPTY] = ()
+    keys_file: kinds.TextOrNull = None
+    anonymous: kinds.Anonymous = LOOPBACK
+
+
+class BackendModelsBlock(Block):
+    """Which models a backend may serve, as globs."""
+
+    allow: kinds.Words = ("*",)
+    deny: kinds.Words = ()
+
+
+class BackendAuthBlock(Block):
+    """How we authenticate at a backend."""
+
+    stands_whole = True
+    type: kinds.OneAuthType = "none"
+    token: kinds.SecretOrNull = None
+    token_file: kinds.TextOrNull = None
+    username: kinds.TextOrNull = None
+    password: kinds.SecretOrNull = None
+    password_file: kinds.TextOrNull = None
+    name: kinds.HeaderNameOrNull = None
+    value: kinds.SecretOrNull = None
+    value_file: kinds.TextOrNull = None
+
+    @model_validator(mode="after")
+    def _fits_type(self) -> Self:
+        given = {key for key, value in self if value is not None} - {"type"}
+        for key in _AUTH_TAKES[self.type]:
+            sources = {key, f"{key}_file"} & set(type(self).model_fields)
+            if len(given & sources) != 1:
+                raise ValueError(f"type {self.type} needs one of: {', '.join(sorted(sources))}.")
+            given -= sources
+        if given:
+            raise ValueError(f"{min(given)} does not belong to type {self.type}.")
+        return self
+
+
+class BackendTlsBlock(Block):
+    """How we speak TLS to a backend."""
+
+    stands_whole = True
+    verify: kinds.Flag = True
+    ca_file: kinds.TextOrNull = None
+    server_name: kinds.TextOrNull = None
+    client_cert_file: kinds.TextOrNull = None
+    client_key_file: kinds.TextOrNull = None
+
+    @model_validator(mode="after")
+    def _key_has_cert(self) -> Self:
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file needs client_cert_file.")
+        return self
+
+
+class TimeoutsBlock(Block):
+    """How long a backend may take; -1 is no limit."""
+
+    connect: kinds.Limit = parse_duration("2s")
+    first_byte: kinds.Limit = parse_duration("30s")
+    load: kinds.Limit = parse_duration("10m")
+    idle: kinds.Limit = parse_duration("5m")
+    total: kinds.Limit = None
+
+
+class BackendBlock(Block):
+    """An Ollama host; a text alone is its url."""
+
+    name: kinds.NameOrNull = None
+    url: kinds.Url
+    slots: kinds.Slots = None
+    models: BackendModelsBlock = BackendModelsBlock()
+    enabled: kinds.Flag = True
+    headers: kinds.Headers = ()
+    auth: BackendAuthBlock = BackendAuthBlock()
+    tls: BackendTlsBlock = BackendTlsBlock()
+    timeouts: TimeoutsBlock = TimeoutsBlock()
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core_schema)]}
+
+
+class HealthBlock(Block):
+    """When backends are checked."""
+
+    interval: kinds.Duration = parse_duration("5s")
+    timeout: kinds.Duration = parse_duration("2s")
+    fall: kinds.Count = 3
+    rise: kinds.Count = 2
+    models_interval: kinds.Duration = parse_duration("30s")
+    loaded_interval: kinds.Duration = parse_duration("5s")
+
+
+class BreakerLimitsBlock(Block):
+    """When a breaker opens, and for how long."""
+
+    stands_whole = True
+    in_a_row: kinds.Count = 3
+    backoff: kinds.Duration = parse_duration("1s")
+    backoff_max: kinds.Duration = parse_duration("60s")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.backoff > self.backoff_max:
+            raise ValueError("backoff is longer than backoff_max.")
+        return self
+
+
+class ModelBreakerLimitsBlock(BreakerLimitsBlock):
+    """When the breaker of one model on one backend opens."""
+
+    in_a_row: kinds.Count = 2
+    backoff: kinds.Duration = parse_duration("10s")
+    backoff_max: kinds.Duration = parse_duration("600s")
+
+
+class BreakerBlock(Block):
+    """The circuit breakers."""
+
+    host: BreakerLimitsBlock = BreakerLimitsBlock()
+    model: ModelBreakerLimitsBlock = ModelBreakerLimitsBlock()
+
+
+class RetryBlock(Block):
+    """How many calls may be repeated."""
+
+    budget: kinds.Ratio = 0.2
+
+
+class QueueBlock(Block):
+    """How many calls may wait, and how long."""
+
+    max_wait: kinds.Wait = parse_duration("2m")
+    max_depth: kinds.Whole = 512
+    max_depth_per_model: kinds.Whole = 64
+
+
+class RoutingBlock(Block):
+    """How a backend is chosen."""
+
+    strategy: kinds.OneStrategy = "least-loaded"
+
+
+class ModelsBlock(Block):
+    """What clients are told about models."""
+
+    version: kinds.ModelVersion = "min"
+    remember: kinds.Wait = parse_duration("24h")
+
+
+class LoggingBlock(Block):
+    """What is logged."""
+
+    level: kinds.OneLogLevel = "info"
+    format: kinds.OneLogFormat = "auto"
+    access: kinds.Flag = True
+    slow: kinds.WaitOrNull = parse_duration("60s")
+    client_ip: kinds.OneClientIp = "full"
+
+
+class MetricsBlock(Block):
+    """What is measured."""
+
+    enabled: kinds.Flag = True
+    model_label_limit: kinds.Whole = 100
+
+
+class DemoBlock(Block):
+    """The simulated fleet."""
+
+    enabled: kinds.Flag = False
+
+
+def _version(value: object) -> int:
+    if value not in (1, "1") or value is True:
+        raise ValueError(f"{shown(value)} is not a version this release reads. Write 1.")
+    return 1
+
+
+class File(Block):
+    """The whole file."""
+
+    version: Annotated[int, kinds.PlainValidator(_version), kinds.WithJsonSchema({"const": 1})] = 1
+    server: ServerBlock = ServerBlock()
+    admin: AdminBlock = AdminBlock()
+    auth: AuthBlock = AuthBlock()
+    backends: Annotated[tuple[BackendBlock, ...], _NULL_IS_EMPTY] = ()
+    health: HealthBlock = HealthBlock()
+    breaker: BreakerBlock = BreakerBlock()
+    retry: RetryBlock = RetryBlock()
+    queue: QueueBlock = QueueBlock()
+    routing: RoutingBlock = RoutingBlock()
+    models: ModelsBlock = ModelsBlock()
+    timeouts: TimeoutsBlock = TimeoutsBlock()
+    logging: LoggingBlock = LoggingBlock()
+    metrics: MetricsBlock = MetricsBlock()
+    demo: DemoBlock = DemoBlock()
+
+
+def block_at(path: Path) -> type[Block] | None:
+    """Return the block that stands at *path*, or None where there is a plain value."""
+    block: type[Block] | None = File
+    for step in path:
+        if isinstance(step, str):
+            info = block.model_fields.get(step) if block else None
+            block = _block_in(info.annotation) if info else None
+    return block
+
+
+def leaf_paths(block: type[Block] = File) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every key that holds a value; lists of blocks count as one value."""
+    for name, info in block.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Block):
+            yield from ((name, *rest) for rest in leaf_paths(info.annotation))
+        else:
+            yield (name,)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of the file, for editors."""
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return (
+        draft
+        | File.model_json_schema(mode="serialization")
+        | {"title": "ollama-balancer configuration"}
+    )
+
+
+def _block_in(annotation: Any) -> type[Block] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Block):
+            return kind
+    return None

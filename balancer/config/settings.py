@@ -1,0 +1,237 @@
+"""
+The settings as the rest of the program sees them: frozen and plain.
+
+Spans are float seconds (``_s``), amounts are bytes (``_bytes``); None stands
+for no limit. Defaults live in the schema, not here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .addresses import Listen, Network
+
+Role = Literal["user", "admin"]
+Strategy = Literal["least-loaded", "warm-first", "round-robin"]
+AuthType = Literal["none", "bearer", "basic", "header"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "console", "json", "logfmt"]
+ClientIp = Literal["full", "truncated", "none"]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """A text that shows only when asked."""
+
+    _text: str
+
+    def reveal(self) -> str:
+        """Return the text itself."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "***"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The listener clients talk to."""
+
+    listen: tuple[Listen, ...]
+    trusted_proxies: tuple[Network, ...]
+    max_body_bytes: int
+    replay_memory_bytes: int
+    max_header_bytes: int
+    head_timeout_s: float
+    allowed_hosts: tuple[str, ...]
+    keepalive_timeout_s: float
+    drain_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """Who reaches ``/_balancer/`` and ``/metrics``."""
+
+    allowed_hosts: tuple[str, ...]
+    allowed_cidrs: tuple[Network, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key: only its SHA-256 is kept."""
+
+    name: str
+    sha256: bytes = field(repr=False)
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """
+    Who may call.
+
+    *anonymous* lists the networks whose callers need no key: none for
+    ``never``, both loopback networks for ``loopback``, all for ``always``.
+    """
+
+    keys: tuple[Key, ...]
+    keys_file: str | None
+    anonymous: tuple[Network, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How to speak TLS to a backend; files are PEM."""
+
+    verify: bool
+    ca_file: str | None
+    server_name: str | None
+    client_cert_file: str | None
+    client_key_file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds a backend may take; None is no limit."""
+
+    connect_s: float | None
+    first_byte_s: float | None
+    load_s: float | None
+    idle_s: float | None
+    total_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """
+    One backend as configured.
+
+    *url* is ``scheme://host:port[/path]``. *slots* None is learned. *tls* is
+    None for http, *timeouts* is None where nothing differs from the common ones.
+    """
+
+    name: str
+    url: str
+    slots: int | None
+    allow: tuple[str, ...]
+    deny: tuple[str, ...]
+    enabled: bool
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    auth_headers: tuple[tuple[str, Secret], ...]
+    tls: Tls | None
+    timeouts: Timeouts | None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """When checks run and what they need to say."""
+
+    interval_s: float
+    timeout_s: float
+    fall: int
+    rise: int
+    models_interval_s: float
+    loaded_interval_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerLimits:
+    """When one kind of breaker opens, and for how long."""
+
+    in_a_row: int
+    backoff_s: float
+    backoff_max_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """The breaker of a backend, and that of one model on it."""
+
+    host: BreakerLimits
+    model: BreakerLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How many calls may be repeated, as a share of recent ones."""
+
+    budget_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """How long and how many calls may wait."""
+
+    max_wait_s: float
+    max_depth: int
+    max_depth_per_model: int
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a backend is chosen."""
+
+    strategy: Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What clients are told; *version* is ``min``, ``max`` or a version."""
+
+    version: str
+    remember_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    """What is logged; a call is slow from *slow_s* on (None: never)."""
+
+    level: LogLevel
+    format: LogFormat
+    access: bool
+    slow_s: float | None
+    client_ip: ClientIp
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What is measured."""
+
+    enabled: bool
+    model_label_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """The simulated fleet."""
+
+    enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """
+    Everything configured; equal when every setting is.
+
+    *warnings* are for the operator. *written* is the same in the words of the
+    file, secrets masked, and *origins* says by dotted path where a value came
+    from (``file:LINE``, ``env:NAME``, ``flag``); what is absent is a default.
+    """
+
+    server: Server
+    admin: Admin
+    auth: Auth
+    backends: tuple[BackendSpec, ...]
+    health: Health
+    breaker: Breaker
+    retry: Retry
+    queue: Queue
+    routing: Routing
+    models: Models
+    timeouts: Timeouts
+    logging: Logging
+    metrics: Metrics
+    demo: Demo
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+    written: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)

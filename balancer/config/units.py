@@ -1,0 +1,137 @@
+"""Durations, sizes and shares: text outside; float seconds, int bytes and ratios inside."""
+
+import datetime as dt
+import math
+import re
+
+import durationpy
+
+from .problems import shown
+
+DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h|d))+$"
+SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(([KkMmGgTt][Ii]?)?[Bb])?$"
+
+_LONGEST_S = 366 * 86_400.0
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt]i?)?b)?", re.IGNORECASE)
+_FACTORS = {
+    f"{p}{i}": (1024 if i else 1000) ** n for n, p in enumerate("kmgt", 1) for i in ("", "i")
+}
+
+
+def parse_wait(value: object) -> float:
+    """
+    Read a duration, zero included: Go style (``1h30m``) or a number of seconds.
+
+    Raises:
+        ValueError: Not a duration, negative, or longer than a year.
+    """
+    seconds = _seconds(value)
+    if not 0 <= seconds <= _LONGEST_S:
+        raise ValueError(f"{shown(value)} is out of range. Durations go from 0 to one year.")
+    return seconds
+
+
+def parse_duration(value: object) -> float:
+    """Read a duration as `parse_wait` does, but refuse zero."""
+    seconds = parse_wait(value)
+    if seconds == 0:
+        raise ValueError("must be more than 0.")
+    return seconds
+
+
+def parse_limit(value: object) -> float | None:
+    """Read a duration; -1 is None, that is no limit."""
+    seconds = _seconds(value)
+    if seconds == -1:
+        return None
+    if seconds <= 0:
+        raise ValueError("must be more than 0, or -1 for no limit.")
+    return parse_wait(value)
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds the way `parse_wait` reads them: ``1h30m``."""
+    text = str(durationpy.to_str(dt.timedelta(seconds=seconds)))
+    return "0s" if text == "0" else text
+
+
+def format_limit(seconds: float | None) -> str | int:
+    """Write a limit; None is -1."""
+    return -1 if seconds is None else format_duration(seconds)
+
+
+def parse_size(value: object) -> int:
+    """
+    Read a number of bytes: ``64KiB``, ``100MB`` or an integer, more than 0.
+
+    Raises:
+        ValueError: Not a size.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        number, prefix = match.groups(default="")
+        size = int(float(number) * _FACTORS.get(prefix.lower(), 1))
+    else:
+        hint = "Write 64KiB, 100MB, or a number of bytes."
+        raise ValueError(f"{shown(value)} is not a size. {hint}")
+    if not 0 < size < 2**63:
+        raise ValueError(f"{shown(value)} is out of range for a size.")
+    return size
+
+
+def format_size(size: int) -> str | int:
+    """Write bytes in the largest binary unit that divides them, else as a number."""
+    for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size % (1 << exponent) == 0:
+            return f"{size >> exponent}{unit}"
+    return size
+
+
+def parse_ratio(value: object) -> float:
+    """
+    Read a share of a whole: ``20%`` or 0.2.
+
+    Raises:
+        ValueError: Not a number between 0 and 1 (or 0% and 100%).
+    """
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    ratio = _number(value.strip().removesuffix("%").strip() if isinstance(value, str) else value)
+    if ratio is not None and percent:
+        ratio /= 100
+    if ratio is None or not 0 <= ratio <= 1:
+        raise ValueError(f"{shown(value)} is not a share. Write 20% or 0.2.")
+    return ratio
+
+
+def format_ratio(ratio: float) -> str:
+    """Write a ratio as a percentage."""
+    return f"{ratio * 100:g}%"
+
+
+def _seconds(value: object) -> float:
+    number = _number(value)
+    if number is not None:
+        return number
+    text = value.strip() if isinstance(value, str) else ""
+    # durationpy alone would skip words between two parts and read "5mm" as five months.
+    if re.match(DURATION_PATTERN, text):
+        try:
+            return float(durationpy.from_str(text).total_seconds())
+        except durationpy.DurationError:
+            return math.inf
+    raise ValueError(
+        f"{shown(value)} is not a duration. Write 15s, 2m, 1h30m, or a number of seconds."
+    )
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return None if math.isnan(value) else float(value)
+        except OverflowError:
+            return math.inf
+    return None

@@ -1,0 +1,344 @@
+"""
+The conductor: tickets in, leases out.
+
+Laws:
+- Every change (submit, settle, flip, reload, timer) ends in `kick`, which lets the scheduler plan
+  and carries its effects out in the same turn.
+- A ticket is answered exactly once: granted, refused, or withdrawn by its owner.
+- Nothing here awaits; the shell hears through callbacks, which must not raise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from balancer.core.admission import Admission
+from balancer.core.domain import Attempt, Call, PlacementKey
+from balancer.core.errors import (
+    AttemptsExhausted,
+    BalancerError,
+    DeadlineExceeded,
+    NoBackend,
+    QueueTimeout,
+    UnknownModel,
+)
+from balancer.core.events import CallQueued, Emit, LeaseGranted
+from balancer.core.pool import Lease, Pool, Prospect, ProspectKind
+from balancer.core.scheduler import (
+    Commit,
+    CommitRefused,
+    Load,
+    LoadAnswered,
+    Refuse,
+    Scheduler,
+    Ticket,
+    TicketState,
+    Unload,
+    WakeAt,
+)
+
+MAX_PASSES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a backend said that may have to be relayed: status, content type, body."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class LoadFailed(BalancerError):
+    """The load a call waited for has failed; counts as an attempt of that call."""
+
+    status = 503
+    code = "load_failed"
+
+    def __init__(self, attempt: Attempt, answer: Answer | None) -> None:
+        super().__init__(attempt.outcome.text)
+        self.attempt = attempt
+        self.answer = answer
+
+
+@dataclass(slots=True)
+class _Owner:
+    """Who hears about a ticket."""
+
+    on_grant: Callable[[Lease], None]
+    on_refuse: Callable[[BalancerError], None]
+
+
+class Dispatcher:
+    """
+    Pairs waiting calls with backends.
+
+    Args:
+        wake_at: Asks the shell to call `kick` at that instant (at the latest); inf: never.
+        on_load: Asks the shell to carry out a detached load whose token was taken.
+        on_unload: Asks the shell to unload a model.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        scheduler: Scheduler,
+        admission: Admission,
+        clock: Callable[[], float],
+        emit: Emit,
+        wake_at: Callable[[float], None],
+        on_load: Callable[[Load], None],
+        on_unload: Callable[[Unload], None],
+    ) -> None:
+        self._pool = pool
+        self._scheduler = scheduler
+        self._admission = admission
+        self._clock = clock
+        self._emit = emit
+        self._wake_at = wake_at
+        self._on_load = on_load
+        self._on_unload = on_unload
+        self._owners: dict[Ticket, _Owner] = {}
+        self._seq = 0
+        self._planning = False
+        self._again = False
+        self._seen_version = -1
+        self._closed = False
+
+    @property
+    def admission(self) -> Admission:
+        """The bounds on waiting."""
+        return self._admission
+
+    def exchange(self, scheduler: Scheduler) -> None:
+        """Take another scheduler; waiting tickets move over."""
+        for ticket in self._scheduler.waiting():
+            scheduler.enqueue(ticket)
+        self._scheduler = scheduler
+
+    def waiting(self) -> list[Ticket]:
+        """All tickets that wait, in order."""
+        return list(self._scheduler.waiting())
+
+    def submit(
+        self,
+        call: Call,
+        on_grant: Callable[[Lease], None],
+        on_refuse: Callable[[BalancerError], None],
+        *,
+        excluded: frozenset[str] = frozenset(),
+        attempts: tuple[Attempt, ...] = (),
+        seq: int | None = None,
+    ) -> Ticket:
+        """
+        Queue *call*; exactly one of the callbacks follows, perhaps before this returns.
+
+        Args:
+            excluded: Backends it may not use.
+            attempts: What was tried before; such a call keeps its *seq* and is always admitted.
+
+        Raises:
+            BalancerError: It cannot wait: queue full, model unknown, nobody can ever serve it.
+        """
+        now = self._clock()
+        if not attempts:
+            self._check_prospect(call, excluded, attempts, math.inf)
+            if not self._pool.has_room(call):
+                self._admission.check(call.key.model)
+        limit_at = now + self._admission.limits.max_wait_s
+        if call.deadline is not None:
+            limit_at = min(limit_at, call.deadline)
+        self._check_prospect(call, excluded, attempts, limit_at)
+        if seq is None:
+            self._seq += 1
+            seq = self._seq
+        ticket = Ticket(call, seq, excluded, attempts, now, limit_at)
+        self._owners[ticket] = _Owner(on_grant, on_refuse)
+        self._admission.entered(call.key.model)
+        self._scheduler.enqueue(ticket)
+        self.kick()
+        if ticket.state is TicketState.WAITING:
+            self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
+        return ticket
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """The owner is gone; idempotent."""
+        if self._finish(ticket, TicketState.WITHDRAWN) is not None:
+            self.kick()
+
+    def load_ended(
+        self, load: Load, attempt: Attempt | None, answer: Answer | None, load_s: float
+    ) -> None:
+        """
+        A detached load was answered. *attempt* tells of a failure, None: it succeeded.
+
+        The call it was for hears of a failure as of an attempt of its own; others wait on.
+        """
+        ok = attempt is None
+        self._scheduler.note(LoadAnswered(load.backend, load.key, ok, load_s))
+        now = self._clock()
+        for ticket in self._scheduler.waiting():
+            # The queue's limit rested while the load was under way.
+            if ticket.call.key == load.key:
+                ticket.limit_at = self._limit(ticket, now)
+        if attempt is not None:
+            self._refuse(load.ticket, LoadFailed(attempt, answer))
+        self.kick()
+
+    def kick(self) -> None:
+        """Plan, and carry out what was planned; re-entrant calls are folded into one more pass."""
+        self._again = True
+        if self._planning:
+            return
+        self._planning = True
+        try:
+            for _ in range(MAX_PASSES):
+                if not self._again:
+                    break
+                self._again = False
+                self._pass(self._clock())
+        finally:
+            self._planning = False
+
+    def refuse_all(self, error: BalancerError) -> None:
+        """Answer everybody who waits; for the end of a drain."""
+        for ticket in list(self._owners):
+            self._refuse(ticket, error)
+
+    def _pass(self, now: float) -> None:
+        self._expire(now)
+        if self._pool.version != self._seen_version:
+            self._seen_version = self._pool.version
+            self._review()
+        wake = math.inf
+        for effect in self._scheduler.plan(now):
+            match effect:
+                case Commit():
+                    self._commit(effect, now)
+                case Load():
+                    self._load(effect)
+                case Unload():
+                    self._on_unload(effect)
+                case Refuse(ticket, error):
+                    self._refuse(ticket, error)
+                case WakeAt(at):
+                    wake = min(wake, at)
+        limits = [ticket.limit_at for ticket in self._owners]
+        self._wake_at(min([wake, *limits, self._pool.next_change(now)], default=math.inf))
+
+    def _commit(self, commit: Commit, now: float) -> None:
+        ticket = commit.ticket
+        call = ticket.call
+        why = self._why(commit)
+        lease = self._pool.lease(call, commit.backend, len(ticket.attempts) + 1, why)
+        if lease is None:
+            self._scheduler.note(CommitRefused(ticket, commit.backend))
+            self._scheduler.enqueue(ticket)
+            return
+        owner = self._finish(ticket, TicketState.GRANTED)
+        if owner is None:  # nobody is there any more
+            lease.release()
+            return
+        waited_s = now - ticket.queued_at
+        self._emit(
+            LeaseGranted(now, call.id, call.model, commit.backend, lease.number, waited_s, why)
+        )
+        owner.on_grant(lease)
+
+    def _why(self, commit: Commit) -> str:
+        """The first that holds: short-context, failover, only, cold, warm."""
+        if commit.why == "short-context":
+            return commit.why
+        if commit.ticket.attempts:
+            return "failover"
+        if len(self._pool.candidates(commit.ticket.call, commit.ticket.excluded)) == 1:
+            return "only"
+        return "cold" if commit.ticket.cold else commit.why
+
+    def _load(self, load: Load) -> None:
+        if self._pool.take_token(load.backend, load.key, load.why):
+            load.ticket.cold = True
+            load.ticket.load_on = load.backend
+            self._on_load(load)
+
+    def _expire(self, now: float) -> None:
+        for ticket in [t for t in self._owners if t.limit_at <= now]:
+            call = ticket.call
+            if call.deadline is not None and call.deadline <= now:
+                self._refuse(ticket, DeadlineExceeded("The call's own deadline has passed."))
+            elif self._pool.loading(call.key):
+                # The load budget bounds this wait, not the queue's limit.
+                ticket.limit_at = self._limit(ticket, now)
+            else:
+                self._refuse(ticket, self._overdue(ticket))
+
+    def _limit(self, ticket: Ticket, now: float) -> float:
+        limit_at = now + self._admission.limits.max_wait_s
+        return limit_at if ticket.call.deadline is None else min(limit_at, ticket.call.deadline)
+
+    def _overdue(self, ticket: Ticket) -> BalancerError:
+        prospect = self._pool.prospect(ticket.call, ticket.excluded)
+        if prospect.kind is ProspectKind.OPEN:
+            ahead = self._admission.depths().get(ticket.call.key.model, 1)
+            return QueueTimeout(
+                f"No slot came free for {ticket.call.model!r} in "
+                f"{self._admission.limits.max_wait_s:.0f} s; {ahead} calls wait for it.",
+                retry_after_s=self._admission.drain_s(ahead),
+            )
+        return _refusal(ticket.call, prospect, ticket.attempts)
+
+    def _review(self) -> None:
+        """Something in the pool changed: refuse those whom waiting cannot help any more."""
+        verdicts: dict[tuple[PlacementKey, frozenset[str]], Prospect] = {}
+        for ticket in list(self._owners):
+            key = (ticket.call.key, ticket.excluded)
+            if key not in verdicts:
+                verdicts[key] = self._pool.prospect(ticket.call, ticket.excluded)
+            prospect = verdicts[key]
+            if not _can_wait(prospect, self._clock(), ticket.limit_at):
+                self._refuse(ticket, _refusal(ticket.call, prospect, ticket.attempts))
+
+    def _check_prospect(
+        self, call: Call, excluded: frozenset[str], attempts: tuple[Attempt, ...], limit_at: float
+    ) -> None:
+        prospect = self._pool.prospect(call, excluded)
+        if not _can_wait(prospect, self._clock(), limit_at):
+            raise _refusal(call, prospect, attempts)
+
+    def _refuse(self, ticket: Ticket, error: BalancerError) -> None:
+        owner = self._finish(ticket, TicketState.REFUSED)
+        if owner is not None:
+            owner.on_refuse(error)
+
+    def _finish(self, ticket: Ticket, state: TicketState) -> _Owner | None:
+        owner = self._owners.pop(ticket, None)
+        if owner is None:
+            return None
+        ticket.state = state
+        self._scheduler.withdraw(ticket)
+        self._admission.left(ticket.call.key.model)
+        return owner
+
+
+def _can_wait(prospect: Prospect, now: float, limit_at: float) -> bool:
+    if prospect.kind in (ProspectKind.UNKNOWN, ProspectKind.EXHAUSTED, ProspectKind.FORBIDDEN):
+        return False
+    return prospect.kind is ProspectKind.OPEN or now + prospect.retry_in_s <= limit_at
+
+
+def _refusal(call: Call, prospect: Prospect, attempts: tuple[Attempt, ...]) -> BalancerError:
+    if prospect.kind is ProspectKind.UNKNOWN:
+        return UnknownModel(prospect.text)
+    if attempts and prospect.kind is ProspectKind.EXHAUSTED:
+        tried = "; ".join(f"{a.backend}: {a.outcome.text}" for a in attempts)
+        return AttemptsExhausted(
+            f"Every backend that could serve {call.model!r} failed: {tried}", retry_after_s=5.0
+        )
+    return NoBackend(prospect.text, retry_after_s=_sane(prospect.retry_in_s))
+
+
+def _sane(wait_s: float) -> float:
+    return 10.0 if math.isinf(wait_s) else min(60.0, max(1.0, wait_s))

@@ -1,0 +1,327 @@
+"""The words everything else is written in. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Dialect(Enum):
+    """Whose error shapes and stream shapes a route speaks."""
+
+    OLLAMA = "ollama"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+class Framing(Enum):
+    """How the body of an answer is divided into records."""
+
+    JSON = "json"  # one document, no records
+    NDJSON = "ndjson"  # a record is a line
+    SSE = "sse"  # a record is an event, ended by a blank line
+
+
+class Kind(Enum):
+    """Who answers a route."""
+
+    ONE = "one"  # one backend, chosen by the scheduler
+    MERGE = "merge"  # our own catalogue, a union over backends
+    LOCAL = "local"  # we ourselves
+    LATER = "later"  # a route of Ollama's that we do not serve yet: 501, never forwarded
+
+
+class Role(Enum):
+    """What a caller may do."""
+
+    USER = "user"
+    ADMIN = "admin"
+
+
+class Purpose(Enum):
+    """What an inference call is for; an empty prompt makes it one of the latter two."""
+
+    RUN = "run"
+    LOAD = "load"
+    UNLOAD = "unload"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """
+    One row of the route table (`routes.py`).
+
+    Args:
+        method: Upper case. HEAD rows stand of their own where Ollama has them.
+        path: As it goes to a backend; a last segment ``{name}`` takes the rest of the path.
+        operation: Short name, used as the metric label ``endpoint`` and in texts.
+        stream_framing: How a streamed answer is framed; None: the route never streams.
+        streams_by_default: Whether a body without ``stream`` asks for a stream.
+        replayable: Whether a call that was sent may be sent again elsewhere before commit.
+    """
+
+    method: str
+    path: str
+    dialect: Dialect
+    operation: str
+    kind: Kind
+    stream_framing: Framing | None = None
+    streams_by_default: bool = False
+    replayable: bool = False
+    role: Role = Role.USER
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """
+    One Ollama host as configured. Identity is the name; another url makes it another backend.
+
+    Args:
+        url: Normalised ``scheme://host:port[/prefix]`` without a final slash.
+        slots: Parallel calls per loaded model (Ollama's NUM_PARALLEL); None: not known.
+        allow: Globs over model names; a model must match one.
+        deny: Globs over model names; a match rules the model out here.
+        enabled: False: listed, never used.
+    """
+
+    name: str
+    url: str
+    slots: int | None = None
+    allow: tuple[str, ...] = ("*",)
+    deny: tuple[str, ...] = ()
+    enabled: bool = True
+
+
+class Switch(Enum):
+    """What the operator allows; outranks health and breakers."""
+
+    SERVING = "serving"
+    DRAINING = "draining"  # what runs may end, nothing new
+    DISABLED = "disabled"  # nothing new, breaker ignored
+
+
+class Residency(Enum):
+    """Where a model is on one backend, as far as we know."""
+
+    LOADED = "loaded"
+    LOADING = "loading"  # a detached load of ours is under way
+    ON_DISK = "on disk"
+    ABSENT = "absent"
+    UNKNOWN = "unknown"  # never heard, or too old to believe
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementKey:
+    """
+    What must be equal for two calls to share a loaded runner.
+
+    Args:
+        model: Canonical name, ``host/namespace/model:tag`` in lower case.
+        options: The runner options that force a reload, as Ollama compares them, sorted by name;
+            an option that was absent or null is not in it.
+    """
+
+    model: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is asking. `name` is a key's name or ``anonymous``; never key material."""
+
+    name: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Who may go on, the address it comes from, and the CORS headers its answer needs."""
+
+    principal: Principal
+    client: str
+    cors: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """
+    What a client wants of one backend, once identified.
+
+    Args:
+        id: The request id, ours or the client's.
+        model: The model's name as the client wrote it.
+        key: Its placement key.
+        streaming: Whether the answer comes as records.
+        replayable: May be sent again elsewhere as long as nothing was committed.
+        keep_alive: As the client sent it (number, string or None).
+        prompt_tokens: Estimate: prompt bytes / 4.
+        output_tokens: The client's own limit on the answer, None: none given.
+        arrived_at: Monotonic seconds.
+        deadline: Monotonic seconds; None: none.
+        body: Forwarded as it is.
+        headers: Request headers that go up, hop-by-hop and credentials already taken out.
+        query: Without ``?``; may be empty.
+        embedding: The operation embeds; its model may be one that cannot generate.
+    """
+
+    id: str
+    route: Route
+    model: str
+    key: PlacementKey
+    streaming: bool
+    purpose: Purpose
+    replayable: bool
+    principal: Principal
+    arrived_at: float
+    deadline: float | None
+    body: bytes = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    query: str = ""
+    keep_alive: Any = None
+    prompt_tokens: int = 0
+    output_tokens: int | None = None
+    embedding: bool = False
+
+    @property
+    def framing(self) -> Framing:
+        """How a good answer to this call is framed."""
+        if self.streaming and self.route.stream_framing is not None:
+            return self.route.stream_framing
+        return Framing.JSON
+
+
+class Mark(Enum):
+    """What a settled permit tells its breaker."""
+
+    CREDIT = "credit"
+    BLAME = "blame"
+    NEITHER = "neither"
+
+
+class BreakerState(Enum):
+    """The three states of a breaker."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class Verdict(Enum):
+    """Why an attempt ended as it did. All consequences stand in one table: `verdicts.TABLE`."""
+
+    OK = "ok"
+    CALLER = "caller"
+    MISSING = "missing"
+    NO_ROUTE = "no_route"
+    BUSY = "busy"
+    UNFIT = "unfit"
+    OVERDUE = "overdue"
+    UNCLEAR = "unclear"
+    ACCOUNT = "account"
+    MISCONFIGURED = "misconfigured"
+    FAULT = "fault"
+    STALE = "stale"
+    SLOW = "slow"
+    BROKEN = "broken"
+    STALLED = "stalled"
+    UNFINISHED = "unfinished"
+    GONE = "gone"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a final record told. Counts of tokens; durations in seconds; None: not told."""
+
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    load_s: float | None = None
+    prompt_s: float | None = None
+    decode_s: float | None = None
+    total_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """
+    How an attempt ended. Instants are monotonic seconds.
+
+    Args:
+        status: The backend's HTTP status, None if there was no head.
+        sent_at: When the request went out.
+        first_byte_at: First byte of the body, None if none came.
+        committed: Whether a record was passed on to the client.
+        weight: How heavily a blame counts (a load failure counts 2).
+        text: The error's text, for people; cut to a line.
+        crash: A runner died, or the connection did after it had taken the request.
+        repeated_crash: As `crash`, and an earlier attempt of the same call had ended so too.
+        caused_load: The attempt was, or waited for, a load of the model.
+        blank_model: The empty error chunk of /v1 came before the end.
+        retry_after_s: What a busy backend asked for.
+    """
+
+    verdict: Verdict
+    sent_at: float
+    ended_at: float
+    status: int | None = None
+    first_byte_at: float | None = None
+    body_bytes: int = 0
+    usage: Usage = Usage()
+    committed: bool = False
+    weight: int = 1
+    text: str = ""
+    crash: bool = False
+    repeated_crash: bool = False
+    caused_load: bool = False
+    blank_model: bool = False
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try of a call."""
+
+    number: int
+    backend: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a health check saw. `error` is empty when ok."""
+
+    ok: bool
+    latency_s: float
+    version: str | None = None
+    error: str = ""
+    connected: bool = True  # False: not even a connection, so what hangs there is dead
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """
+    A backend as it looks to the scheduler for one placement key, now.
+
+    Only backends that *may* serve are candidates: listed, route supported, up, breakers closed,
+    switch serving, rules allow, not excluded, not cooling off.
+
+    Args:
+        in_flight: Our calls on this model here.
+        slots: Calls we believe the loaded model takes at once.
+        host_in_flight: Our calls on all models here.
+        load_token: Free: no detached load of ours is under way here.
+        first_byte_s: Peak-EWMA of time to first byte; 0 before anything is known.
+        context: Tokens of context known for the model here, None: unknown.
+        size_bytes: Of the model's files, 0: unknown.
+    """
+
+    backend: str
+    residency: Residency
+    in_flight: int
+    slots: int
+    host_in_flight: int
+    load_token: bool
+    first_byte_s: float
+    context: int | None
+    size_bytes: int

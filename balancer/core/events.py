@@ -1,0 +1,242 @@
+"""
+What happened, past tense, frozen. Imports only the words.
+
+Everything that happens is told once, through ``emit(event)``; only `ops` turns it into lines,
+counters and pages. `at` is monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from balancer.core.domain import BreakerState, Outcome, Switch, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Anything that happened."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallQueued(Event):
+    """A call waits for a slot. `depth`: calls waiting in all, this one included."""
+
+    call_id: str
+    model: str
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted(Event):
+    """A call got a slot. `why`: only, warm, cold, failover, short-context."""
+
+    call_id: str
+    model: str
+    backend: str
+    attempt: int
+    waited_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded(Event):
+    """One try of a call ended and was settled."""
+
+    call_id: str
+    endpoint: str
+    model: str
+    backend: str
+    attempt: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded(Event):
+    """
+    A request was answered, or given up: exactly one per request, whatever it was.
+
+    `outcome`: ok, client_abort, upstream_error, timeout, shed, rejected.
+    `phase` (of a client_abort): queued, before_first_token, streaming.
+    Times are seconds; `first_byte_s` and `duration_s` count from arrival.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    endpoint: str
+    status: int
+    outcome: str
+    duration_s: float
+    client: str = ""
+    user_agent: str = ""
+    key: str = ""
+    model: str = ""
+    backend: str = ""
+    attempts: int = 0
+    why: str = ""
+    queue_s: float = 0.0
+    first_byte_s: float | None = None
+    upstream_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    usage: Usage = field(default_factory=Usage)
+    phase: str = ""
+    error: str = ""
+    inference: bool = False
+    streaming: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CheckEnded(Event):
+    """A health check was answered, or not."""
+
+    backend: str
+    ok: bool
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HealthFlipped(Event):
+    """A backend went down, or came up. `reason` is for people."""
+
+    backend: str
+    up: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerMoved(Event):
+    """A breaker changed its state. `model` is None for the backend's own breaker."""
+
+    backend: str
+    model: str | None
+    old: BreakerState
+    new: BreakerState
+    reason: str
+    retry_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrialEnded(Event):
+    """Our own trial of an open breaker ended. `kind`: version, canary, load."""
+
+    backend: str
+    model: str | None
+    kind: str
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Suspected(Event):
+    """Nothing moved for too long on a resident model; a canary is sent."""
+
+    backend: str
+    model: str
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStarted(Event):
+    """A detached load of ours began."""
+
+    backend: str
+    model: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEnded(Event):
+    """A detached load of ours ended."""
+
+    backend: str
+    model: str
+    ok: bool
+    load_s: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogChanged(Event):
+    """What a backend lists or holds in memory changed."""
+
+    backend: str
+    models: int
+    loaded: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberJoined(Event):
+    """A backend joined the pool."""
+
+    backend: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLeft(Event):
+    """A backend left the pool, its last call ended."""
+
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchMoved(Event):
+    """The operator turned a backend's switch."""
+
+    backend: str
+    switch: Switch
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigApplied(Event):
+    """A configuration was taken over. `needs_restart`: what was changed but stays as it was."""
+
+    changed: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRejected(Event):
+    """A configuration was refused; the old one stays."""
+
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Serving(Event):
+    """The balancer listens."""
+
+    addresses: tuple[str, ...]
+    backends: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping(Event):
+    """A drain began. `running`, `queued`: calls at that moment."""
+
+    reason: str
+    running: int
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped(Event):
+    """The balancer ended. `cut`: calls that had to be ended early."""
+
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mishap(Event):
+    """Something that must not happen: a bug of ours, or a surprise, caught where it stands."""
+
+    where: str
+    error: str
+
+
+Emit = Callable[[Event], None]

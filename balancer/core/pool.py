@@ -1,0 +1,858 @@
+"""
+Members: configured identity and remembered state, side by side.
+
+Laws:
+- Health, breaker and operator's switch are three separate facts; readiness is computed.
+- A check never closes a breaker; a request never marks a backend down.
+- Whatever is granted (slot, permits, load token) is settled exactly once, synchronously.
+- What may serve a call is correctness and is decided here; who among them does is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final
+
+from balancer.core import names
+from balancer.core.breaker import Gate, Permit, Rule
+from balancer.core.catalog import Catalog
+from balancer.core.domain import (
+    Backend,
+    BreakerState,
+    Call,
+    Candidate,
+    CheckResult,
+    Mark,
+    Outcome,
+    PlacementKey,
+    Residency,
+    Switch,
+    Verdict,
+)
+from balancer.core.events import (
+    AttemptEnded,
+    BreakerMoved,
+    CatalogChanged,
+    CheckEnded,
+    Emit,
+    HealthFlipped,
+    LoadEnded,
+    LoadStarted,
+    MemberJoined,
+    MemberLeft,
+    Suspected,
+    SwitchMoved,
+)
+from balancer.core.health import Health
+from balancer.core.load import Load as Load_
+from balancer.core.scheduler import LoadingNow
+from balancer.core.verdicts import Facts, Judgement, marks
+from balancer.core.watchdog import Suspect, Watchdog
+
+UNFIT_WINDOW_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """Trip rules and backoff of one kind of breaker."""
+
+    in_a_row: int
+    backoff_s: float
+    backoff_max_s: float
+    window_s: float
+    minimum: int
+    ratio: float = 0.5
+    half_open_max_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What of the configuration the pool needs."""
+
+    host: GateSettings = GateSettings(3, 1.0, 60.0, 30.0, 10)
+    model: GateSettings = GateSettings(2, 10.0, 600.0, 120.0, 6, half_open_max_s=660.0)
+    interval_s: float = 5.0
+    fall: int = 3
+    rise: int = 2
+    first_byte_s: float = 30.0
+
+
+class ProspectKind(Enum):
+    """What waiting may bring a call."""
+
+    OPEN = "a backend can serve it"
+    AWAY = "backends have the model, none can serve it now"
+    EXHAUSTED = "every backend that could was tried"
+    FORBIDDEN = "the rules allow it nowhere"
+    UNKNOWN = "no backend has the model"
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """
+    Args:
+        retry_in_s: When the first backend may be back; inf: nobody knows it to come back.
+        text: For people.
+    """
+
+    kind: ProspectKind
+    retry_in_s: float = 0.0
+    text: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """
+    The right to use one slot of one backend.
+
+    `settle` is synchronous and idempotent, and must be called; a lease that is dropped without
+    it warns. `on_revoke` is the holder's: called when the backend is confirmed dead or hung and
+    this call has not had a byte.
+    """
+
+    backend: Backend
+    call: Call
+    number: int
+    why: str
+    granted_at: float
+    cold: bool
+    _pool: Pool = field(repr=False)
+    _permits: tuple[Permit, Permit] = field(repr=False)
+    on_revoke: Callable[[Judgement], None] | None = None
+    began: bool = False
+    settled: bool = False
+
+    def moved(self) -> None:
+        """Bytes came from the backend."""
+        self._pool._moved(self)  # noqa: SLF001 - two halves of one thing
+
+    def settle(self, outcome: Outcome) -> None:
+        """Give slot and permits back, with what is to be learned from it."""
+        if not self.settled:
+            self.settled = True
+            self._pool._settle(self, outcome, self._permits)  # noqa: SLF001
+
+    def release(self) -> None:
+        """Give everything back; nothing was sent."""
+        now = self._pool.now()
+        self.settle(Outcome(Verdict.STOPPED, now, now, text="never sent"))
+
+    def revoke(self, judgement: Judgement) -> None:
+        """Tell the holder to give up here and go elsewhere, if no byte has come."""
+        if self.on_revoke is not None and not self.began and not self.settled:
+            self.on_revoke(judgement)
+
+    def __del__(self) -> None:
+        if not self.settled:
+            warnings.warn(f"a lease on {self.backend.name} leaked", ResourceWarning, stacklevel=1)
+
+
+@dataclass(slots=True)
+class Loading:
+    """The load token of a member, taken: the detached load under way there."""
+
+    key: PlacementKey
+    since: float
+    why: str
+    permits: tuple[Permit, Permit] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One trial of an open breaker, to be carried out now. `model` None: the backend's own."""
+
+    backend: str
+    model: str | None
+    permit: Permit
+    midstream: bool
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A backend and what we remember of it. Outlives a reload."""
+
+    backend: Backend
+    health: Health
+    gate: Gate
+    load: Load_
+    switch: Switch = Switch.SERVING
+    models: dict[str, Gate] = field(default_factory=dict)
+    leases: set[Lease] = field(default_factory=set)
+    loading: Loading | None = None
+    asked: dict[str, PlacementKey] = field(default_factory=dict)
+    unfit: dict[str, float] = field(default_factory=dict)
+    suspects: set[str] = field(default_factory=set)
+    trouble: str = ""  # why it refuses us, if it does
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.backend.name
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerView:
+    """A breaker as people and metrics see it. `model` None: the backend's own."""
+
+    model: str | None
+    state: BreakerState
+    reason: str
+    retry_in_s: float
+    trips: int
+    stale: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendView:
+    """A member as people and metrics see it."""
+
+    name: str
+    url: str
+    up: bool | None
+    error: str
+    since_s: float
+    version: str | None
+    switch: Switch
+    enabled: bool
+    slots: int | None
+    in_flight: dict[str, int]
+    breakers: tuple[BreakerView, ...]
+    loading: str | None
+    loading_s: float
+    cooling_s: float
+    first_byte_s: float
+    available: tuple[str, ...]
+    loaded: tuple[str, ...]
+    vram_bytes: int
+    trouble: str
+
+
+class Pool:
+    """
+    All members, by name.
+
+    Args:
+        changed: Told after anything that may let a waiting call start; the dispatcher's kick.
+        refresh: Told the name of a backend whose lists should be read again soon.
+    """
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        catalog: Catalog,
+        clock: Callable[[], float],
+        rng: random.Random,
+        emit: Emit,
+    ) -> None:
+        self.settings = settings
+        self.catalog = catalog
+        self.now = clock
+        self._rng = rng
+        self._emit = emit
+        self.changed: Callable[[], None] = lambda: None
+        self.refresh: Callable[[str], None] = lambda _: None
+        self.version = 0
+        self.members: dict[str, Member] = {}
+        self.watchdog = Watchdog(clock, settings.first_byte_s)
+
+    def configure(self, settings: PoolSettings) -> None:
+        """Take new settings over; `reshape` follows. Breakers that exist keep their rules."""
+        self.settings = settings
+        self.watchdog.first_byte_s = settings.first_byte_s
+
+    # -- shape ---------------------------------------------------------------------------------
+
+    def reshape(self, backends: Sequence[Backend]) -> tuple[list[str], list[str]]:
+        """
+        Take over a new list of backends; returns the names that joined and those that leave.
+
+        The same name with the same url keeps its memory; a removed member ends what it runs.
+        """
+        wanted = {backend.name: backend for backend in backends}
+        joined, left = [], []
+        for name, member in list(self.members.items()):
+            new = wanted.get(name)
+            if new is None or new.url != member.backend.url:
+                left.append(name)
+                self._dismiss(member)
+            else:
+                member.backend = new
+                member.load.configured = new.slots
+                member.health.configure(
+                    self.settings.interval_s, self.settings.fall, self.settings.rise
+                )
+        for name, backend in wanted.items():
+            if name not in self.members:
+                joined.append(name)
+                self.members[name] = self._member(backend)
+                self.catalog.join(name)
+                self._emit(MemberJoined(self.now(), name, backend.url))
+        self._touch()
+        return joined, left
+
+    def _member(self, backend: Backend) -> Member:
+        s = self.settings
+        health = Health(self.now, self._rng, s.interval_s, s.fall, s.rise)
+        gate = self._gate(backend.name, None, s.host)
+        return Member(backend, health, gate, Load_(self.now, backend.slots))
+
+    def _gate(self, name: str, model: str | None, settings: GateSettings) -> Gate:
+        def moved(old: BreakerState, new: BreakerState, reason: str, retry_in_s: float) -> None:
+            shown = None if model is None else names.display(model)
+            self._emit(BreakerMoved(self.now(), name, shown, old, new, reason, retry_in_s))
+            self._moved_gate(name, model, new)
+
+        rule = Rule(
+            settings.in_a_row, settings.window_s, minimum=settings.minimum, ratio=settings.ratio
+        )
+        return Gate(
+            name if model is None else f"{name}/{model}",
+            self.now,
+            self._rng,
+            rule,
+            backoff_s=settings.backoff_s,
+            backoff_max_s=settings.backoff_max_s,
+            half_open_max_s=settings.half_open_max_s,
+            on_move=moved,
+            may_open_softly=lambda: self._has_other(name, model),
+        )
+
+    def _moved_gate(self, name: str, model: str | None, new: BreakerState) -> None:
+        member = self.members.get(name)
+        if member is None:
+            return
+        if model is None and new is BreakerState.OPEN:
+            # When most backends open at once, suspect ourselves and do not let waits grow.
+            gates = [other.gate for other in self.members.values()]
+            many = sum(g.state is not BreakerState.CLOSED for g in gates) * 2 > len(gates) > 1
+            for gate in gates:
+                gate.grow = not many
+        if model is None and new is BreakerState.CLOSED:
+            member.load.start_ramp()
+        if model is not None and new is BreakerState.OPEN:
+            member.asked.pop(model, None)
+        self._touch()
+
+    def _has_other(self, name: str, model: str | None) -> bool:
+        """Whether another backend could take over: the last one is never opened for a ratio."""
+        return any(
+            other.name != name
+            and other.health.up
+            and other.gate.state is BreakerState.CLOSED
+            and other.switch is Switch.SERVING
+            and (model is None or self.catalog.lists(other.name, model))
+            for other in self.members.values()
+        )
+
+    def _dismiss(self, member: Member) -> None:
+        """A member that left: forgotten at once, its running calls keep their own reference."""
+        del self.members[member.name]
+        self.catalog.drop(member.name)
+        self._emit(MemberLeft(self.now(), member.name))
+
+    def _touch(self) -> None:
+        self.version += 1
+        self.changed()
+
+    # -- what may serve ------------------------------------------------------------------------
+
+    def candidates(self, call: Call, excluded: frozenset[str]) -> list[Candidate]:
+        """Backends that may serve *call* now."""
+        return [
+            self._candidate(member, call)
+            for member in self.members.values()
+            if self._bar(member, call, excluded) is None
+        ]
+
+    def _candidate(self, member: Member, call: Call) -> Candidate:
+        model = call.key.model
+        return Candidate(
+            backend=member.name,
+            residency=self.residency(member, call.key),
+            in_flight=member.load.in_flight(model),
+            slots=member.load.slots(model),
+            host_in_flight=member.load.in_flight(),
+            load_token=member.loading is None,
+            first_byte_s=member.load.first_byte_s(model),
+            context=self.catalog.known_context(member.name, call.key),
+            size_bytes=self.catalog.size(model),
+        )
+
+    def residency(self, member: Member, key: PlacementKey) -> Residency:
+        """Where *key* is on that member, our own loads included."""
+        if member.loading is not None and member.loading.key == key:
+            return Residency.LOADING
+        return self.catalog.residency(member.name, key)
+
+    def _holds(self, member: Member, call: Call) -> bool:
+        """Whether it has the model, the route and the right: what waiting cannot change."""
+        model = call.key.model
+        return (
+            self.catalog.lists(member.name, model)
+            and self.allows(member.backend, model)
+            and self.catalog.supports(member.name, call.route.operation)
+        )
+
+    @staticmethod
+    def allows(backend: Backend, model: str) -> bool:
+        """Whether the backend's own rules let it serve *model* (a canonical name)."""
+        name = names.parse(model)
+        return any(names.matches(glob, name) for glob in backend.allow) and not any(
+            names.matches(glob, name) for glob in backend.deny
+        )
+
+    def _bar(self, member: Member, call: Call, excluded: frozenset[str]) -> str | None:
+        """Why *member* may not serve *call* now, for people; None: it may."""
+        if not self._holds(member, call):
+            return "does not serve this model"
+        if member.name in excluded:
+            return "was tried"
+        return self._away(member, call)
+
+    def _away(self, member: Member, call: Call) -> str | None:
+        """Why *member*, which has the model, cannot serve it at this moment."""
+        model = call.key.model
+        if not member.backend.enabled or member.switch is Switch.DISABLED:
+            return "disabled"
+        if member.switch is Switch.DRAINING:
+            return "draining"
+        if not member.health.up:
+            return f"down, {member.health.last_error or 'not checked yet'}"
+        if member.gate.state is not BreakerState.CLOSED:
+            member.asked[model] = call.key
+            return f"breaker open ({member.gate.reason}), {_next_trial(member.gate)}"
+        gate = member.models.get(model)
+        if gate is not None and gate.state is not BreakerState.CLOSED:
+            member.asked[model] = call.key
+            return f"breaker of this model open ({gate.reason}), {_next_trial(gate)}"
+        if model in member.suspects:
+            return "silent, a canary is under way"
+        cooling_s = member.load.cooling_s(model)
+        if cooling_s > 0:
+            return f"busy, cooling off for {math.ceil(cooling_s)} s"
+        return None
+
+    def _returns_in(self, member: Member, call: Call) -> float:
+        """Seconds until *member* may serve *call* again; inf: only an operator can tell."""
+        if not member.backend.enabled or member.switch is not Switch.SERVING:
+            return math.inf
+        if not member.health.up:
+            return member.health.due_in()
+        gate = member.models.get(call.key.model)
+        waits = [member.gate.retry_in(), member.load.cooling_s(call.key.model)]
+        return max([*waits, gate.retry_in()] if gate is not None else waits)
+
+    def prospect(self, call: Call, excluded: frozenset[str]) -> Prospect:
+        """What waiting may bring *call*."""
+        if any(self._bar(m, call, excluded) is None for m in self.members.values()):
+            return Prospect(ProspectKind.OPEN)
+        holders = [m for m in self.members.values() if self._holds(m, call)]
+        left = [m for m in holders if m.name not in excluded]
+        if left:
+            why = "; ".join(f"{m.name}: {self._away(m, call)}" for m in left)
+            retry_in_s = min(self._returns_in(m, call) for m in left)
+            hint = "" if math.isinf(retry_in_s) else f" Retry after {max(1, round(retry_in_s))} s."
+            text = f"No backend can serve {call.model!r} now ({why}).{hint}"
+            return Prospect(ProspectKind.AWAY, retry_in_s, text)
+        if holders:
+            return Prospect(ProspectKind.EXHAUSTED, text="every backend was tried")
+        return self._nowhere(call)
+
+    def _nowhere(self, call: Call) -> Prospect:
+        if not self.members:
+            return Prospect(ProspectKind.AWAY, math.inf, "There is no backend yet.")
+        if not self.catalog.settled():
+            return Prospect(ProspectKind.AWAY, 0.5, "The backends have not been asked yet.")
+        model = call.key.model
+        listing = [m for m in self.members.values() if self.catalog.lists(m.name, model)]
+        if any(self.allows(m.backend, model) for m in listing):
+            text = f"No backend with {call.model!r} serves {call.route.path}; update Ollama there."
+            return Prospect(ProspectKind.AWAY, math.inf, text)
+        close = names.closest(call.model, self.catalog.names())
+        n = len(self.members)
+        where = "" if n == 1 else f" on any of {n} backends"
+        hint = f". Closest: {close}" if close else ""
+        quote = '"' if call.route.operation in ("embed", "embeddings") else "'"
+        text = f"model {quote}{call.model}{quote} not found{where}, try pulling it first{hint}"
+        return Prospect(ProspectKind.UNKNOWN, text=text)
+
+    def has_room(self, call: Call) -> bool:
+        """Whether a copy in memory has a free slot."""
+        return any(
+            c.residency is Residency.LOADED and c.in_flight < c.slots
+            for c in self.candidates(call, frozenset())
+        )
+
+    def loading(self, key: PlacementKey) -> list[LoadingNow]:
+        """Detached loads of *key* under way."""
+        return [
+            LoadingNow(m.name, m.loading.since)
+            for m in self.members.values()
+            if m.loading is not None and m.loading.key == key
+        ]
+
+    def next_change(self, now: float) -> float:
+        """When a wait by the clock ends that no event will tell of; inf: none does."""
+        waits = [m.load.next_change_s() for m in self.members.values()]
+        return now + min(waits, default=math.inf)
+
+    # -- grants --------------------------------------------------------------------------------
+
+    def lease(self, call: Call, backend: str, number: int, why: str) -> Lease | None:
+        """Take slot and permits in one step; None: one of them was not to be had."""
+        member = self.members.get(backend)
+        if member is None or self._bar(member, call, frozenset()) is not None:
+            return None
+        model = call.key.model
+        if member.load.in_flight(model) >= member.load.slots(model):
+            return None
+        permits = self._permits(member, model)
+        if permits is None:
+            return None
+        now = self.now()
+        cold = why == "cold"
+        lease = Lease(member.backend, call, number, why, now, cold, self, permits)
+        member.load.enter(model)
+        member.leases.add(lease)
+        self.watchdog.began(
+            id(lease), backend, model, call.prompt_tokens, call.streaming, call.output_tokens
+        )
+        return lease
+
+    def _permits(self, member: Member, model: str) -> tuple[Permit, Permit] | None:
+        host = member.gate.acquire()
+        if host is None:
+            return None
+        own = self._model_gate(member, model).acquire()
+        if own is None:
+            host.settle(Mark.NEITHER)
+            return None
+        return host, own
+
+    def _model_gate(self, member: Member, model: str) -> Gate:
+        gate = member.models.get(model)
+        if gate is None:
+            gate = member.models[model] = self._gate(member.name, model, self.settings.model)
+        return gate
+
+    def _moved(self, lease: Lease) -> None:
+        self.watchdog.moved(id(lease))
+        if not lease.began:
+            lease.began = True
+            member = self.members.get(lease.backend.name)
+            if member is not None and lease.call.streaming:
+                member.load.note_first_byte(lease.call.key.model, self.now() - lease.granted_at)
+
+    def _settle(self, lease: Lease, outcome: Outcome, permits: tuple[Permit, Permit]) -> None:
+        call = lease.call
+        self.watchdog.ended(id(lease))
+        member = self.members.get(lease.backend.name)
+        if member is not None and lease in member.leases:
+            member.leases.discard(lease)
+            member.load.leave(call.key.model)
+            self._conclude(member, call.key, call.route.operation, outcome, permits)
+        else:  # the backend left the pool while the call ran
+            for permit in permits:
+                permit.settle(Mark.NEITHER)
+        self._emit(
+            AttemptEnded(
+                self.now(),
+                call.id,
+                call.route.operation,
+                call.model,
+                lease.backend.name,
+                lease.number,
+                outcome,
+            )
+        )
+        self._touch()
+
+    def _conclude(
+        self,
+        member: Member,
+        key: PlacementKey,
+        operation: str,
+        outcome: Outcome,
+        permits: tuple[Permit, Permit] | None,
+    ) -> None:
+        """Everything that follows from an outcome on this member."""
+        model, verdict = key.model, outcome.verdict
+        facts = Facts(
+            several_unfit=verdict is Verdict.UNFIT and self._note_unfit(member, model),
+            still_listed=verdict is Verdict.MISSING
+            and self.catalog.listed_again_after_missing(member.name, model),
+            others_move=verdict is Verdict.SLOW and model in member.suspects,
+            blank_model=outcome.blank_model,
+            repeated_crash=outcome.repeated_crash,
+        )
+        host_mark, model_mark = marks(verdict, facts)
+        match verdict:
+            case Verdict.OK:
+                member.load.note_ok(model)
+                member.trouble = ""
+                self.catalog.note_loaded(member.name, key)
+            case Verdict.BUSY:
+                member.load.note_busy(model, outcome.retry_after_s)
+            case Verdict.MISSING:
+                self.catalog.note_missing(member.name, model)
+                self.refresh(member.name)
+            case Verdict.NO_ROUTE:
+                self.catalog.note_no_route(member.name, operation)
+            case Verdict.UNFIT:
+                self.catalog.note_unloaded(member.name, model)
+                self.refresh(member.name)
+            case Verdict.MISCONFIGURED:
+                member.trouble = outcome.text
+                member.load.note_busy(None)
+            case _:
+                pass
+        if permits is not None:
+            # Where streams were cut, two trials must pass, and run long enough to be cut.
+            successes = 2 if verdict in (Verdict.BROKEN, Verdict.STALLED) else 1
+            permits[0].settle(host_mark, outcome.weight, outcome.text, successes)
+            permits[1].settle(model_mark, outcome.weight, outcome.text, successes)
+
+    def _note_unfit(self, member: Member, model: str) -> bool:
+        now = self.now()
+        member.unfit[model] = now
+        recent = [m for m, at in member.unfit.items() if at > now - UNFIT_WINDOW_S]
+        member.unfit = {m: member.unfit[m] for m in recent}
+        return len(recent) > 1
+
+    # -- loads ---------------------------------------------------------------------------------
+
+    def take_token(self, backend: str, key: PlacementKey, why: str, *, trial: bool = False) -> bool:
+        """
+        Take the member's single load token; False: it is taken, or a breaker says no.
+
+        Args:
+            trial: The load is the trial of an open breaker, whose permit the caller holds.
+        """
+        member = self.members.get(backend)
+        if member is None or member.loading is not None:
+            return False
+        permits = None if trial else self._permits(member, key.model)
+        if permits is None and not trial:
+            return False
+        now = self.now()
+        member.loading = Loading(key, now, why, permits)
+        self._emit(LoadStarted(now, backend, names.display(key.model), why))
+        return True
+
+    def end_load(self, backend: str, key: PlacementKey, outcome: Outcome) -> None:
+        """The detached load was answered: the token comes back, the permits hear."""
+        member = self.members.get(backend)
+        if member is None or member.loading is None or member.loading.key != key:
+            return
+        loading, member.loading = member.loading, None
+        ok = outcome.verdict is Verdict.OK
+        self._conclude(member, key, "generate", outcome, loading.permits)
+        load_s = self.now() - loading.since
+        self._emit(
+            LoadEnded(self.now(), backend, names.display(key.model), ok, load_s, outcome.text)
+        )
+        self.refresh(backend)
+        self._touch()
+
+    # -- checks, trials, suspicion -------------------------------------------------------------
+
+    def observe(self, name: str, result: CheckResult) -> None:
+        """Fold one check in; a flip is told and acted upon."""
+        member = self.members.get(name)
+        if member is None:
+            return
+        now = self.now()
+        self._emit(CheckEnded(now, name, result.ok, result.latency_s))
+        known = member.health.state != "unknown"
+        flip = member.health.observe(result)
+        if result.ok and result.version:
+            self.catalog.note_version(name, result.version)
+        if result.ok and member.gate.state is BreakerState.OPEN:
+            member.gate.bring_forward()
+        if not result.ok and not known:
+            self.catalog.note_failed(name)
+        if flip is not None:
+            self._flipped(member, up=flip, known=known, result=result)
+        if member.health.hard_down:
+            dead = Judgement(Verdict.FAULT, text=f"is down: {member.health.last_error}")
+            for lease in list(member.leases):
+                lease.revoke(dead)
+        if flip is not None:
+            self._touch()
+
+    def _flipped(self, member: Member, *, up: bool, known: bool, result: CheckResult) -> None:
+        now, name = self.now(), member.name
+        if up:
+            self.catalog.note_back(name)
+            if known:
+                member.load.start_ramp()
+                for gate in member.models.values():
+                    gate.forget_growth()
+            self.refresh(name)
+        else:
+            self.catalog.note_away(name)
+        self._emit(HealthFlipped(now, name, up, result.error or f"Ollama {result.version}"))
+
+    def note_tags(self, name: str, rows: list[Any], asked_at: float) -> None:
+        """The backend's list of models was read; the question went out at *asked_at*."""
+        if name not in self.members:
+            return
+        settled = self.catalog.settled()
+        if self.catalog.note_tags(name, rows, asked_at):
+            self._told_catalog(name)
+        elif settled != self.catalog.settled():
+            self._touch()
+
+    def note_ps(self, name: str, rows: list[Any], asked_at: float) -> None:
+        """The backend's list of loaded models was read; the question went out at *asked_at*."""
+        member = self.members.get(name)
+        if member is None:
+            return
+        change = self.catalog.note_ps(name, rows, asked_at)
+        if change.changed:
+            for gate in member.models.values():
+                gate.forget_growth()
+            self._told_catalog(name)
+
+    def _told_catalog(self, name: str) -> None:
+        loaded = tuple(names.display(model) for model in self.catalog.loaded(name))
+        models = len(self.catalog.listed(name))
+        self._emit(CatalogChanged(self.now(), name, models, loaded))
+        self._touch()
+
+    def due_trials(self) -> Iterable[Trial]:
+        """Open breakers whose trial is due, each with its permit; to be carried out now."""
+        for member in list(self.members.values()):
+            if not member.health.up or member.switch is Switch.DISABLED:
+                continue
+            if member.gate.state is not BreakerState.CLOSED:
+                permit = member.gate.acquire_trial()
+                if permit is not None:
+                    yield Trial(member.name, None, permit, member.gate.tripped_midstream)
+                continue
+            for model, gate in member.models.items():
+                if gate.state is BreakerState.CLOSED or not self._worth_a_trial(member, model):
+                    continue
+                permit = gate.acquire_trial()
+                if permit is not None:
+                    yield Trial(member.name, model, permit, gate.tripped_midstream)
+
+    def _worth_a_trial(self, member: Member, model: str) -> bool:
+        """A model in memory is tried by a canary; one that is not only if calls asked for it."""
+        if self.catalog.resident(member.name, model) is not None:
+            return True
+        return model in member.asked and member.loading is None
+
+    def suspects(self) -> list[Suspect]:
+        """Models on which nothing has moved for too long; each is set aside until told more."""
+        down = {m.name for m in self.members.values() if not m.health.up}
+        found = []
+        for suspect in self.watchdog.suspects(self.now(), down):
+            member = self.members.get(suspect.backend)
+            if member is None or suspect.model in member.suspects:
+                continue
+            member.suspects.add(suspect.model)
+            shown = names.display(suspect.model)
+            self._emit(Suspected(self.now(), suspect.backend, shown, suspect.silent_s))
+            found.append(suspect)
+        return found
+
+    def acquit(self, suspect: Suspect) -> None:
+        """The canary answered, or a load explains the silence."""
+        member = self.members.get(suspect.backend)
+        if member is not None:
+            member.suspects.discard(suspect.model)
+        self.watchdog.cleared(suspect.backend, suspect.model)
+        self._touch()
+
+    def convict(self, suspect: Suspect, text: str) -> None:
+        """The canary is stuck too: open the breaker, and send elsewhere what had no byte yet."""
+        member = self.members.get(suspect.backend)
+        if member is None:
+            return
+        gate = member.gate
+        if suspect.others_move:
+            gate = self._model_gate(member, suspect.model)
+        gate.trip(text)
+        judgement = Judgement(Verdict.SLOW, text=text)
+        for lease in list(member.leases):
+            if not suspect.others_move or lease.call.key.model == suspect.model:
+                lease.revoke(judgement)
+        member.suspects.discard(suspect.model)
+        self._touch()
+
+    # -- the operator --------------------------------------------------------------------------
+
+    def turn(self, name: str, switch: Switch) -> None:
+        """Turn a backend's switch. Raises KeyError for an unknown name."""
+        self.members[name].switch = switch
+        self._emit(SwitchMoved(self.now(), name, switch))
+        self._touch()
+
+    def reset(self, name: str) -> None:
+        """Close a backend's breakers by hand. Raises KeyError for an unknown name."""
+        member = self.members[name]
+        for gate in (member.gate, *member.models.values()):
+            gate.reset()
+        self._touch()
+
+    # -- seeing --------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Leases that are out."""
+        return sum(len(member.leases) for member in self.members.values())
+
+    def is_ready(self) -> bool:
+        """Whether at least one backend could take a call now."""
+        return any(
+            m.health.up
+            and m.gate.state is BreakerState.CLOSED
+            and m.switch is Switch.SERVING
+            and m.backend.enabled
+            for m in self.members.values()
+        )
+
+    def snapshot(self) -> list[BackendView]:
+        """Every member as it is now."""
+        return [self._view(member) for member in self.members.values()]
+
+    def _view(self, member: Member) -> BackendView:
+        gates: list[tuple[str | None, Gate]] = [(None, member.gate)]
+        gates += [(names.display(model), gate) for model, gate in member.models.items()]
+        loading = member.loading
+        now = self.now()
+        return BackendView(
+            name=member.name,
+            url=member.backend.url,
+            up={"up": True, "down": False}.get(member.health.state),
+            error=member.health.last_error,
+            since_s=now - member.health.since,
+            version=self.catalog.version_of(member.name),
+            switch=member.switch,
+            enabled=member.backend.enabled,
+            slots=member.backend.slots,
+            in_flight={names.display(m): n for m, n in member.load.counts().items()},
+            breakers=tuple(
+                BreakerView(model, g.state, g.reason, g.retry_in(), g.trips, g.stale)
+                for model, g in gates
+            ),
+            loading=None if loading is None else names.display(loading.key.model),
+            loading_s=0.0 if loading is None else now - loading.since,
+            cooling_s=member.load.cooling_s(None),
+            first_byte_s=member.load.first_byte_s(None),
+            available=tuple(names.display(m) for m in self.catalog.listed(member.name)),
+            loaded=tuple(names.display(m) for m in self.catalog.loaded(member.name)),
+            vram_bytes=self.catalog.vram(member.name),
+            trouble=member.trouble,
+        )
+
+
+def _next_trial(gate: Gate) -> str:
+    wait_s = gate.retry_in()
+    return f"next trial in {math.ceil(wait_s)} s" if wait_s > 0 else "a trial is due"

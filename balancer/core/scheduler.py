@@ -1,0 +1,455 @@
+"""
+The scheduler's door, and the small greedy policies behind it.
+
+Laws:
+- Facts and waiting tickets go in; what can start *now* comes out; everything else goes on waiting.
+- A call is bound to a backend as late as possible: nothing is chosen until a slot is free.
+- Nothing is ever committed to a backend on which the model is not in memory. A cold model gets a
+  `Load`, which is a call of ours that no client can cancel; the ticket waits for it, and goes
+  elsewhere if something better turns up first.
+- A pass counts what it has committed at once; what could not be carried out is noted back.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol
+
+from balancer.core.domain import Attempt, Call, Candidate, PlacementKey, Residency
+from balancer.core.errors import BalancerError
+
+
+class TicketState(Enum):
+    """A ticket leaves WAITING exactly once."""
+
+    WAITING = "waiting"
+    GRANTED = "granted"
+    REFUSED = "refused"
+    WITHDRAWN = "withdrawn"
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """
+    A place in the queue.
+
+    Args:
+        seq: Order of arrival; a call that is tried again keeps its own.
+        excluded: Backends this call may not use (any more).
+        attempts: What was tried before.
+        queued_at: When it began to wait this time.
+        limit_at: When waiting ends in a refusal.
+    """
+
+    call: Call
+    seq: int
+    excluded: frozenset[str]
+    attempts: tuple[Attempt, ...]
+    queued_at: float
+    limit_at: float
+    state: TicketState = TicketState.WAITING
+    cold: bool = False  # a load was made for it
+    load_on: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Send this call there now. `short`: its context is too small and nothing better is there."""
+
+    ticket: Ticket
+    backend: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load this model there, by a detached call, because this ticket waits for it."""
+
+    ticket: Ticket
+    backend: str
+    key: PlacementKey
+    why: str
+    victims: tuple[PlacementKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Make room."""
+
+    backend: str
+    key: PlacementKey
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Waiting longer cannot help this ticket."""
+
+    ticket: Ticket
+    error: BalancerError
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Plan again then, even if nothing happens."""
+
+    at: float
+
+
+Effect = Commit | Load | Unload | Refuse | WakeAt
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRefused:
+    """The slot or the permit was not to be had after all."""
+
+    ticket: Ticket
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstByte:
+    """An attempt's first byte came."""
+
+    backend: str
+    key: PlacementKey
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An attempt ended. `busy_s`: how long it held its slot."""
+
+    backend: str
+    key: PlacementKey
+    busy_s: float
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAnswered:
+    """A detached load ended."""
+
+    backend: str
+    key: PlacementKey
+    ok: bool
+    load_s: float
+
+
+Fact = CommitRefused | FirstByte | Ended | LoadAnswered
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One backend as `explain` tells it: lower score wins; `wait_s` is an estimate."""
+
+    backend: str
+    verdict: str
+    score: float
+    wait_s: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadingNow:
+    """A detached load under way."""
+
+    backend: str
+    since: float
+
+
+class View(Protocol):
+    """What a scheduler may see of the pool."""
+
+    def candidates(self, call: Call, excluded: frozenset[str]) -> Sequence[Candidate]:
+        """Backends that may serve *call* now."""
+
+    def loading(self, key: PlacementKey) -> Sequence[LoadingNow]:
+        """Detached loads of *key* under way, on any backend."""
+
+
+class Scheduler(Protocol):
+    """The choice. Every method is synchronous and quick."""
+
+    def enqueue(self, ticket: Ticket) -> None:
+        """Take a waiting ticket in."""
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Forget a ticket."""
+
+    def note(self, fact: Fact) -> None:
+        """Learn what happened."""
+
+    def plan(self, now: float) -> list[Effect]:
+        """Decide what can start now."""
+
+    def wait_estimate(self, call: Call, now: float) -> float:
+        """Seconds until *call* would start; inf: nobody can tell."""
+
+    def explain(self, call: Call, now: float) -> list[Option]:
+        """Every candidate for *call*, best first."""
+
+    def waiting(self) -> Sequence[Ticket]:
+        """All tickets that wait, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """
+    What tells one greedy policy from another.
+
+    Args:
+        rank: Order among backends; the least is chosen. Gets the candidate with this pass's
+            commits counted, and how long ago it was last chosen (a rank, not seconds).
+        copies: Whether a second copy may be loaded while one is in memory.
+        cold_is_equal: A backend without the model in memory competes with those that have it.
+    """
+
+    rank: Callable[[Candidate, int], tuple[float, ...]]
+    copies: bool
+    cold_is_equal: bool = False
+
+
+def _by_load(candidate: Candidate, last_used: int) -> tuple[float, ...]:
+    """Fewest calls per slot, then the quicker by factors of two, then whoever was idle longest."""
+    quick = round(math.log2(max(candidate.first_byte_s, 0.01)))
+    share = candidate.in_flight / candidate.slots
+    return (share, candidate.host_in_flight, quick, last_used)
+
+
+POLICIES: Final[Mapping[str, Policy]] = {
+    "least-loaded": Policy(_by_load, copies=True),
+    "warm-first": Policy(_by_load, copies=False),
+    "round-robin": Policy(lambda _, last_used: (last_used,), copies=False, cold_is_equal=True),
+}
+
+# A load that takes this much longer than its size suggests no longer holds up its callers.
+OVERDUE_FACTOR: Final = 3.0
+OVERDUE_EXTRA_S: Final = 30.0
+
+
+def load_estimate_s(size_bytes: int) -> float:
+    """Seconds to load that many bytes at a gigabyte a second, before anything is known."""
+    return 1.0 + size_bytes / 1e9
+
+
+class Greedy:
+    """
+    The head of each queue goes to the best backend with a free slot.
+
+    A second copy is loaded only when every copy is full and the head has waited as long as the
+    load would take: then waiting and loading have cost the same, whatever comes next (the
+    ski-rental rule, at most twice the optimum).
+    """
+
+    def __init__(self, policy: Policy, view: View) -> None:
+        self._policy = policy
+        self._view = view
+        self._queues: dict[PlacementKey, list[Ticket]] = {}
+        self._last_used: dict[str, int] = {}
+        self._uses = 0
+        self._busy_s: dict[str, float] = {}  # by model: smoothed seconds a call holds its slot
+
+    def enqueue(self, ticket: Ticket) -> None:
+        """Take a waiting ticket in, in order of its seq."""
+        queue = self._queues.setdefault(ticket.call.key, [])
+        bisect.insort(queue, ticket, key=lambda other: other.seq)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Forget a ticket; one that is not here is no mistake."""
+        queue = self._queues.get(ticket.call.key, [])
+        if ticket in queue:
+            queue.remove(ticket)
+        if not queue:
+            self._queues.pop(ticket.call.key, None)
+
+    def waiting(self) -> list[Ticket]:
+        """All tickets that wait, in order."""
+        tickets = [ticket for queue in self._queues.values() for ticket in queue]
+        return sorted(tickets, key=lambda ticket: ticket.seq)
+
+    def note(self, fact: Fact) -> None:
+        """Learn how long calls hold their slots."""
+        if isinstance(fact, Ended) and fact.ok:
+            known = self._busy_s.get(fact.key.model, fact.busy_s)
+            self._busy_s[fact.key.model] = known + 0.2 * (fact.busy_s - known)
+
+    def plan(self, now: float) -> list[Effect]:
+        """One pass over the heads of all queues, oldest first."""
+        run = _Pass(now)
+        for key in sorted(self._queues, key=lambda key: self._queues[key][0].seq):
+            self._serve(key, run)
+        for effect in run.effects:
+            if isinstance(effect, Commit):
+                self.withdraw(effect.ticket)
+        return run.effects
+
+    def _serve(self, key: PlacementKey, run: _Pass) -> None:
+        """Commit from one queue until its head must wait."""
+        for ticket in list(self._queues[key]):
+            started = self._start(ticket, run)
+            if not started and not ticket.excluded:
+                return  # those behind it could not start either
+
+    def _start(self, ticket: Ticket, run: _Pass) -> bool:
+        candidates = self._counted(ticket.call, ticket.excluded, run)
+        fits, short = split_by_context(ticket.call, candidates)
+        for group, why in ((fits, "cold" if ticket.cold else "warm"), (short, "short-context")):
+            free = [c for c in group if c.residency is Residency.LOADED and c.in_flight < c.slots]
+            if self._policy.cold_is_equal and not self._view.loading(ticket.call.key):
+                free += [c for c in group if _is_loadable(c)]
+            if free:
+                self._take(ticket, min(free, key=self._rank), why, run)
+                return True
+            if any(c.residency is Residency.LOADED for c in group):
+                self._consider_copy(ticket, group, run)
+                return False
+            if not group:
+                continue
+            if self._is_loading(ticket, group, run):
+                return False
+            if self._load(ticket, group, "no copy in memory", run):
+                return False
+        return False
+
+    def _take(self, ticket: Ticket, chosen: Candidate, why: str, run: _Pass) -> None:
+        if chosen.residency is not Residency.LOADED:
+            self._start_load(ticket, chosen, "its turn", run)
+            return
+        self._used(chosen.backend)
+        run.taken[chosen.backend, ticket.call.key.model] += 1
+        run.effects.append(Commit(ticket, chosen.backend, why))
+
+    def _consider_copy(self, ticket: Ticket, group: Sequence[Candidate], run: _Pass) -> None:
+        if not self._policy.copies or self._is_loading(ticket, group, run):
+            return
+        waited_s = run.now - ticket.queued_at
+        cost_s = load_estimate_s(max(c.size_bytes for c in group))
+        if not any(_is_loadable(c) for c in group):
+            return
+        if waited_s >= cost_s:
+            self._load(ticket, group, "every copy is full", run)
+        else:
+            run.effects.append(WakeAt(ticket.queued_at + cost_s))
+
+    def _is_loading(self, ticket: Ticket, group: Sequence[Candidate], run: _Pass) -> bool:
+        """Whether a load that is not overdue is under way on a backend this call may use."""
+        key = ticket.call.key
+        if key in run.loads:
+            return True
+        under_way = [x for x in self._view.loading(key) if x.backend not in ticket.excluded]
+        if not under_way:
+            return False
+        size_bytes = max((c.size_bytes for c in group), default=0)
+        limit_s = OVERDUE_FACTOR * load_estimate_s(size_bytes) + OVERDUE_EXTRA_S
+        newest = max(x.since for x in under_way)
+        if run.now - newest < limit_s:
+            run.effects.append(WakeAt(newest + limit_s))
+            return True
+        return False
+
+    def _load(self, ticket: Ticket, group: Sequence[Candidate], why: str, run: _Pass) -> bool:
+        """Start a load on the backend that has most room for it."""
+        able = [c for c in group if _is_loadable(c) and c.backend not in run.loading_on]
+        if not able:
+            return False
+        # A busy variant of the same model would have to be evicted; an unknown one may be loaded.
+        best = min(able, key=lambda c: (c.in_flight, *self._rank(c)))
+        self._start_load(ticket, best, why, run)
+        return True
+
+    def _start_load(self, ticket: Ticket, chosen: Candidate, why: str, run: _Pass) -> None:
+        self._used(chosen.backend)
+        run.loads.add(ticket.call.key)
+        run.loading_on.add(chosen.backend)
+        run.effects.append(Load(ticket, chosen.backend, ticket.call.key, why))
+
+    def _counted(self, call: Call, excluded: frozenset[str], run: _Pass) -> list[Candidate]:
+        """The candidates with what this pass has committed."""
+        counted = []
+        for c in self._view.candidates(call, excluded):
+            mine = run.taken[c.backend, call.key.model]
+            counted.append(_busier(c, mine) if mine else c)
+        return counted
+
+    def _rank(self, candidate: Candidate) -> tuple[float, ...]:
+        return self._policy.rank(candidate, self._last_used.get(candidate.backend, 0))
+
+    def _used(self, backend: str) -> None:
+        self._uses += 1
+        self._last_used[backend] = self._uses
+
+    def wait_estimate(self, call: Call, now: float) -> float:  # noqa: ARG002 - the door's shape
+        """Calls ahead times how long each holds a slot, over the slots there are."""
+        ahead = len(self._queues.get(call.key, ()))
+        warm = [
+            c for c in self._view.candidates(call, frozenset()) if c.residency is Residency.LOADED
+        ]
+        busy_s = self._busy_s.get(call.key.model, 5.0)
+        slots = sum(c.slots for c in warm)
+        if not slots:
+            return math.inf
+        if not ahead and any(c.in_flight < c.slots for c in warm):
+            return 0.0
+        return (ahead + 1) * busy_s / slots
+
+    def explain(self, call: Call, now: float) -> list[Option]:  # noqa: ARG002 - the door's shape
+        """Every candidate, best first, with the parts of its rank."""
+        options = []
+        for c in self._view.candidates(call, frozenset()):
+            warm = c.residency is Residency.LOADED
+            wait_s = 0.0 if warm else load_estimate_s(c.size_bytes)
+            share = c.in_flight / c.slots
+            terms = {"calls_per_slot": share, "calls": float(c.host_in_flight)}
+            terms["first_byte_s"] = c.first_byte_s
+            score = share + (0 if warm else 1000)
+            options.append(Option(c.backend, c.residency.value, score, wait_s, terms))
+        return sorted(options, key=lambda option: (option.score, option.backend))
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What one pass has decided so far."""
+
+    now: float
+    effects: list[Effect] = field(default_factory=list)
+    taken: Counter[tuple[str, str]] = field(default_factory=Counter)
+    loads: set[PlacementKey] = field(default_factory=set)
+    loading_on: set[str] = field(default_factory=set)
+
+
+def _is_loadable(c: Candidate) -> bool:
+    return c.load_token and c.residency in (Residency.ON_DISK, Residency.UNKNOWN)
+
+
+def _busier(c: Candidate, by: int) -> Candidate:
+    return Candidate(
+        c.backend,
+        c.residency,
+        c.in_flight + by,
+        c.slots,
+        c.host_in_flight + by,
+        c.load_token,
+        c.first_byte_s,
+        c.context,
+        c.size_bytes,
+    )
+
+
+def split_by_context(
+    call: Call, candidates: Sequence[Candidate]
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Those whose context takes the estimated prompt and answer, and those too short."""
+    need = call.prompt_tokens + (call.output_tokens or 0)
+    fits = [c for c in candidates if c.context is None or c.context >= need]
+    short = [c for c in candidates if c.context is not None and c.context < need]
+    return fits, short
+
+
+def build(name: str, view: View) -> Scheduler:
+    """The policy of that name. Raises KeyError for an unknown one."""
+    return Greedy(POLICIES[name], view)

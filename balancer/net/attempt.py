@@ -1,0 +1,167 @@
+"""
+One try's answer, held until it can be judged, then handed on as it comes.
+
+An attempt is the sink of one exchange. Until it is judged it collects: a stream up to its first
+record that commits, a whole answer up to its end. After that whoever relays takes what is there
+and waits for more; past 64 KiB not yet taken, the backend is paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from balancer.core.domain import Call, Framing
+from balancer.core.framing import Opened, Opening
+from balancer.core.pool import Lease
+from balancer.core.verdicts import Failure, Judgement
+from balancer.net.upstream import Handle
+
+HOLD_WHOLE: Final = 8 * 1024 * 1024  # larger answers commit and stream on
+HOLD_ERROR: Final = 64 * 1024
+HIGH_WATER: Final = 64 * 1024
+
+
+class Attempt:
+    """
+    The sink of one exchange.
+
+    Attributes:
+        status, headers, content_type: Of the backend's head; status 0 before it.
+        framing: How the body is framed, by its content type.
+        opened: How a stream began, once known.
+        failure: The transport's failure, if it failed.
+        revoked: Why the pool took the backend away, if it did.
+        received: Bytes of body so far.
+        complete: The body ended cleanly.
+    """
+
+    def __init__(self, call: Call, lease: Lease, clock: Callable[[], float]) -> None:
+        self._call = call
+        self._lease = lease
+        self._clock = clock
+        self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._news: asyncio.Event = asyncio.Event()
+        self._parts: list[bytes] = []
+        self._held = 0
+        self._opening: Opening | None = None
+        self._paused = False
+        self.handle: Handle | None = None
+        self.status = 0
+        self.headers: Sequence[tuple[str, str]] = ()
+        self.content_type = ""
+        self.framing = Framing.JSON
+        self.opened: Opened | None = None
+        self.failure: Failure | None = None
+        self.revoked: Judgement | None = None
+        self.received = 0
+        self.complete = False
+        self.sent_at = clock()
+        self.head_at: float | None = None
+        self.first_byte_at: float | None = None
+        lease.on_revoke = self._revoke
+
+    # -- the sink ------------------------------------------------------------------------------
+
+    def head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
+        """The answer's head."""
+        self.status, self.headers = status, headers
+        self.head_at = self._clock()
+        self.content_type = next((v for k, v in headers if k.lower() == "content-type"), "")
+        self.framing = _framing(self.content_type)
+        if status == 200 and self.framing is not Framing.JSON:
+            self._opening = Opening(self.framing, self._call.route.dialect)
+
+    def data(self, data: bytes) -> None:
+        """Bytes of the body."""
+        if self.first_byte_at is None:
+            self.first_byte_at = self._clock()
+        self.received += len(data)
+        self._lease.moved()
+        self._parts.append(data)
+        self._held += len(data)
+        if self._decided.done():
+            self._news.set()
+            if self._held > HIGH_WATER and not self._paused and self.handle is not None:
+                self._paused = True
+                self.handle.pause()
+        elif self._opening is not None:
+            self._open(self._opening.feed(data))
+        elif self._held > (HOLD_WHOLE if self.status == 200 else HOLD_ERROR):
+            self._decide()
+
+    def end(self) -> None:
+        """The body is complete."""
+        self.complete = True
+        if self._opening is not None and self.opened is None:
+            self._open(self._opening.end())
+        self._over()
+
+    def fail(self, failure: Failure) -> None:
+        """The transport failed."""
+        self.failure = failure
+        self._over()
+
+    # -- the holder ----------------------------------------------------------------------------
+
+    async def first(self) -> None:
+        """Wait until the answer can be judged; afterwards the attributes tell what it is."""
+        await self._decided
+
+    def take(self) -> bytes:
+        """What came and was not taken yet; empty: nothing."""
+        if not self._parts:
+            return b""
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        self._held = 0
+        self._news.clear()
+        if self._paused and self.handle is not None:
+            self._paused = False
+            self.handle.resume()
+        return data
+
+    async def more(self) -> None:
+        """Wait until there is something to take, or the end."""
+        await self._news.wait()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.complete or self.failure is not None or self.revoked is not None
+
+    @property
+    def begun(self) -> bool:
+        """Whether this is an answer to pass on as it comes."""
+        if self.status != 200 or self.revoked is not None:
+            return False
+        if self._opening is not None:
+            return self.opened is not None and self.opened.kind == "commit"
+        return not self.is_over
+
+    def _open(self, opened: Opened | None) -> None:
+        if opened is not None:
+            self.opened = opened
+            self._decide()
+
+    def _over(self) -> None:
+        self._news.set()
+        self._decide()
+
+    def _decide(self) -> None:
+        if not self._decided.done():
+            self._decided.set_result(None)
+
+    def _revoke(self, judgement: Judgement) -> None:
+        """The pool gave up on this backend before a byte came."""
+        self.revoked = judgement
+        if self.handle is not None:
+            self.handle.abort()
+        self._over()
+
+
+def _framing(content_type: str) -> Framing:
+    if content_type.startswith("application/x-ndjson"):
+        return Framing.NDJSON
+    return Framing.SSE if content_type.startswith("text/event-stream") else Framing.JSON

@@ -1,0 +1,494 @@
+"""
+Our own questions to the backends: checks, lists, trials and canaries, detached loads.
+
+Laws:
+- A trial of an open breaker is always a call of ours, never a user's.
+- A canary can neither reload nor pin a model: it carries the runner options that are there, and
+  no keep_alive; where they are not known, there is no canary.
+- A detached load belongs to nobody: no client can cancel it. Only its budget ends it, or the
+  backend's death.
+- Silence while a model may be loading is no failure: before a canary is sent, what is in memory
+  is read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from balancer.core import names, routes, verdicts
+from balancer.core.catalog import Catalog
+from balancer.core.dialect import compact
+from balancer.core.dispatch import Answer, Dispatcher
+from balancer.core.domain import (
+    Attempt,
+    Call,
+    CheckResult,
+    Mark,
+    Outcome,
+    PlacementKey,
+    Purpose,
+    Verdict,
+)
+from balancer.core.events import Emit, TrialEnded
+from balancer.core.pool import Pool, Trial
+from balancer.core.scheduler import Load, Unload
+from balancer.core.verdicts import Failure, FailureKind, Judgement
+from balancer.core.watchdog import Suspect
+from balancer.net.tasks import Tasks
+from balancer.net.upstream import ClientUpstream, Target, UpstreamError
+
+TICK_S: Final = 0.5
+CANARY_S: Final = 10.0
+CANARY_TOKENS: Final = 8
+CANARY_TOKENS_MIDSTREAM: Final = 32
+UNDECIDED_S: Final = 5.0
+UNLOAD_S: Final = 30.0
+# What a trial may end in that decides it; of the rest it has learned nothing.
+DECISIVE: Final = frozenset(
+    {Verdict.OK, Verdict.UNFIT, Verdict.OVERDUE, Verdict.FAULT, Verdict.SLOW}
+)
+LISTS_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ProberSettings:
+    """Seconds between and for our questions; None: no limit."""
+
+    timeout_s: float = 2.0
+    models_interval_s: float = 30.0
+    loaded_interval_s: float = 5.0
+
+
+@dataclass(slots=True)
+class _Due:
+    """When a backend's lists are to be read next."""
+
+    models_at: float
+    loaded_at: float
+    wake: asyncio.Event
+
+
+class Prober:
+    """
+    One task per backend keeps what we know of it fresh; one more runs trials and the watchdog.
+
+    Args:
+        targets: How each backend is reached; the upstream's, shared.
+    """
+
+    def __init__(
+        self,
+        settings: ProberSettings,
+        pool: Pool,
+        upstream: ClientUpstream,
+        tasks: Tasks,
+        clock: Callable[[], float],
+        wall: Callable[[], datetime],
+        emit: Emit,
+    ) -> None:
+        self.settings = settings
+        self._wall = wall
+        self._pool = pool
+        self._catalog: Catalog = pool.catalog
+        self._upstream = upstream
+        self._tasks = tasks
+        self._clock = clock
+        self._emit = emit
+        self._due: dict[str, _Due] = {}
+        self._keepers: dict[str, asyncio.Task[Any]] = {}
+        self._loads: dict[str, asyncio.Task[Any]] = {}
+        self.dispatcher: Dispatcher | None = None
+        pool.refresh = self.refresh
+
+    def start(self) -> None:
+        """Begin to watch; `follow` tells whom."""
+        self._tasks.spawn(self._tick(), "trials and watchdog")
+
+    def follow(self) -> None:
+        """Take over the pool's present members."""
+        for name in set(self._keepers) - set(self._pool.members):
+            self._keepers.pop(name).cancel()
+            self._due.pop(name, None)
+            load = self._loads.pop(name, None)
+            if load is not None:
+                load.cancel()
+        now = self._clock()
+        for name in self._pool.members:
+            if name not in self._keepers:
+                self._due[name] = _Due(now, now, asyncio.Event())
+                self._keepers[name] = self._tasks.spawn(self._keep(name), f"checks of {name}")
+
+    def refresh(self, name: str) -> None:
+        """Read a backend's lists again, now."""
+        due = self._due.get(name)
+        if due is not None:
+            due.models_at = due.loaded_at = self._clock()
+            due.wake.set()
+
+    # -- checks and lists ----------------------------------------------------------------------
+
+    async def _keep(self, name: str) -> None:
+        due = self._due[name]
+        check_at = self._clock()
+        while True:
+            now = self._clock()
+            next_at = min(check_at, due.loaded_at, due.models_at)
+            if next_at > now:
+                due.wake.clear()
+                try:
+                    async with asyncio.timeout(next_at - now):
+                        await due.wake.wait()
+                except TimeoutError:
+                    pass
+                continue
+            member = self._pool.members.get(name)
+            if member is None:
+                return
+            if check_at <= now:
+                result = await self.check(name)
+                self._pool.observe(name, result)
+                check_at = self._clock() + member.health.due_in()
+            if member.health.up:
+                await self._read_lists(name, due)
+            else:
+                later = self._clock() + self.settings.loaded_interval_s
+                due.models_at = due.loaded_at = later
+
+    async def check(self, name: str) -> CheckResult:
+        """Ask for the version: is it alive, and is it Ollama?"""
+        began = self._clock()
+        try:
+            status, _, body = await self._ask(
+                name, "GET", "/api/version", limit_s=self.settings.timeout_s
+            )
+        except UpstreamError as error:
+            kind = error.failure.kind
+            connected = kind not in (FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT)
+            text = "no answer in time" if kind is FailureKind.OVERDUE else error.failure.text
+            return CheckResult(False, self._clock() - began, error=text, connected=connected)
+        latency_s = self._clock() - began
+        version = _field(body, "version")
+        if status != 200 or not isinstance(version, str):
+            told = verdicts.error_text(body) or f"HTTP {status}, not Ollama's answer"
+            return CheckResult(False, latency_s, error=verdicts.line(told))
+        return CheckResult(True, latency_s, version=version)
+
+    async def _read_lists(self, name: str, due: _Due) -> None:
+        now = self._clock()
+        if due.loaded_at <= now:
+            due.loaded_at = now + self.settings.loaded_interval_s
+            rows = await self._rows(name, "/api/ps")
+            if rows is not None:
+                self._pool.note_ps(name, rows, now)
+        if due.models_at <= now:
+            due.models_at = now + self.settings.models_interval_s
+            rows = await self._rows(name, "/api/tags")
+            if rows is not None:
+                self._pool.note_tags(name, rows, now)
+                await self._read_shows(name)
+            elif not self._catalog.settled():
+                self._catalog.note_failed(name)
+
+    async def _rows(self, name: str, path: str) -> list[Any] | None:
+        """The rows of a list; None: it was not answered, which proves nothing."""
+        try:
+            status, _, body = await self._ask(
+                name, "GET", path, limit_s=4 * self.settings.timeout_s
+            )
+        except UpstreamError:
+            return None
+        rows = _field(body, "models") if status == 200 else None
+        return rows if isinstance(rows, list) else None
+
+    async def _read_shows(self, name: str) -> None:
+        """Ask once for each digest that is new here, one at a time."""
+        for backend, model, digest in self._catalog.digests_without_show():
+            if backend != name:
+                continue
+            try:
+                status, _, body = await self._ask(
+                    name, "POST", "/api/show", {"model": model}, limit_s=10.0
+                )
+            except UpstreamError:
+                return
+            if status == 200:
+                self._catalog.note_show(digest, body)
+
+    # -- trials and suspicion ------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            for trial in self._pool.due_trials():
+                self._tasks.spawn(self._try(trial), f"trial of {trial.backend}")
+            for suspect in self._pool.suspects():
+                self._tasks.spawn(self._question(suspect), f"canary for {suspect.backend}")
+
+    async def _try(self, trial: Trial) -> None:
+        """Carry one trial out and settle its permit, whatever happens."""
+        kind, judgement = "version", Judgement(Verdict.STOPPED)
+        try:
+            check = await self.check(trial.backend)
+            if not check.ok:
+                judgement = Judgement(Verdict.FAULT, text=check.error)
+                return
+            resident = self._canary_model(trial)
+            wanted = self._wanted(trial)
+            if resident is not None:
+                kind = "canary"
+                tokens = CANARY_TOKENS_MIDSTREAM if trial.midstream else CANARY_TOKENS
+                judgement = await self._canary(trial.backend, resident, tokens)
+            elif wanted is not None:
+                kind = "load"
+                judgement = await self._trial_load(trial, wanted)
+            elif trial.model is None:
+                # Nothing is in memory and nobody asks for anything: being alive must do.
+                judgement = Judgement(Verdict.OK)
+            if judgement.verdict not in DECISIVE:
+                await asyncio.sleep(UNDECIDED_S)  # the permit is kept: no second trial meanwhile
+        finally:
+            ok = judgement.verdict is Verdict.OK
+            blamed = judgement.verdict in DECISIVE and not ok
+            mark = Mark.CREDIT if ok else Mark.BLAME if blamed else Mark.NEITHER
+            trial.permit.settle(mark, 1, judgement.text)
+            model = None if trial.model is None else names.display(trial.model)
+            now = self._clock()
+            self._emit(TrialEnded(now, trial.backend, model, kind, ok, judgement.text))
+            self._kick()
+
+    def _canary_model(self, trial: Trial) -> PlacementKey | None:
+        """A model in memory whose options are known; the tried one, or any for the backend."""
+        loaded = [trial.model] if trial.model is not None else self._catalog.loaded(trial.backend)
+        for model in loaded:
+            key = self._catalog.resident_options(trial.backend, model)
+            if key is not None:
+                return key
+        return None
+
+    def _wanted(self, trial: Trial) -> PlacementKey | None:
+        """What calls asked for since the trip, not in memory: to be tried by a detached load."""
+        member = self._pool.members.get(trial.backend)
+        if member is None or member.loading is not None:
+            return None
+        if trial.model is not None:
+            return member.asked.get(trial.model)
+        return next(reversed(member.asked.values()), None)
+
+    async def _trial_load(self, trial: Trial, key: PlacementKey) -> Judgement:
+        why = "trial of a breaker"
+        if not self._pool.take_token(trial.backend, key, why, trial=True):
+            return Judgement(Verdict.STOPPED, text="another load is under way")
+        judgement, _ = await self._run_load(trial.backend, key, None, embed=False)
+        return judgement
+
+    async def _canary(self, backend: str, key: PlacementKey, tokens: int) -> Judgement:
+        """The shortest generation on a model in memory."""
+        model = names.display(key.model)
+        options = dict(key.options)
+        shift = options.pop("shift", None)
+        context = self._catalog.context(backend, key.model)
+        if context is not None:
+            options["num_ctx"] = context
+        body: dict[str, Any] = {"model": model}
+        if self._catalog.is_embedding_only(key.model):
+            path, body["input"] = "/api/embed", "1"
+        else:
+            path = "/api/generate"
+            options["num_predict"] = tokens
+            body |= {"prompt": "1", "stream": False}
+        body["options"] = options
+        if shift is not None:
+            body["shift"] = shift
+        judgement, _ = await self._judged(backend, path, body, CANARY_S)
+        return judgement
+
+    async def _question(self, suspect: Suspect) -> None:
+        """Nothing moves there: is a load under way, is it slow, or is it stuck?"""
+        text = f"silent for {suspect.silent_s:.0f} s, and a canary was not answered"
+        rows = await self._rows(suspect.backend, "/api/ps")
+        if rows is not None:
+            self._pool.note_ps(suspect.backend, rows, self._clock())
+            if self._catalog.resident(suspect.backend, suspect.model) is None:
+                self._pool.acquit(suspect)  # it is being loaded: the load budget bounds that
+                return
+        if rows is None and self._is_up(suspect.backend):
+            check = await self.check(suspect.backend)
+            if not check.ok:
+                self._pool.convict(suspect, f"silent for {suspect.silent_s:.0f} s, {check.error}")
+                return
+        key = self._catalog.resident_options(suspect.backend, suspect.model)
+        if key is None:
+            key = self._options_in_use(suspect)
+        judgement = Judgement(Verdict.SLOW)
+        if key is not None:
+            judgement = await self._canary(suspect.backend, key, CANARY_TOKENS)
+        if judgement.verdict in (Verdict.OK, Verdict.BUSY, Verdict.CALLER, Verdict.UNCLEAR):
+            self._pool.acquit(suspect)
+        else:
+            self._pool.convict(suspect, text)
+
+    def _is_up(self, backend: str) -> bool:
+        member = self._pool.members.get(backend)
+        return member is not None and bool(member.health.up)
+
+    def _options_in_use(self, suspect: Suspect) -> PlacementKey | None:
+        """The options of a call of ours that waits there: those the runner has or will have."""
+        member = self._pool.members.get(suspect.backend)
+        leases = member.leases if member is not None else ()
+        keys = (lease.call.key for lease in leases if lease.call.key.model == suspect.model)
+        return next(keys, None)
+
+    # -- loads ---------------------------------------------------------------------------------
+
+    def load(self, load: Load) -> None:
+        """Carry out a detached load whose token was taken."""
+        self._loads[load.backend] = self._tasks.spawn(
+            self._load(load), f"load of {load.key.model} on {load.backend}"
+        )
+
+    async def _load(self, load: Load) -> None:
+        began = self._clock()
+        call = load.ticket.call
+        judgement, answer = await self._run_load(
+            load.backend, load.key, _keep_alive(call), embed=call.embedding
+        )
+        load_s = self._clock() - began
+        attempt = None
+        if judgement.verdict is not Verdict.OK:
+            outcome = self._outcome(judgement, began, answer)
+            attempt = Attempt(len(load.ticket.attempts) + 1, load.backend, outcome)
+        if self.dispatcher is not None:
+            self.dispatcher.load_ended(load, attempt, answer, load_s)
+
+    async def _run_load(
+        self, backend: str, key: PlacementKey, keep_alive: Any, *, embed: bool
+    ) -> tuple[Judgement, Answer | None]:
+        """An empty call, which loads; the token comes back whatever happens."""
+        began = self._clock()
+        judgement, answer = Judgement(Verdict.STOPPED, text="was stopped"), None
+        options = dict(key.options)
+        shift = options.pop("shift", None)
+        body: dict[str, Any] = {"model": names.display(key.model)}
+        if self._catalog.is_embedding_only(key.model) or embed:
+            path, body["input"] = "/api/embed", []
+        else:
+            path, body["prompt"] = "/api/generate", ""
+            body["stream"] = False
+        if options:
+            body["options"] = options
+        if shift is not None:
+            body["shift"] = shift
+        if keep_alive is not None:
+            body["keep_alive"] = keep_alive
+        try:
+            target = self._upstream.targets.get(backend)
+            limit_s = None if target is None else target.load_s
+            judgement, answer = await self._judged(backend, path, body, limit_s)
+        finally:
+            self._pool.end_load(backend, key, self._outcome(judgement, began, answer))
+        return judgement, answer
+
+    def _outcome(self, judgement: Judgement, began: float, answer: Answer | None) -> Outcome:
+        return Outcome(
+            verdict=judgement.verdict,
+            sent_at=began,
+            ended_at=self._clock(),
+            status=None if answer is None else answer.status,
+            weight=judgement.weight,
+            text=judgement.text,
+            crash=judgement.crash,
+            caused_load=True,
+        )
+
+    def unload(self, unload: Unload) -> None:
+        """Make room."""
+        name = f"unload of {unload.key.model} on {unload.backend}"
+        self._tasks.spawn(self.unload_now(unload.backend, unload.key.model), name)
+
+    async def unload_all(self, backends: Sequence[str], model: str) -> list[str]:
+        """Unload a model (canonical name) everywhere; the names of those that failed."""
+        answers = await asyncio.gather(*(self.unload_now(name, model) for name in backends))
+        return [
+            name
+            for name, answer in zip(backends, answers, strict=True)
+            if answer is None or answer.status not in (200, 404)
+        ]
+
+    def stamp(self) -> str:
+        """The wall time as Ollama writes it."""
+        return self._wall().isoformat().replace("+00:00", "Z")
+
+    async def unload_now(self, backend: str, model: str) -> Answer | None:
+        """Unload a model (canonical name) from one backend; its answer, None if there was none."""
+        body: dict[str, Any] = {"model": names.display(model), "keep_alive": 0}
+        if self._catalog.is_embedding_only(model):
+            path, body["input"] = "/api/embed", []
+        else:
+            path, body["prompt"] = "/api/generate", ""
+        try:
+            status, kind, text = await self._ask(backend, "POST", path, body, limit_s=UNLOAD_S)
+        except UpstreamError:
+            return None
+        if status == 200:
+            self._catalog.note_unloaded(backend, model)
+        self.refresh(backend)
+        return Answer(status, kind, text)
+
+    # -- asking --------------------------------------------------------------------------------
+
+    async def _judged(
+        self, backend: str, path: str, body: Mapping[str, Any], limit_s: float | None
+    ) -> tuple[Judgement, Answer | None]:
+        """Ask, and judge the answer as a call's."""
+        try:
+            status, kind, text = await self._ask(backend, "POST", path, body, limit_s=limit_s)
+        except UpstreamError as error:
+            return verdicts.of_failure(error.failure, committed=False, received=0), None
+        answer = Answer(status, kind, text)
+        if status == 200:
+            return Judgement(Verdict.OK), answer
+        route = routes.find("POST", path)
+        return verdicts.of_answer(route, str(body["model"]), status, kind, text), answer
+
+    async def _ask(
+        self,
+        name: str,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        limit_s: float | None,
+    ) -> tuple[int, str, bytes]:
+        target: Target | None = self._upstream.targets.get(name)
+        if target is None:
+            raise UpstreamError(Failure(FailureKind.CONNECT, "it has left the pool"))
+        data = None if body is None else compact(body)
+        return await self._upstream.ask(
+            target, method, path, data, limit_s=limit_s, max_bytes=LISTS_BYTES
+        )
+
+    def _kick(self) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.kick()
+
+
+def _field(body: bytes, name: str) -> Any:
+    """A field of a JSON object; None if it is none."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _keep_alive(call: Call) -> Any:
+    """The waiting call's, unless it would unload; the host's own default otherwise."""
+    if call.keep_alive is None or call.purpose is Purpose.UNLOAD:
+        return None
+    text = str(call.keep_alive).strip("0.smh")
+    return call.keep_alive if text else None

@@ -1,0 +1,538 @@
+"""
+Inference: identify, queue, send, judge, fail over, relay.
+
+Laws:
+- The line is *commit*: the first non-error record passed on to the client. Before it a failure is
+  answered by another backend; after it never, and never in silence.
+- Bytes pass verbatim. Whole records are written as they come; an unfinished one is held, so that
+  an error record of ours never follows half a record of the backend's.
+- A lease is settled in the frame that got it, whatever happens, cancellation included.
+- Leaving is nobody's fault: a client that hangs up costs a backend nothing but the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from aiohttp import web
+
+from balancer.core import verdicts
+from balancer.core.body import Body, read
+from balancer.core.dialect import trailer
+from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
+from balancer.core.domain import (
+    Attempt as Tried,
+)
+from balancer.core.domain import (
+    Call,
+    Dialect,
+    Framing,
+    Outcome,
+    Purpose,
+    Role,
+    Usage,
+    Verdict,
+)
+from balancer.core.errors import (
+    AttemptsExhausted,
+    BadRequest,
+    BalancerError,
+    CutStream,
+    DeadlineExceeded,
+    Forbidden,
+    Unavailable,
+)
+from balancer.core.framing import Ending, Splitter, json_terminal, splitter
+from balancer.core.pool import Lease
+from balancer.core.retry import Budget, again, repeats_crash
+from balancer.core.routes import EMBEDDING
+from balancer.core.verdicts import Judgement
+from balancer.net.attempt import Attempt
+from balancer.net.server import Exchange, read_body
+from balancer.net.upstream import Upstream
+
+WRITE_STALL_S: Final = 60.0
+MAX_DEADLINE_S: Final = 3600.0
+RELAYED: Final = frozenset({"content-type", "cache-control"})
+# Hop-by-hop, ours to set, or credentials: none of these goes up.
+WITHHELD: Final = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "content-length",
+        "content-encoding",
+        "expect",
+        "host",
+        "origin",
+        "access-control-request-method",
+        "access-control-request-headers",
+        "cookie",
+        "authorization",
+        "x-api-key",
+        "forwarded",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-proto",
+        "x-forwarded-prefix",
+        "x-real-ip",
+        "accept-encoding",
+        "via",
+        "x-request-id",
+        "x-request-timeout",
+        "request-timeout",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProxySettings:
+    """Limits of the proxy: bytes and seconds; None: none."""
+
+    max_body: int = 256 * 1024 * 1024
+    replay_memory: int = 512 * 1024 * 1024
+    total_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Course:
+    """What a call has been through so far."""
+
+    call: Call
+    tried: tuple[Tried, ...] = ()
+    excluded: frozenset[str] = frozenset()
+    answer: Answer | None = None
+    seq: int | None = None
+
+    def add(self, tried: Tried, answer: Answer | None) -> None:
+        self.tried += (tried,)
+        self.answer = answer or self.answer
+        if tried.outcome.verdict is not Verdict.STALE:
+            self.excluded |= {tried.backend}
+
+
+class Proxy:
+    """
+    The handler of every route that one backend answers.
+
+    Args:
+        unload: Answers a call that unloads a model, which goes to every backend that has it.
+        token: Ours in ``Via``.
+    """
+
+    def __init__(
+        self,
+        settings: ProxySettings,
+        dispatcher: Dispatcher,
+        upstream: Upstream,
+        budget: Budget,
+        clock: Callable[[], float],
+        unload: Callable[[Exchange, Call], object],
+        token: str,
+    ) -> None:
+        self.settings = settings
+        self._dispatcher = dispatcher
+        self._upstream = upstream
+        self._budget = budget
+        self._clock = clock
+        self._unload = unload
+        self._token = token
+        self._replay_bytes = 0
+
+    async def handle(self, exchange: Exchange) -> web.StreamResponse:
+        """Answer one inference call."""
+        if self._dispatcher.admission.is_full():
+            self._dispatcher.admission.check("")  # before the body is read
+        body = await read_body(exchange, self.settings.max_body, self._clock)
+        call = self._identify(exchange, body)
+        exchange.model, exchange.streaming = call.model, call.streaming
+        if call.purpose is Purpose.UNLOAD:
+            if exchange.principal.role is not Role.ADMIN:
+                raise Forbidden("Unloading a model needs a key with the role admin.")
+            return await self._unload(exchange, call)  # type: ignore[no-any-return, misc]
+        self._replay_bytes += len(body)
+        try:
+            async with asyncio.timeout_at(call.deadline):
+                return await self._serve(exchange, call)
+        except TimeoutError:
+            raise DeadlineExceeded("The call's time limit has passed.") from None
+        finally:
+            self._replay_bytes -= len(body)
+
+    # -- identify ------------------------------------------------------------------------------
+
+    def _identify(self, exchange: Exchange, body: bytes) -> Call:
+        route = exchange.route
+        if route is None:
+            raise BadRequest("no route")
+        told: Body = read(route, body)
+        limits = [s for s in (self.settings.total_s, _wanted_s(exchange)) if s is not None]
+        deadline = exchange.started_at + min(limits) if limits else None
+        return Call(
+            id=exchange.id,
+            route=route,
+            model=told.model,
+            key=told.key,
+            streaming=told.streaming,
+            purpose=told.purpose,
+            replayable=route.replayable
+            and not told.name.cloud
+            and self._replay_bytes + len(body) <= self.settings.replay_memory,
+            principal=exchange.principal,
+            arrived_at=exchange.started_at,
+            deadline=deadline,
+            body=body,
+            headers=self._forwarded(exchange),
+            query=exchange.request.rel_url.raw_query_string,
+            keep_alive=told.keep_alive,
+            prompt_tokens=told.prompt_tokens,
+            output_tokens=told.output_tokens,
+            embedding=route.operation in EMBEDDING,
+        )
+
+    def _forwarded(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
+        """The client's headers that go up, and ours."""
+        headers = exchange.request.headers
+        named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+        kept = [
+            (name, value)
+            for name, value in headers.items()
+            if name.lower() not in WITHHELD and name.lower() not in named
+        ]
+        kept += [
+            ("Accept-Encoding", "identity"),
+            ("X-Forwarded-For", exchange.client),
+            ("Via", f"1.1 {self._token}"),
+            ("X-Request-Id", exchange.id),
+        ]
+        return tuple(kept)
+
+    # -- the attempt loop ----------------------------------------------------------------------
+
+    async def _serve(self, exchange: Exchange, call: Call) -> web.StreamResponse:
+        self._budget.note_call()
+        course = _Course(call)
+        while True:
+            try:
+                lease = await self._acquire(exchange, course)
+            except LoadFailed as failed:
+                course.add(failed.attempt, failed.answer)
+                exchange.attempts = len(course.tried)
+                exchange.backend = failed.attempt.backend
+                if not self._again(course):
+                    return await self._give_up(exchange, course)
+                continue
+            except Unavailable:
+                if course.answer is not None:
+                    return await self._give_up(exchange, course)
+                raise
+            response = await self._attempt(exchange, course, lease)
+            if response is not None:
+                return response
+            if not self._again(course):
+                return await self._give_up(exchange, course)
+
+    async def _acquire(self, exchange: Exchange, course: _Course) -> Lease:
+        """Wait for a lease; a grant that comes as the client leaves is given back."""
+        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        began = self._clock()
+
+        def grant(lease: Lease) -> None:
+            if granted.done():
+                lease.release()
+            else:
+                granted.set_result(lease)
+
+        def refuse(error: BalancerError) -> None:
+            if not granted.done():
+                granted.set_exception(error)
+
+        ticket = self._dispatcher.submit(
+            course.call,
+            grant,
+            refuse,
+            excluded=course.excluded,
+            attempts=course.tried,
+            seq=course.seq,
+        )
+        course.seq = ticket.seq
+        try:
+            return await granted
+        except asyncio.CancelledError:
+            exchange.phase = "queued"
+            self._dispatcher.withdraw(ticket)
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
+                granted.result().release()
+            raise
+        finally:
+            exchange.queue_s += self._clock() - began
+
+    async def _attempt(
+        self, exchange: Exchange, course: _Course, lease: Lease
+    ) -> web.StreamResponse | None:
+        """One try; None: it failed before commit, and `course` tells how."""
+        call = course.call
+        exchange.backend, exchange.why = lease.backend.name, lease.why
+        exchange.attempts = lease.number
+        attempt = Attempt(call, lease, self._clock)
+        try:
+            attempt.handle = self._upstream.open(lease, call, attempt)
+            exchange.phase = "before_first_token"
+            await attempt.first()
+            if attempt.head_at is not None:
+                exchange.upstream_s = attempt.head_at - attempt.sent_at
+            if attempt.begun:
+                return await self._relay(exchange, course, lease, attempt)
+            judgement, answer, usage = self._judge(call, attempt)
+            outcome = self._outcome(course, attempt, judgement, usage)
+            lease.settle(outcome)
+            attempt.handle.abort()
+            if judgement.verdict is Verdict.OK and answer is not None:
+                exchange.usage = usage
+                exchange.first_byte_s = self._clock() - exchange.started_at
+                return await self._whole(exchange, answer)
+            course.add(Tried(lease.number, lease.backend.name, outcome), answer)
+            return None
+        except BaseException:
+            # The client left, a deadline passed, or we have a bug: nobody is to blame.
+            if attempt.handle is not None:
+                attempt.handle.abort()
+            lease.settle(self._outcome(course, attempt, Judgement(Verdict.GONE), Usage()))
+            raise
+
+    def _again(self, course: _Course) -> bool:
+        return again(course.call, course.tried, self._budget)
+
+    def _judge(self, call: Call, attempt: Attempt) -> tuple[Judgement, Answer | None, Usage]:
+        """Judge an attempt that has not begun a stream."""
+        if attempt.revoked is not None:
+            return attempt.revoked, None, Usage()
+        if attempt.failure is not None and (attempt.status in (0, 200)):
+            failed = verdicts.of_failure(
+                attempt.failure, committed=False, received=attempt.received
+            )
+            return failed, None, Usage()
+        body = attempt.take()
+        answer = Answer(attempt.status, attempt.content_type, body)
+        if attempt.status != 200:
+            judged = verdicts.of_answer(
+                call.route, call.key.model, attempt.status, attempt.content_type, body
+            )
+            if judged.verdict is Verdict.FAULT:
+                return judged, None, Usage()
+            return judged, answer, Usage()
+        if attempt.opened is not None:
+            return self._judge_opened(attempt, answer)
+        ending = json_terminal(call.route, body)
+        if not body or not ending.whole:
+            return Judgement(Verdict.FAULT, text="sent an answer that is not whole"), None, Usage()
+        return Judgement(Verdict.OK), answer, ending.usage
+
+    @staticmethod
+    def _judge_opened(attempt: Attempt, answer: Answer) -> tuple[Judgement, Answer | None, Usage]:
+        opened = attempt.opened
+        if opened is not None and opened.kind == "error":
+            return verdicts.of_record(opened.error_text), answer, Usage()
+        if opened is not None and opened.blank_model:
+            text = "lost its runner before the first token"
+            return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, Usage()
+        return Judgement(Verdict.FAULT, text="ended its answer without a record"), None, Usage()
+
+    def _outcome(
+        self, course: _Course, attempt: Attempt, judgement: Judgement, usage: Usage
+    ) -> Outcome:
+        now = self._clock()
+        return Outcome(
+            verdict=judgement.verdict,
+            sent_at=attempt.sent_at,
+            ended_at=now,
+            status=attempt.status or None,
+            first_byte_at=attempt.first_byte_at,
+            body_bytes=attempt.received,
+            usage=usage,
+            weight=judgement.weight,
+            text=judgement.text,
+            crash=judgement.crash,
+            repeated_crash=judgement.crash and repeats_crash(course.tried),
+            retry_after_s=_retry_after(attempt.headers) if attempt.status in (429, 503) else None,
+        )
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def _headers(self, exchange: Exchange, upstream: Sequence[tuple[str, str]]) -> dict[str, str]:
+        headers = {name: value for name, value in upstream if name.lower() in RELAYED}
+        headers |= exchange.headers()
+        headers["X-Balancer-Backend"] = exchange.backend
+        headers["X-Balancer-Attempts"] = str(exchange.attempts)
+        headers["X-Balancer-Route"] = exchange.why or "failover"
+        headers["X-Balancer-Queue-Ms"] = str(round(exchange.queue_s * 1000))
+        return headers
+
+    async def _whole(self, exchange: Exchange, answer: Answer) -> web.StreamResponse:
+        """An answer that was collected whole."""
+        headers = self._headers(exchange, (("Content-Type", answer.content_type),))
+        exchange.status, exchange.bytes_out = answer.status, len(answer.body)
+        return web.Response(status=answer.status, body=answer.body, headers=headers)
+
+    async def _give_up(self, exchange: Exchange, course: _Course) -> web.StreamResponse:
+        """Relay the last answer of a backend; where there was none, 503 and what was tried."""
+        last = course.tried[-1].outcome
+        exchange.outcome = "upstream_error" if last.verdict is not Verdict.CALLER else "rejected"
+        exchange.error = last.text
+        if course.answer is not None:
+            return await self._whole(exchange, course.answer)
+        tried = "; ".join(f"{each.backend}: {each.outcome.text}" for each in course.tried)
+        raise AttemptsExhausted(
+            f"{course.call.model!r} could not be served: {tried}", retry_after_s=5.0
+        )
+
+    async def _relay(
+        self, exchange: Exchange, course: _Course, lease: Lease, attempt: Attempt
+    ) -> web.StreamResponse:
+        """Pass a stream on, record by record, until it ends; the call is committed from here."""
+        call = course.call
+        split = None if attempt.framing is Framing.JSON else splitter(attempt.framing)
+        response = web.StreamResponse(headers=self._headers(exchange, attempt.headers))
+        if split is not None:
+            response.headers["X-Accel-Buffering"] = "no"
+        exchange.status = 200
+        exchange.phase = "streaming"
+        exchange.first_byte_s = self._clock() - exchange.started_at
+        settled = False
+
+        def settle(judgement: Judgement, ending: Ending | None) -> None:
+            nonlocal settled
+            if not settled:
+                settled = True
+                usage = ending.usage if ending is not None else Usage()
+                exchange.usage = usage
+                outcome = self._outcome(course, attempt, judgement, usage)
+                blank = ending is not None and ending.blank_model
+                lease.settle(replace(outcome, committed=True, blank_model=blank))
+
+        try:
+            await response.prepare(exchange.request)
+            while True:
+                data = attempt.take()
+                if data:
+                    out = data if split is None else split.feed(data)
+                    if out:
+                        exchange.bytes_out += len(out)
+                        await _write(response, out)
+                elif attempt.is_over:
+                    break
+                else:
+                    await attempt.more()
+            judgement, ending, last = self._end(attempt, split)
+            settle(judgement, ending)
+            await self._finish(exchange, response, judgement, split, last)
+        except (asyncio.CancelledError, ConnectionError) as error:
+            # A client that leaves after the terminal record has had all it wanted.
+            done = split is not None and split.finished
+            if attempt.handle is not None:
+                attempt.handle.abort()
+            settle(
+                Judgement(Verdict.OK if done else Verdict.GONE),
+                split.ending() if split is not None and done else None,
+            )
+            if done:
+                exchange.outcome, exchange.phase = "ok", ""
+            if isinstance(error, asyncio.CancelledError) and not done:
+                if _is_overdue(call, self._clock()):
+                    await self._finish(exchange, response, _STOPPED, split, b"")
+                    return response
+                raise
+            if not done:
+                exchange.outcome = "client_abort"
+        return response
+
+    def _end(
+        self, attempt: Attempt, split: Splitter | None
+    ) -> tuple[Judgement, Ending | None, bytes]:
+        """Judge the end of a stream: the verdict, what it told, and the bytes still held."""
+        if attempt.failure is not None:
+            failed = verdicts.of_failure(attempt.failure, committed=True, received=attempt.received)
+            return failed, None, b""
+        if split is None:
+            return Judgement(Verdict.OK), None, b""
+        last = split.flush()
+        ending = split.ending()
+        if ending.error_record is not None:
+            return verdicts.of_record(ending.error_text), ending, last
+        if not ending.complete:
+            text = "ended its answer without the terminal record"
+            return Judgement(Verdict.UNFINISHED, text=text), ending, last
+        return Judgement(Verdict.OK), ending, last
+
+    async def _finish(
+        self,
+        exchange: Exchange,
+        response: web.StreamResponse,
+        judgement: Judgement,
+        split: Splitter | None,
+        last: bytes,
+    ) -> None:
+        """Write what is left, and an error record where the end would look like success."""
+        verdict = judgement.verdict
+        cut = verdict in (Verdict.BROKEN, Verdict.STALLED, Verdict.STOPPED)
+        silent = verdict is Verdict.UNFINISHED and exchange.dialect is not Dialect.OLLAMA
+        if verdict is not Verdict.OK:
+            exchange.outcome, exchange.error = "upstream_error", judgement.text
+        if cut and (split is None or split.mid_record):
+            # No record fits behind half a record: a broken body is what tells the client.
+            if exchange.request.transport is not None:
+                exchange.request.transport.abort()
+            return
+        with contextlib.suppress(ConnectionError):
+            if last:
+                exchange.bytes_out += len(last)
+                await _write(response, last)
+            if (cut or silent) and split is not None:
+                error = CutStream(f"backend {exchange.backend} {judgement.text}")
+                framing = Framing.SSE if exchange.dialect is not Dialect.OLLAMA else Framing.NDJSON
+                record = trailer(error, exchange.dialect, framing, exchange.id)
+                if record is not None:
+                    await _write(response, record)
+            await response.write_eof()
+
+
+_STOPPED: Final = Judgement(Verdict.STOPPED, text="was stopped: the call's time limit has passed")
+
+
+def _is_overdue(call: Call, now: float) -> bool:
+    return call.deadline is not None and now >= call.deadline
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    """Write, and give up on a client that does not read for a minute."""
+    try:
+        async with asyncio.timeout(WRITE_STALL_S):
+            await response.write(data)
+    except TimeoutError:
+        raise ConnectionResetError("the client stopped reading") from None
+
+
+def _wanted_s(exchange: Exchange) -> float | None:
+    """The client's own time limit, seconds; at most an hour. Nonsense is ignored."""
+    headers = exchange.request.headers
+    text = headers.get("X-Request-Timeout") or headers.get("Request-Timeout")
+    try:
+        wanted = float(text) if text else 0.0
+    except ValueError:
+        return None
+    return min(wanted, MAX_DEADLINE_S) if wanted > 0 else None
+
+
+def _retry_after(headers: Sequence[tuple[str, str]]) -> float | None:
+    text = next((value for name, value in headers if name.lower() == "retry-after"), "")
+    return float(text) if text.isdigit() else None

@@ -1,0 +1,545 @@
+"""
+The front: one listener, one way in, one log event per request.
+
+Laws:
+- Every request ends in exactly one `CallEnded`, whatever became of it.
+- Paths are matched against the route table, decoded once; what is not in the table is answered
+  here, as Ollama answers it, and reaches no backend.
+- A refusal is a `BalancerError`; it is turned into the caller's dialect here and nowhere else.
+- A client that hangs up cancels its handler (aiohttp does so only when told to).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+from urllib.parse import unquote
+
+from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser
+from aiohttp.web_protocol import RequestHandler
+
+from balancer.core.dialect import Rendered, render
+from balancer.core.domain import Admitted, Dialect, Kind, Principal, Role, Route, Usage
+from balancer.core.errors import (
+    BadRequest,
+    BalancerError,
+    BodyTooLarge,
+    Draining,
+    Loop,
+    NotServed,
+    RequestTimeout,
+    UnsupportedEncoding,
+)
+from balancer.core.events import CallEnded, Emit, Mishap
+from balancer.core.routes import TABLE, dialect_of
+
+BACKLOG: Final = 4096
+HEAD_LIMIT: Final = 64 * 1024
+MAX_HEADERS: Final = 128
+BODY_STALL_S: Final = 30.0
+SAFE_ID: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
+TEXT: Final = "text/plain"
+
+
+NOBODY: Final = Principal("anonymous", Role.USER)
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """One request on its way through, with what its `CallEnded` will tell."""
+
+    request: web.BaseRequest
+    id: str
+    path: str
+    started_at: float
+    dialect: Dialect
+    route: Route | None = None
+    argument: str = ""  # what stood in the route's {name}
+    principal: Principal = NOBODY
+    client: str = ""
+    cors: tuple[tuple[str, str], ...] = ()
+    endpoint: str = "other"
+    status: int = 0
+    outcome: str = ""
+    model: str = ""
+    backend: str = ""
+    attempts: int = 0
+    why: str = ""
+    queue_s: float = 0.0
+    first_byte_s: float | None = None
+    upstream_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    usage: Usage = field(default_factory=Usage)
+    phase: str = ""
+    error: str = ""
+    streaming: bool = False
+
+    def headers(self) -> dict[str, str]:
+        """The headers that every answer carries."""
+        return {"X-Request-Id": self.id, **dict(self.cors)}
+
+
+class Doorkeeper(Protocol):
+    """Decides who comes in; raises a BalancerError for those who do not."""
+
+    def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
+        """The headers of the 204 that answers a preflight; None: it is none."""
+
+    def admit(self, request: web.BaseRequest, now: float) -> Admitted:
+        """Check Origin, key and Host."""
+
+    def require(self, principal: Principal, role: Role) -> None:
+        """Check the role."""
+
+    def guard(self, request: web.BaseRequest, principal: Principal, *, metrics: bool) -> None:
+        """Check what our own pages need."""
+
+
+Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
+
+
+def check_parser() -> None:
+    """
+    Refuse to run on aiohttp's pure-Python parser, which accepts what a proxy must not.
+
+    Raises:
+        RuntimeError: The C parser is not there.
+    """
+    if "_http_parser" not in HttpRequestParser.__module__:
+        raise RuntimeError(
+            "aiohttp was installed without its C parser; install a binary wheel of aiohttp"
+        )
+
+
+class Front:
+    """
+    Everything between the socket and a handler.
+
+    Args:
+        handlers: By `Kind` or by a route's operation; the operation is looked up first.
+        pages: Our own, by (method, path): ``/_balancer/…`` and ``/metrics``.
+        open_pages: Paths of those that answer anybody.
+        is_draining: New calls are refused when this says so.
+        token: Ours in ``Via``, by which a loop is seen.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[str | Kind, Handler],
+        pages: Mapping[tuple[str, str], Handler],
+        open_pages: frozenset[str],
+        door: Doorkeeper,
+        emit: Emit,
+        clock: Callable[[], float],
+        is_draining: Callable[[], bool],
+        token: str,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self._handlers = dict(handlers)
+        self._pages = dict(pages)
+        self._open_pages = open_pages
+        self.door = door
+        self._emit = emit
+        self._clock = clock
+        self._is_draining = is_draining
+        self._token = token
+        self._new_id = new_id
+        self._exact: dict[str, dict[str, Route]] = {}
+        self._prefixed: list[tuple[str, dict[str, Route]]] = []
+        self._fill()
+        self.running: set[Exchange] = set()
+
+    def _fill(self) -> None:
+        prefixes: dict[str, dict[str, Route]] = {}
+        for route in TABLE:
+            stem, brace, _ = route.path.partition("{")
+            table = prefixes if brace else self._exact
+            table.setdefault(stem, {})[route.method] = route
+        self._prefixed = list(prefixes.items())
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        exchange = Exchange(
+            request,
+            self._request_id(request),
+            request.rel_url.raw_path,
+            self._clock(),
+            dialect_of(request.rel_url.raw_path),
+        )
+        self.running.add(exchange)
+        try:
+            response = await self._answer(exchange)
+        except asyncio.CancelledError:
+            exchange.outcome = exchange.outcome or "client_abort"
+            exchange.status = exchange.status or 499
+            raise
+        except BalancerError as error:
+            response = self._refused(exchange, error)
+        except ConnectionResetError:
+            exchange.outcome, exchange.status = "client_abort", exchange.status or 499
+            raise asyncio.CancelledError from None
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not take the client's answer
+            self._emit(Mishap(self._clock(), "request", f"{type(error).__name__}: {error}"))
+            response = self._refused(exchange, BalancerError("internal error of the balancer"))
+        finally:
+            self.running.discard(exchange)
+            self._tell(exchange)
+        return response
+
+    async def _answer(self, exchange: Exchange) -> web.StreamResponse:
+        request = exchange.request
+        _check_framing(request)
+        path = self._clean_path(request)
+        exchange.path = path
+        page = self._pages.get((request.method, path))
+        if page is not None and path in self._open_pages:
+            exchange.endpoint = "balancer"
+            return await self._run(page, exchange)
+        methods, argument = self._match(path)
+        allow = ", ".join(sorted(methods))
+        preflight = self.door.preflight(request, allow) if request.method == "OPTIONS" else None
+        if preflight is not None:
+            exchange.endpoint = "preflight"
+            return self._plain(exchange, 204, b"", preflight)
+        admitted = self.door.admit(request, exchange.started_at)
+        exchange.principal, exchange.client = admitted.principal, admitted.client
+        exchange.cors = admitted.cors
+        if page is not None:
+            exchange.endpoint = "metrics" if path == "/metrics" else "balancer"
+            self.door.guard(request, admitted.principal, metrics=path == "/metrics")
+            return await self._run(page, exchange)
+        if path.startswith("/_balancer"):
+            exchange.endpoint = "balancer"
+            self.door.guard(request, admitted.principal, metrics=False)
+        route = methods.get(request.method)
+        if route is None:
+            return self._unrouted(exchange, allow)
+        exchange.route, exchange.argument = route, argument
+        exchange.endpoint, exchange.dialect = route.operation, route.dialect
+        self._check_route(exchange, route)
+        handler = self._handlers.get(route.operation) or self._handlers[route.kind]
+        return await self._run(handler, exchange)
+
+    async def _run(self, handler: Handler, exchange: Exchange) -> web.StreamResponse:
+        response = await handler(exchange)
+        exchange.status = response.status
+        if not exchange.bytes_out and isinstance(response, web.Response):
+            exchange.bytes_out = response.content_length or 0
+        return response
+
+    def _check_route(self, exchange: Exchange, route: Route) -> None:
+        if self._token in exchange.request.headers.get("Via", ""):
+            raise Loop(
+                "This balancer forwarded the request to itself; one of its backends is its own "
+                "address. If OLLAMA_HOST is set for the service, unset it there."
+            )
+        if self._is_draining():
+            raise Draining("The balancer is stopping.", retry_after_s=5.0)
+        self.door.require(exchange.principal, route.role)
+        if route.kind is Kind.LATER:
+            raise NotServed(
+                f"{route.method} {route.path} is not served by this balancer yet. Ask one of the "
+                "backends directly."
+            )
+
+    def _match(self, path: str) -> tuple[Mapping[str, Route], str]:
+        """The methods of a path; one trailing slash is forgiven, as Ollama forgives it."""
+        for spelling in (path, path[:-1] if path.endswith("/") and path != "/" else path):
+            exact = self._exact.get(spelling)
+            if exact is not None:
+                return exact, ""
+            for stem, methods in self._prefixed:
+                rest = spelling[len(stem) :]
+                whole = "/" not in rest or stem == "/v1/models/"
+                if spelling.startswith(stem) and rest and whole and not rest.startswith("/"):
+                    return methods, rest
+        return {}, ""
+
+    def _clean_path(self, request: web.BaseRequest) -> str:
+        raw = request.rel_url.raw_path
+        if request.method == "CONNECT" or not raw.startswith("/"):
+            raise BadRequest("unsupported request target")
+        if request.url.raw_host and request.message.url.absolute:
+            authority = request.message.url.authority
+            if authority != request.headers.get("Host", ""):
+                raise BadRequest("the request target names another host than the Host header")
+        path = unquote(raw, errors="strict") if "%" in raw else raw
+        escaped_slash = "%2f" in raw.lower() and not raw.startswith("/v1/models/")
+        if escaped_slash or "//" in path or "/../" in f"{path}/" or "/./" in f"{path}/":
+            raise BadRequest("the path is not in its plain form")
+        return path
+
+    def _request_id(self, request: web.BaseRequest) -> str:
+        given = request.headers.get("X-Request-Id", "")
+        if given and len(given) <= 128 and SAFE_ID.issuperset(given):
+            return given
+        return self._new_id()
+
+    def _unrouted(self, exchange: Exchange, allow: str) -> web.Response:
+        """404 and 405 as gin says them."""
+        exchange.outcome = "rejected"
+        if allow:
+            body, status = b"405 method not allowed", 405
+            return self._plain(exchange, status, body, (("Allow", allow), ("Content-Type", TEXT)))
+        return self._plain(exchange, 404, b"404 page not found", (("Content-Type", TEXT),))
+
+    def _plain(
+        self,
+        exchange: Exchange,
+        status: int,
+        body: bytes,
+        headers: Sequence[tuple[str, str]],
+    ) -> web.Response:
+        exchange.status = status
+        exchange.bytes_out = len(body)
+        response = web.Response(status=status, body=body, headers=exchange.headers())
+        for name, value in headers:
+            response.headers.add(name, value)
+        return response
+
+    def _refused(self, exchange: Exchange, error: BalancerError) -> web.Response:
+        """The error in the caller's dialect; an empty text is an empty body, as Ollama's 403."""
+        if not exchange.outcome:
+            exchange.outcome = _outcome(error)
+        exchange.error = exchange.error or error.text
+        told: Rendered = render(error, exchange.dialect, exchange.id)
+        if not error.text:
+            response = self._plain(exchange, error.status, b"", ())
+        else:
+            response = self._plain(exchange, told.status, told.body, told.headers)
+        if isinstance(error, (Draining, RequestTimeout, BodyTooLarge)) or _is_unread(exchange):
+            response.force_close()
+        return response
+
+    def _tell(self, exchange: Exchange) -> None:
+        now = self._clock()
+        route = exchange.route
+        self._emit(
+            CallEnded(
+                at=now,
+                request_id=exchange.id,
+                method=exchange.request.method,
+                path=exchange.path,
+                endpoint=exchange.endpoint,
+                status=exchange.status,
+                outcome=exchange.outcome or ("ok" if exchange.status < 400 else "rejected"),
+                duration_s=now - exchange.started_at,
+                client=exchange.client,
+                user_agent=exchange.request.headers.get("User-Agent", ""),
+                key=exchange.principal.name,
+                model=exchange.model,
+                backend=exchange.backend,
+                attempts=exchange.attempts,
+                why=exchange.why,
+                queue_s=exchange.queue_s,
+                first_byte_s=exchange.first_byte_s,
+                upstream_s=exchange.upstream_s,
+                bytes_in=exchange.bytes_in,
+                bytes_out=exchange.bytes_out,
+                usage=exchange.usage,
+                phase=exchange.phase,
+                error=exchange.error,
+                inference=route is not None and route.kind is Kind.ONE,
+                streaming=exchange.streaming,
+            )
+        )
+
+
+def _outcome(error: BalancerError) -> str:
+    if error.status in (503, 429):
+        return "shed"
+    if error.status in (408, 504):
+        return "timeout"
+    return "upstream_error" if error.status == 502 else "rejected"
+
+
+def _is_unread(exchange: Exchange) -> bool:
+    """An unread body would have to be drained before the connection could be used again."""
+    return not exchange.request.content.is_eof() if exchange.request.can_read_body else False
+
+
+def _check_framing(request: web.BaseRequest) -> None:
+    """Refuse what two HTTP parsers could read in two ways."""
+    headers = request.headers
+    encodings = headers.getall("Transfer-Encoding", [])
+    if encodings and (
+        [e.strip().lower() for e in encodings] != ["chunked"]
+        or "Content-Length" in headers
+        or request.version < (1, 1)
+    ):
+        raise BadRequest("unsupported transfer encoding")
+    if "Upgrade" in headers and headers["Upgrade"].lower() != "h2c":
+        raise BadRequest("this server does not upgrade connections")
+    if len(headers) > MAX_HEADERS:
+        raise BadRequest("too many headers")
+    if headers.get("Expect", "100-continue").lower() != "100-continue":
+        raise BadRequest("unsupported expectation")
+
+
+async def read_body(exchange: Exchange, max_bytes: int, clock: Callable[[], float]) -> bytes:
+    """
+    The whole body, so that it can be sent again.
+
+    Raises:
+        BodyTooLarge: Above *max_bytes*; told before it is read where the length is declared.
+        RequestTimeout: Nothing came for 30 s, or it trickles (below 1 KiB/s after 10 s).
+        UnsupportedEncoding: It is compressed.
+    """
+    request = exchange.request
+    encoding = request.headers.get("Content-Encoding", "identity").lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedEncoding(f"Content-Encoding {encoding[:32]!r} is not supported here.")
+    declared = request.content_length
+    if declared is not None and declared > max_bytes:
+        raise _too_large(max_bytes)
+    if request.headers.get("Expect") is not None and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    parts: list[bytes] = []
+    size = 0
+    began = clock()
+    while True:
+        try:
+            async with asyncio.timeout(BODY_STALL_S):
+                part = await request.content.readany()
+        except TimeoutError:
+            raise RequestTimeout("The request's body stopped coming.") from None
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        spent_s = clock() - began
+        if spent_s > 10 and size < 1024 * spent_s:
+            raise RequestTimeout("The request's body comes too slowly.")
+    exchange.bytes_in = size
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The request's body is larger than {max_bytes} bytes (server.max_body of the balancer)."
+    )
+
+
+class _Connection(RequestHandler):
+    """
+    One client connection, with an absolute time limit for a request's head.
+
+    aiohttp uses one time limit both for idle keep-alive and for a head that does not come; a
+    short one races the clients' pools, a long one lets half-sent heads sit.
+    """
+
+    __slots__ = ("_head_timer", "head_timeout_s")
+
+    def __init__(self, *args: Any, head_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_timeout_s = head_timeout_s
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        waiting = not self._messages and self._current_request is None
+        super().data_received(data)
+        if self._messages or self._current_request is not None:
+            self._disarm()
+        elif waiting and self._head_timer is None:
+            self._arm()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _arm(self) -> None:
+        self._head_timer = self._loop.call_later(self.head_timeout_s, self._expired)
+
+    def _disarm(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _expired(self) -> None:
+        self._head_timer = None
+        if not self._messages and self._current_request is None:
+            self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002 - aiohttp's signature
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002 - may hold a line of the client's input
+    ) -> web.StreamResponse:
+        """What cannot be parsed is answered with a fixed text, without what was sent."""
+        self.log_exception("Error handling request", exc_info=exc)
+        texts = {400: b"400 Bad Request", 431: b"431 Request Header Fields Too Large"}
+        response = web.Response(status=status, body=texts.get(status, b"error"))
+        response.headers["Content-Type"] = "text/plain; charset=utf-8"
+        response.force_close()
+        return response
+
+
+class _Request(web.BaseRequest):
+    """A request whose answer goes out without the headers that aiohttp adds by itself."""
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        response.headers.popall("Server", None)
+        if response.content_length == 0 and response.headers.get("Content-Type", "").startswith(
+            "application/octet-stream"
+        ):
+            del response.headers["Content-Type"]
+
+
+class _Server(web.Server):
+    """aiohttp's server with our connections."""
+
+    def __init__(self, handler: Any, *, head_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(handler, **kwargs)
+        self._head_timeout_s = head_timeout_s
+
+    def _make_request(self, *args: Any) -> web.BaseRequest:
+        return _Request(*args, self._loop)
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(
+            self, loop=self._loop, head_timeout_s=self._head_timeout_s, **self._kwargs
+        )
+
+
+def make_server(
+    front: Front, *, keepalive_s: float, head_timeout_s: float, max_header: int
+) -> _Server:
+    """aiohttp's low-level server over *front*, set up for a proxy."""
+    return _Server(
+        front.handle,
+        head_timeout_s=head_timeout_s,
+        handler_cancellation=True,
+        keepalive_timeout=keepalive_s,
+        max_line_size=max_header,
+        max_field_size=max_header,
+        max_headers=MAX_HEADERS,
+        auto_decompress=False,
+        lingering_time=2.0,
+        access_log=None,
+        tcp_keepalive=True,
+        logger=logging.getLogger("aiohttp.server"),
+    )
+
+
+async def listen(server: _Server, sock: socket.socket) -> asyncio.Server:
+    """Serve on a bound socket."""
+    loop = asyncio.get_running_loop()
+    return await loop.create_server(server, sock=sock, backlog=BACKLOG)

@@ -1,0 +1,1 @@
+"""Watching and steering: logs, metrics, keys, the admin API, reloads."""

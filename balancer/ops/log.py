@@ -1,0 +1,431 @@
+"""
+Events -> log lines; the one place that knows structlog.
+
+One line per request, when it has been answered, and one per change of state. Nothing a client
+or a backend sends can start a line of its own: whatever does not print is escaped before it is
+written. Prompts and keys are not in events, and so not in lines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from datetime import UTC, datetime
+from ipaddress import ip_address, ip_network
+from logging import DEBUG, ERROR, INFO, WARNING
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+
+import structlog
+from aiohttp.http_exceptions import HttpProcessingError
+
+from balancer.core.domain import BreakerState, Kind, Switch
+from balancer.core.events import (
+    AttemptEnded,
+    BreakerMoved,
+    CallEnded,
+    CallQueued,
+    CatalogChanged,
+    CheckEnded,
+    ConfigApplied,
+    ConfigRejected,
+    Event,
+    HealthFlipped,
+    LeaseGranted,
+    LoadEnded,
+    LoadStarted,
+    MemberJoined,
+    MemberLeft,
+    Mishap,
+    Serving,
+    Stopped,
+    Stopping,
+    Suspected,
+    SwitchMoved,
+    TrialEnded,
+)
+from balancer.core.routes import TABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+    Log = FilteringBoundLogger
+    Level = Literal["debug", "info", "warning", "error"]
+    Format = Literal["auto", "console", "json", "logfmt"]
+    ClientAddress = Literal["full", "truncated", "none"]
+    Line = tuple[int, str, dict[str, Any]]
+
+FIELD_CHARS: Final = 256
+READS: Final = frozenset(r.operation for r in TABLE if r.kind in (Kind.LOCAL, Kind.MERGE))
+
+_PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+_SWITCHES: Final = {
+    Switch.SERVING: "backend_resumed",
+    Switch.DRAINING: "backend_draining",
+    Switch.DISABLED: "backend_disabled",
+}
+
+
+# -- text -----------------------------------------------------------------------------------
+
+
+def escape(text: str) -> str:
+    """One printable line of at most `FIELD_CHARS`: what does not print becomes an escape."""
+    if len(text) <= FIELD_CHARS and text.isprintable():
+        return text
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:FIELD_CHARS]
+    )
+    if len(text) <= FIELD_CHARS and len(shown) <= FIELD_CHARS:
+        return shown
+    return shown[: FIELD_CHARS - 1] + "…"
+
+
+def shown_address(address: str, how: ClientAddress) -> str:
+    """A client's address as the operator wants it told: whole, its network only, or not at all."""
+    if how == "full" or not address:
+        return address
+    if how == "none":
+        return ""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return ""
+    prefix = 24 if ip.version == 4 else 48
+    return str(ip_network(f"{address}/{prefix}", strict=False).network_address)
+
+
+def shown_path(path: str) -> str:
+    """A path without what may be secret in it: the query, and a key sent as ``/k/KEY/``."""
+    path = path.partition("?")[0]
+    if path.startswith("/k/"):
+        return "/k/***/" + path[3:].partition("/")[2]
+    return path
+
+
+# -- the chain ------------------------------------------------------------------------------
+
+
+def configure(
+    level: Level = "info",
+    format: Format = "auto",  # noqa: A002  the key's name in the configuration
+    *,
+    stream: TextIO,
+    is_tty: bool,
+    env: Mapping[str, str],
+    wall: Callable[[], float],
+    color: bool | None = None,
+) -> Log:
+    """
+    Make the logger that everything is written to.
+
+    Args:
+        level: The lowest that is written.
+        format: ``auto`` is console on a terminal and JSON elsewhere.
+        stream: Where lines go. If it is systemd's journal, each begins with its priority.
+        is_tty: Whether *stream* is a terminal.
+        env: For NO_COLOR, FORCE_COLOR and JOURNAL_STREAM.
+        wall: Unix time.
+        color: None: on a terminal, unless the environment says otherwise.
+    """
+    if color is None:
+        color = not env.get("NO_COLOR") and (is_tty or bool(env.get("FORCE_COLOR")))
+    if format == "auto":
+        format = "console" if is_tty else "json"  # noqa: A001  see above
+    processors: list[Processor] = [_Head(wall), _renderer(format, color=color)]
+    if not is_tty and _is_journal(stream, env):
+        processors.append(_prioritise)
+    log: Log = structlog.wrap_logger(
+        structlog.WriteLogger(stream),
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        cache_logger_on_first_use=True,
+    ).bind()
+    return log
+
+
+class _Head:
+    """First processor: time, level and event lead the line; every value is made safe."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        self._wall = wall
+
+    def __call__(self, _: WrappedLogger, level: str, fields: EventDict) -> EventDict:
+        at = datetime.fromtimestamp(self._wall(), UTC).isoformat(timespec="milliseconds")
+        line = {"timestamp": f"{at[:-6]}Z", "level": level, "event": fields.pop("event")}
+        for name, value in fields.items():
+            line[name] = _safe(value)
+        return line
+
+
+def _safe(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, tuple):
+        return [escape(str(one)) for one in value]
+    return value
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), default=repr).encode  # made once: it is costly
+
+
+def _renderer(format: Format, *, color: bool) -> Processor:  # noqa: A002  as in `configure`
+    match format:
+        case "console":
+            return structlog.dev.ConsoleRenderer(colors=color, sort_keys=False)
+        case "logfmt":
+            return structlog.processors.LogfmtRenderer(bool_as_flag=False)
+    return structlog.processors.JSONRenderer(lambda fields, **_: _encode(fields))
+
+
+def _is_journal(stream: TextIO, env: Mapping[str, str]) -> bool:
+    """Whether *stream* is the journal itself; the variable alone is inherited by pipelines too."""
+    try:
+        stat = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # not a file at all
+        return False
+    return env.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def _prioritise(_: WrappedLogger, level: str, line: Any) -> str:
+    return f"<{_PRIORITIES[level]}>{line}"
+
+
+# -- events ---------------------------------------------------------------------------------
+
+
+class LogWriter:
+    """
+    A subscriber that writes.
+
+    Args:
+        access: Whether requests that went well are written.
+        slow_s: A request that took longer is marked.
+        client_address: How much of a client's address is told.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        access: bool = True,
+        slow_s: float = 60.0,
+        client_address: ClientAddress = "full",
+    ) -> None:
+        self._log = log
+        self._access = access
+        self._slow_s = slow_s
+        self._client_address = client_address
+
+    def __call__(self, event: Event) -> None:
+        """Write one event, if it is worth its level."""
+        level, name, fields = self.line(event)
+        if level >= WARNING or self._access or not isinstance(event, CallEnded):
+            told = {key: value for key, value in fields.items() if value not in (None, "", ())}
+            self._log.log(level, name, **told)
+
+    def line(self, event: Event) -> Line:
+        """Level, name and fields of an event."""
+        match event:
+            case CallEnded():
+                return self._call_ended(event)
+            case AttemptEnded():
+                return DEBUG, "attempt_ended", _attempt(event)
+            case LeaseGranted(call_id=call, model=model, backend=backend, why=why):
+                fields = {"request_id": call, **_place(backend, model), "route.reason": why}
+                return DEBUG, "lease_granted", fields | {"queue_ms": _ms(event.waited_s)}
+            case CallQueued(call_id=call, model=model, depth=depth):
+                return DEBUG, "queued", {"request_id": call, **_place("", model), "depth": depth}
+            case CheckEnded(backend=backend, ok=ok, latency_s=latency_s):
+                return DEBUG, "check", {**_place(backend), "ok": ok, "duration_ms": _ms(latency_s)}
+            case HealthFlipped(backend=backend, up=True, reason=reason):
+                return INFO, "backend_up", {**_place(backend), "reason": reason}
+            case HealthFlipped(backend=backend, reason=reason):
+                return WARNING, "backend_down", {**_place(backend), "reason": reason}
+            case BreakerMoved():
+                return _breaker_level(event), _breaker_name(event.new), _breaker(event)
+            case TrialEnded(backend=backend, model=model, kind=kind, ok=ok, text=text):
+                fields = {**_place(backend, model), "kind": kind, "ok": ok, "error.message": text}
+                return DEBUG, "trial_ended", fields
+            case Suspected(backend=backend, model=model, silent_s=silent_s):
+                fields = {**_place(backend, model), "silent_ms": _ms(silent_s)}
+                return WARNING, "backend_suspected", fields
+            case LoadStarted(backend=backend, model=model, why=why):
+                return INFO, "load_started", {**_place(backend, model), "reason": why}
+            case LoadEnded(backend=backend, model=model, ok=ok, load_s=load_s, text=text):
+                fields = {**_place(backend, model), "duration_ms": _ms(load_s)}
+                if ok:
+                    return INFO, "load_ended", fields
+                return WARNING, "load_failed", fields | {"error.message": text}
+            case CatalogChanged(backend=backend, models=models, loaded=loaded):
+                fields = {**_place(backend), "models": models, "loaded": loaded}
+                return DEBUG, "catalog_changed", fields
+            case MemberJoined(backend=backend, url=url):
+                return INFO, "backend_added", {**_place(backend), "url": url}
+            case MemberLeft(backend=backend):
+                return INFO, "backend_removed", _place(backend)
+            case SwitchMoved(backend=backend, switch=switch):
+                return INFO, _SWITCHES[switch], _place(backend)
+            case ConfigApplied(changed=changed, needs_restart=restart):
+                fields = {"changed": changed, "needs_restart": restart}
+                return WARNING if restart else INFO, "config_reloaded", fields
+            case ConfigRejected(problems=problems):
+                return ERROR, "config_rejected", {"problems": problems}
+            case Serving(addresses=addresses, backends=backends, seed=seed):
+                fields = {"addresses": addresses, "backends": backends, "seed": seed}
+                return INFO, "serving", fields
+            case Stopping(reason=reason, running=running, queued=queued):
+                fields = {"reason": reason, "running": running, "queued": queued}
+                return INFO, "shutdown_drain", fields
+            case Stopped(cut=cut):
+                return WARNING if cut else INFO, "stopped", {"cut": cut}
+            case Mishap(where=where, error=error):
+                return ERROR, "mishap", {"where": where, "error.message": error}
+        return DEBUG, type(event).__name__, {}
+
+    def _call_ended(self, e: CallEnded) -> Line:
+        slow = e.duration_s > self._slow_s
+        fields = {
+            "request_id": e.request_id,
+            "http.request.method": e.method,
+            "url.path": shown_path(e.path),
+            "http.response.status_code": e.status,
+            "client.address": shown_address(e.client, self._client_address),
+            "user_agent.original": e.user_agent,
+            "key.name": e.key,
+            "gen_ai.request.model": e.model,
+            "backend.name": e.backend,
+            "attempt.count": e.attempts or None,
+            "route.reason": e.why,
+            "queue_ms": _ms(e.queue_s) if e.inference else None,
+            "ttft_ms": None if e.first_byte_s is None else _ms(e.first_byte_s),
+            "duration_ms": _ms(e.duration_s),
+            "bytes_in": e.bytes_in,
+            "bytes_out": e.bytes_out,
+            "gen_ai.usage.input_tokens": e.usage.tokens_in,
+            "gen_ai.usage.output_tokens": e.usage.tokens_out,
+            "outcome": e.outcome,
+            "phase": e.phase,
+            "slow": slow or None,
+            "error.message": e.error,
+        }
+        if e.status >= 500 or e.outcome == "upstream_error":
+            return WARNING, "request", fields
+        return DEBUG if _is_quiet(e) and not slow else INFO, "request", fields
+
+
+def _is_quiet(e: CallEnded) -> bool:
+    """Pages, lists and scrapes that went well: they come every few seconds and tell nothing."""
+    if e.status >= 400:
+        return False
+    ours = e.path == "/metrics" or e.path.startswith("/_balancer")
+    return e.endpoint in READS or (ours and e.method in ("GET", "HEAD"))
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
+
+
+def _place(backend: str, model: str | None = None) -> dict[str, Any]:
+    return {"backend.name": backend, "gen_ai.request.model": model}
+
+
+def _attempt(e: AttemptEnded) -> dict[str, Any]:
+    outcome = e.outcome
+    return {
+        "request_id": e.call_id,
+        **_place(e.backend, e.model),
+        "attempt": e.attempt,
+        "verdict": outcome.verdict.value,
+        "http.response.status_code": outcome.status,
+        "duration_ms": _ms(outcome.ended_at - outcome.sent_at),
+        "error.message": outcome.text,
+    }
+
+
+def _breaker_name(state: BreakerState) -> str:
+    return "breaker_opened" if state is BreakerState.OPEN else f"breaker_{state.value}"
+
+
+def _breaker_level(e: BreakerMoved) -> int:
+    """Opening is news once; each trial that fails afterwards is not."""
+    if e.new is BreakerState.OPEN:
+        return WARNING if e.old is BreakerState.CLOSED else INFO
+    return DEBUG if e.new is BreakerState.HALF_OPEN else INFO
+
+
+def _breaker(e: BreakerMoved) -> dict[str, Any]:
+    retry_ms = _ms(e.retry_in_s) if e.new is BreakerState.OPEN else None
+    return {**_place(e.backend, e.model), "reason": e.reason, "retry_in_ms": retry_ms}
+
+
+# -- other people's records -----------------------------------------------------------------
+
+
+class Bridge(logging.Handler):
+    """
+    Takes what libraries say through the standard library's `logging`; one line each.
+
+    Put on the root logger. Only warnings and worse pass.
+
+    A malformed request makes aiohttp write a traceback, so that any scanner could flood the log:
+    of those there is at most one line per second, with their number.
+
+    Args:
+        clock: Monotonic seconds.
+        client_address: How much of a client's address is told.
+    """
+
+    def __init__(
+        self, log: Log, clock: Callable[[], float], client_address: ClientAddress = "full"
+    ) -> None:
+        super().__init__(WARNING)
+        self._log = log
+        self._clock = clock
+        self._client_address = client_address
+        self._malformed = 0
+        self._told_at = float("-inf")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError) and record.name == "aiohttp.server":
+            self._tell_malformed(record, error)
+            return
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # the caller's format and arguments disagree
+            text = str(record.msg)
+        fields: dict[str, Any] = {"logger": record.name, "message": text}
+        if error is not None:
+            fields |= {"error.type": type(error).__name__, "error.message": str(error)}
+            fields["error.stack"] = _frames(error.__traceback__)
+        self._log.log(max(WARNING, min(record.levelno // 10 * 10, ERROR)), "library", **fields)
+
+    def _tell_malformed(self, record: logging.LogRecord, error: HttpProcessingError) -> None:
+        self._malformed += 1
+        if self._clock() - self._told_at < 1.0:
+            return
+        peer = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        address = shown_address(peer, self._client_address) if isinstance(peer, str) else ""
+        fields = {"count": self._malformed, "error.type": type(error).__name__}
+        self._log.info(
+            "malformed_request", **fields, **({"client.address": address} if address else {})
+        )
+        self._malformed = 0
+        self._told_at = self._clock()
+
+
+def _frames(traceback: TracebackType | None) -> str:
+    """Where it happened, innermost first; the whole traceback would be many lines."""
+    frames = []
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "?")
+        frames.append(f"{module}:{traceback.tb_lineno}")
+        traceback = traceback.tb_next
+    return " < ".join(reversed(frames[-6:]))

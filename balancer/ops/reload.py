@@ -1,0 +1,72 @@
+"""
+A reload: read, compare, one swap. A bad configuration changes nothing and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from balancer.config import Config, ConfigError, diff
+from balancer.core.events import ConfigApplied, ConfigRejected, Emit
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """
+    How a reload went.
+
+    Args:
+        problems: Why it was refused; empty: it was taken over.
+        changed: Dotted keys that changed.
+        needs_restart: Those of them that only a restart takes over.
+    """
+
+    problems: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    needs_restart: tuple[str, ...] = ()
+
+
+class Reload:
+    """
+    Args:
+        read: Loads the configuration anew; raises ConfigError or OSError.
+        apply: Takes it over in one turn of the loop.
+    """
+
+    def __init__(
+        self,
+        current: Config,
+        read: Callable[[], Config],
+        apply: Callable[[Config], None],
+        clock: Callable[[], float],
+        emit: Emit,
+    ) -> None:
+        self.current = current
+        self.loaded_at = clock()
+        self.rejected: tuple[str, ...] = ()
+        self._read = read
+        self._apply = apply
+        self._clock = clock
+        self._emit = emit
+
+    def __call__(self) -> Reloaded:
+        """Reload now."""
+        try:
+            new = self._read()
+        except ConfigError as error:
+            return self._reject(tuple(str(problem) for problem in error.problems))
+        except OSError as error:
+            return self._reject((f"{error.filename}: {error.strerror}",))
+        difference = diff(self.current, new)
+        self._apply(new)
+        self.current = new
+        self.loaded_at = self._clock()
+        self.rejected = ()
+        self._emit(ConfigApplied(self._clock(), difference.changed, difference.needs_restart))
+        return Reloaded(changed=difference.changed, needs_restart=difference.needs_restart)
+
+    def _reject(self, problems: tuple[str, ...]) -> Reloaded:
+        self.rejected = problems
+        self._emit(ConfigRejected(self._clock(), problems))
+        return Reloaded(problems=problems)

@@ -1,0 +1,130 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from balancer.config import load
+
+Faults = Callable[..., list[str]]
+
+REFUSING = (
+    "Refusing to listen on {} without an API key: anyone on the network could use your models. "
+    "Set BALANCER_API_KEY, or open it to your network: auth.anonymous: [192.168.1.0/24] — "
+    "or accept the risk: --insecure-no-auth (= auth.anonymous: always)."
+)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:11435", ":11435", "[::]:11435", "192.168.1.5:11435"])
+def test_an_open_listener_needs_a_key(faults: Faults, listen: str) -> None:
+    """Nobody shares his models with the network by accident."""
+    assert faults("", overrides={"server.listen": [listen]}) == [
+        f"command line server.listen: {REFUSING.format(listen)}"
+    ]
+
+
+def test_each_open_listener_is_told(faults: Faults) -> None:
+    """The place is where it is written."""
+    assert len(faults("server: {listen: ['127.0.0.1:1', ':2', ':3']}")) == 2
+
+
+@pytest.mark.parametrize("word", ["never", "loopback", "127.0.0.0/8"])
+def test_naming_only_this_machine_opens_nothing(faults: Faults, word: str) -> None:
+    """Such a listener would serve nobody beyond; it cannot be meant."""
+    (told,) = faults("server: {listen: ':1'}", {"BALANCER_AUTH__ANONYMOUS": word})
+    assert "Refusing to listen on :1" in told
+
+
+@pytest.mark.parametrize(
+    ("env", "flags"),
+    [
+        ({"BALANCER_API_KEY": "k" * 32}, {}),
+        ({"BALANCER_AUTH__ANONYMOUS": "192.168.1.0/24"}, {}),
+        ({}, {"auth.anonymous": "always"}),
+        ({}, {"auth.keys_file": "/k"}),
+        ({}, {"server.listen": "unix:/run/b.sock"}),
+        ({}, {"server.listen": ["127.0.0.1:1", "localhost:2", "[::1]:3"]}),
+    ],
+)
+def test_a_key_or_a_word_opens_the_listener(
+    faults: Faults, env: dict[str, str], flags: dict[str, Any]
+) -> None:
+    """A key, named networks, the accepted risk; and what is local needs none of them."""
+    assert faults("", env, overrides={"server.listen": ":1"} | flags, read_file=lambda _: "") == []
+
+
+def test_a_bad_key_does_not_count_as_none(faults: Faults) -> None:
+    """One fault is told once: with the key mended there is a key."""
+    text = "server: {listen: ':1'}\nauth: {keys: [{name: a, kee: x}]}\n"
+    told = faults(text)
+    assert all("auth.keys[0]" in fault for fault in told)
+
+
+@pytest.mark.parametrize(
+    ("anonymous", "role", "warned"),
+    [
+        ("192.168.1.0/24", "user", True),
+        ("never", "user", True),
+        ("never", "admin", False),
+        ("192.168.1.0/24, 127.0.0.1", "user", False),
+        ("always", "user", False),
+    ],
+)
+def test_a_balancer_nobody_may_steer_is_warned_of(
+    anonymous: str, role: str, *, warned: bool
+) -> None:
+    """A list of networks leaves out this machine unless it says so."""
+    text = f"auth: {{keys: [{{name: a, key: {'k' * 32}, role: {role}}}]}}"
+    config = load(text, {"BALANCER_AUTH__ANONYMOUS": anonymous})
+    assert any("nobody has the role admin" in warning for warning in config.warnings) is warned
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "field", "value"),
+    [
+        ("server: {max_body: 1KiB}", "server", "max_body_bytes", 1024),
+        ("server: {replay_memory: 1KB}", "server", "replay_memory_bytes", 1000),
+        ("server: {max_header: 9}", "server", "max_header_bytes", 9),
+        ("server: {head_timeout: 1m}", "server", "head_timeout_s", 60.0),
+        ("server: {drain_timeout: 0}", "server", "drain_timeout_s", 0.0),
+        ("server: {allowed_hosts: [A.b]}", "server", "allowed_hosts", ("a.b",)),
+        ("admin: {allowed_hosts: []}", "admin", "allowed_hosts", ()),
+        ("health: {fall: 9}", "health", "fall", 9),
+        ("health: {loaded_interval: 1m}", "health", "loaded_interval_s", 60.0),
+        ("retry: {budget: 50%}", "retry", "budget_ratio", 0.5),
+        ("queue: {max_wait: 0}", "queue", "max_wait_s", 0.0),
+        ("routing: {strategy: warm-first}", "routing", "strategy", "warm-first"),
+        ("models: {remember: 1d}", "models", "remember_s", 86400.0),
+        ("timeouts: {first_byte: -1}", "timeouts", "first_byte_s", None),
+        ("logging: {slow: null}", "logging", "slow_s", None),
+        ("logging: {client_ip: none}", "logging", "client_ip", "none"),
+        ("metrics: {enabled: no}", "metrics", "enabled", False),
+        ("demo: {enabled: yes}", "demo", "enabled", True),
+    ],
+)
+def test_each_setting_arrives_in_its_unit(
+    text: str, section: str, field: str, value: object
+) -> None:
+    """Seconds are floats, sizes are bytes, no limit is None, and nothing else changes."""
+    config = load(text, {})
+    assert getattr(getattr(config, section), field) == value
+    defaults = load("", {})
+    same = dataclasses.replace(
+        getattr(config, section), **{field: getattr(getattr(defaults, section), field)}
+    )
+    assert same == getattr(defaults, section)
+
+
+def test_breakers_have_limits_of_their_own() -> None:
+    """Changing one leaves the other's defaults, which differ."""
+    config = load("breaker: {model: {in_a_row: 7}}", {})
+    assert (config.breaker.host.in_a_row, config.breaker.host.backoff_s) == (3, 1.0)
+    assert (config.breaker.model.in_a_row, config.breaker.model.backoff_s) == (7, 10.0)
+    assert config.breaker.model.backoff_max_s == 600.0
+
+
+def test_a_backoff_cannot_exceed_its_ceiling(faults: Faults) -> None:
+    """The two are compared with the defaults filled in."""
+    assert faults("breaker: {host: {backoff: 2m}}") == [
+        "config.yaml:1:17 breaker.host: backoff is longer than backoff_max."
+    ]

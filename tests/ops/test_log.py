@@ -1,0 +1,503 @@
+"""Lines: what is told, at which level, in which form, and that none can be forged."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
+from aiohttp.test_utils import unused_port
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from balancer.core import events
+from balancer.core.domain import BreakerState, Outcome, Switch, Usage, Verdict
+from balancer.core.events import (
+    AttemptEnded,
+    BreakerMoved,
+    CallEnded,
+    CallQueued,
+    CatalogChanged,
+    CheckEnded,
+    ConfigApplied,
+    ConfigRejected,
+    Event,
+    HealthFlipped,
+    LeaseGranted,
+    LoadEnded,
+    LoadStarted,
+    MemberJoined,
+    MemberLeft,
+    Mishap,
+    Serving,
+    Stopped,
+    Stopping,
+    Suspected,
+    SwitchMoved,
+    TrialEnded,
+)
+from balancer.ops import log as subject
+from balancer.ops.log import Bridge, LogWriter, configure, escape, shown_address, shown_path
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from balancer.ops.log import ClientAddress, Format, Level, Log
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CALL = CallEnded(
+    at=12.0,
+    request_id="r1",
+    method="POST",
+    path="/api/chat",
+    endpoint="chat",
+    status=200,
+    outcome="ok",
+    duration_s=1.5,
+    client="192.168.7.42",
+    user_agent="ollama-python/0.6",
+    key="lab",
+    model="llama3.2",
+    backend="gpu0",
+    attempts=2,
+    why="failover",
+    queue_s=0.0125,
+    first_byte_s=0.25,
+    bytes_in=120,
+    bytes_out=4096,
+    usage=Usage(tokens_in=7, tokens_out=42),
+    inference=True,
+    streaming=True,
+)
+CLOSED, OPEN, HALF = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+
+
+def opened(old: BreakerState = CLOSED, new: BreakerState = OPEN) -> BreakerMoved:
+    return BreakerMoved(1.0, "gpu0", None, old, new, "3 in a row", 2.0)
+
+
+# Every kind of event, with the level and name of its line.
+TOLD: list[tuple[Event, str, str]] = [
+    (CALL, "info", "request"),
+    (CallQueued(1.0, "r1", "m", 3), "debug", "queued"),
+    (LeaseGranted(1.0, "r1", "m", "gpu0", 1, 0.5, "warm"), "debug", "lease_granted"),
+    (
+        AttemptEnded(1.0, "r1", "chat", "m", "gpu0", 1, Outcome(Verdict.FAULT, 1.0, 2.0)),
+        "debug",
+        "attempt_ended",
+    ),
+    (CheckEnded(1.0, "gpu0", True, 0.01), "debug", "check"),
+    (HealthFlipped(1.0, "gpu0", True, "Ollama 0.33.0"), "info", "backend_up"),
+    (HealthFlipped(1.0, "gpu0", False, "refused"), "warning", "backend_down"),
+    (opened(), "warning", "breaker_opened"),
+    (opened(HALF, OPEN), "info", "breaker_opened"),
+    (opened(OPEN, HALF), "debug", "breaker_half_open"),
+    (opened(HALF, CLOSED), "info", "breaker_closed"),
+    (TrialEnded(1.0, "gpu0", None, "version", False, "refused"), "debug", "trial_ended"),
+    (Suspected(1.0, "gpu0", "m", 31.0), "warning", "backend_suspected"),
+    (LoadStarted(1.0, "gpu0", "m", "wanted"), "info", "load_started"),
+    (LoadEnded(1.0, "gpu0", "m", True, 12.0, ""), "info", "load_ended"),
+    (LoadEnded(1.0, "gpu0", "m", False, 12.0, "out of memory"), "warning", "load_failed"),
+    (CatalogChanged(1.0, "gpu0", 3, ("m",)), "debug", "catalog_changed"),
+    (MemberJoined(1.0, "gpu0", "http://gpu0:11434"), "info", "backend_added"),
+    (MemberLeft(1.0, "gpu0"), "info", "backend_removed"),
+    (SwitchMoved(1.0, "gpu0", Switch.DRAINING), "info", "backend_draining"),
+    (SwitchMoved(1.0, "gpu0", Switch.DISABLED), "info", "backend_disabled"),
+    (SwitchMoved(1.0, "gpu0", Switch.SERVING), "info", "backend_resumed"),
+    (ConfigApplied(1.0, ("health.fall",), ()), "info", "config_reloaded"),
+    (ConfigApplied(1.0, (), ("server.listen",)), "warning", "config_reloaded"),
+    (ConfigRejected(1.0, ("config.yaml:3:1 backends: unknown",)), "error", "config_rejected"),
+    (Serving(1.0, ("127.0.0.1:11435",), 2, 7), "info", "serving"),
+    (Stopping(1.0, "SIGTERM", 1, 0), "info", "shutdown_drain"),
+    (Stopped(1.0, 0), "info", "stopped"),
+    (Stopped(1.0, 2), "warning", "stopped"),
+    (Mishap(1.0, "prober", "ZeroDivisionError"), "error", "mishap"),
+]
+
+
+def make(
+    form: Format = "json",
+    level: Level = "debug",
+    *,
+    is_tty: bool = False,
+    env: dict[str, str] | None = None,
+    color: bool | None = None,
+) -> tuple[Log, io.StringIO]:
+    stream = io.StringIO()
+    log = configure(
+        level,
+        form,
+        stream=stream,
+        is_tty=is_tty,
+        env=env or {},
+        wall=lambda: 86400.5,
+        color=color,
+    )
+    return log, stream
+
+
+def lines(*told: Event, level: Level = "debug", **rest: Any) -> list[dict[str, Any]]:
+    log, stream = make(level=level)
+    writer = LogWriter(log, **rest)
+    for event in told:
+        writer(event)
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_the_canonical_line() -> None:
+    """A call is told in one line, under flat field names, time and level first."""
+    (line,) = lines(CALL)
+    assert list(line.items()) == [
+        ("timestamp", "1970-01-02T00:00:00.500Z"),
+        ("level", "info"),
+        ("event", "request"),
+        ("request_id", "r1"),
+        ("http.request.method", "POST"),
+        ("url.path", "/api/chat"),
+        ("http.response.status_code", 200),
+        ("client.address", "192.168.7.42"),
+        ("user_agent.original", "ollama-python/0.6"),
+        ("key.name", "lab"),
+        ("gen_ai.request.model", "llama3.2"),
+        ("backend.name", "gpu0"),
+        ("attempt.count", 2),
+        ("route.reason", "failover"),
+        ("queue_ms", 12.5),
+        ("ttft_ms", 250.0),
+        ("duration_ms", 1500.0),
+        ("bytes_in", 120),
+        ("bytes_out", 4096),
+        ("gen_ai.usage.input_tokens", 7),
+        ("gen_ai.usage.output_tokens", 42),
+        ("outcome", "ok"),
+    ]
+
+
+@pytest.mark.parametrize(("event", "level", "name"), TOLD)
+def test_level_and_name(event: Event, level: str, name: str) -> None:
+    """Each event has its level and its name."""
+    (line,) = lines(event)
+    assert (line["level"], line["event"]) == (level, name)
+
+
+def test_no_event_is_forgotten() -> None:
+    """Every event there is has a line of its own."""
+    known = vars(events).values()
+    ours = {kind for kind in known if isinstance(kind, type) and issubclass(kind, Event)}
+    assert {type(event) for event, _, _ in TOLD} == ours - {Event}
+
+
+def test_an_unknown_event_is_told_by_its_class() -> None:
+    """A subscriber never stumbles over news it does not know."""
+
+    class News(Event):
+        pass
+
+    (line,) = lines(News(1.0))
+    assert line["event"] == "News"
+
+
+@pytest.mark.parametrize(
+    ("change", "level"),
+    [
+        ({"endpoint": "tags", "path": "/api/tags"}, "debug"),
+        ({"endpoint": "root", "path": "/"}, "debug"),
+        ({"endpoint": "metrics", "path": "/metrics", "method": "GET"}, "debug"),
+        ({"endpoint": "admin", "path": "/_balancer/status", "method": "GET"}, "debug"),
+        ({"endpoint": "admin", "path": "/_balancer/reload", "method": "POST"}, "info"),
+        ({"endpoint": "tags", "path": "/api/tags", "status": 403}, "info"),
+        ({"endpoint": "tags", "path": "/api/tags", "status": 503}, "warning"),
+        ({"endpoint": "tags", "path": "/api/tags", "duration_s": 61.0}, "info"),
+        ({"status": 499, "outcome": "client_abort"}, "info"),
+        ({"status": 404, "outcome": "rejected"}, "info"),
+        ({"status": 200, "outcome": "upstream_error"}, "warning"),
+        ({"status": 503, "outcome": "shed"}, "warning"),
+    ],
+)
+def test_level_of_a_call(change: dict[str, Any], level: str) -> None:
+    """Reads that went well are quiet, changes by an admin are not, failures of ours are loud."""
+    (line,) = lines(replace(CALL, **change))
+    assert line["level"] == level
+
+
+def test_slow_calls_are_marked() -> None:
+    """Only what took longer than the limit is called slow."""
+    fast, slow = lines(replace(CALL, duration_s=5.0), replace(CALL, duration_s=5.1), slow_s=5.0)
+    assert "slow" not in fast
+    assert slow["slow"] is True
+
+
+def test_without_access_log_only_failures_are_told() -> None:
+    """`access: false` keeps warnings and everything that is no call."""
+    told = lines(CALL, replace(CALL, status=503), MemberLeft(1.0, "gpu0"), access=False)
+    assert [line["event"] for line in told] == ["request", "backend_removed"]
+    assert told[0]["level"] == "warning"
+
+
+def test_what_is_not_known_is_not_told() -> None:
+    """Empty fields are left out; zeros are facts and stay."""
+    (line,) = lines(CallEnded(1.0, "r1", "GET", "/nope", "none", 404, "rejected", 0.0))
+    assert "backend.name" not in line
+    assert "queue_ms" not in line
+    assert line["bytes_out"] == 0
+
+
+def test_the_level_filters() -> None:
+    """Below the configured level nothing is written."""
+    told = lines(*(event for event, _, _ in TOLD), level="warning")
+    assert {line["level"] for line in told} == {"warning", "error"}
+
+
+@pytest.mark.parametrize(
+    ("address", "how", "shown"),
+    [
+        ("192.168.7.42", "full", "192.168.7.42"),
+        ("192.168.7.42", "truncated", "192.168.7.0"),
+        ("2001:db8:1:2:3::4", "truncated", "2001:db8:1::"),
+        ("192.168.7.42", "none", ""),
+        ("not an address", "truncated", ""),
+        ("", "truncated", ""),
+    ],
+)
+def test_client_address(address: str, how: ClientAddress, shown: str) -> None:
+    """The operator decides how much of a client's address is kept."""
+    assert shown_address(address, how) == shown
+
+
+def test_client_address_none_in_the_line() -> None:
+    """With `none` the field is not there at all."""
+    (line,) = lines(CALL, client_address="none")
+    assert "client.address" not in line
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/api/chat?ts=1&key=sk-1", "/api/chat"),
+        ("/k/sk-1/api/chat", "/k/***/api/chat"),
+        ("/k/sk-1", "/k/***/"),
+        ("/kitchen", "/kitchen"),
+    ],
+)
+def test_paths_are_redacted(path: str, shown: str) -> None:
+    """Queries and keys in paths are not written."""
+    assert shown_path(path) == shown
+
+
+HOSTILE = st.text(max_size=600) | st.text(
+    alphabet='\n\r\x00\x1b\x7f\x85\u2028\u202e\ud800\\" =<>{}[],:', max_size=400
+)
+
+
+@UNTIMED
+@given(HOSTILE)
+def test_escaped_text_is_one_short_printable_line(text: str) -> None:
+    """Whatever comes in, what goes out prints, and on one line."""
+    shown = escape(text)
+    assert shown.isprintable()
+    assert len(shown) <= 256
+    assert shown == text or not text.isprintable() or len(text) > 256
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("x" * 256, "x" * 256),
+        ("x" * 257, "x" * 255 + "…"),
+        ("\n" * 200, "\\n" * 127 + "\\…"),
+        ("a\x1b[31mb\u202ec", "a\\x1b[31mb\\u202ec"),
+    ],
+)
+def test_fields_are_cut(text: str, shown: str) -> None:
+    """Long fields end in an ellipsis, those of a list too."""
+    assert escape(text) == shown
+    (line,) = lines(ConfigRejected(1.0, (text,)))
+    assert line["problems"] == [shown]
+
+
+@UNTIMED
+@given(HOSTILE, st.sampled_from(["json", "logfmt", "console"]))
+def test_no_line_can_be_forged(text: str, form: Format) -> None:
+    """Nothing a client sends starts a line of its own or reaches the terminal's control codes."""
+    log, stream = make(form, color=False)
+    LogWriter(log)(replace(CALL, model=text, user_agent=text, path=text, error=text, key=text))
+    LogWriter(log)(Mishap(1.0, text, text))
+    LogWriter(log)(ConfigRejected(1.0, (text, text)))
+    told = stream.getvalue()
+    assert told.endswith("\n")
+    assert len(told.splitlines()) == 3
+    assert all(line.isprintable() for line in told.splitlines())
+
+
+@UNTIMED
+@given(HOSTILE)
+def test_json_fields_stay_in_their_place(text: str) -> None:
+    """A hostile model name is a value of its field and nothing else."""
+    (line,) = lines(replace(CALL, model=f"m{text}"))
+    assert line["gen_ai.request.model"] == escape(f"m{text}")
+    assert (line["level"], line["outcome"]) == ("info", "ok")
+
+
+def test_a_quoted_value_stays_one_logfmt_pair() -> None:
+    """Logfmt quotes what would else read as further pairs."""
+    log, stream = make("logfmt")
+    LogWriter(log)(replace(CALL, model='x" level=error'))
+    assert r'gen_ai.request.model="x\" level=error"' in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("is_tty", "env", "coloured"),
+    [
+        (True, {}, True),
+        (True, {"NO_COLOR": "1"}, False),
+        (False, {}, False),
+        (False, {"FORCE_COLOR": "1"}, True),
+        (True, {"NO_COLOR": "1", "FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_colours(*, is_tty: bool, env: dict[str, str], coloured: bool) -> None:
+    """Colours on a terminal, and as the two customary variables say."""
+    log, stream = make("console", is_tty=is_tty, env=env)
+    LogWriter(log)(CALL)
+    assert ("\x1b[" in stream.getvalue()) is coloured
+
+
+def test_auto_is_json_when_piped_and_console_on_a_terminal() -> None:
+    """The form follows the reader."""
+    piped, stream = make("auto")
+    LogWriter(piped)(CALL)
+    assert json.loads(stream.getvalue())
+    seen, screen = make("auto", is_tty=True, color=False)
+    LogWriter(seen)(CALL)
+    assert screen.getvalue().startswith("1970-01-02T00:00:00.500Z [info     ] request")
+
+
+def written_to_a_file(tmp_path: Path, variable: str, *, is_tty: bool = False) -> list[str]:
+    with (tmp_path / "journal").open("w+") as stream:
+        stat = os.fstat(stream.fileno())
+        env = {"JOURNAL_STREAM": variable or f"{stat.st_dev}:{stat.st_ino}"}
+        log = configure("info", "json", stream=stream, is_tty=is_tty, env=env, wall=lambda: 0.0)
+        for event in (CALL, replace(CALL, status=500), Mishap(1.0, "x", "y")):
+            LogWriter(log)(event)
+        stream.seek(0)
+        return [line[:3] for line in stream]
+
+
+def test_the_journal_gets_priorities(tmp_path: Path) -> None:
+    """Lines to systemd's journal begin with their priority."""
+    assert written_to_a_file(tmp_path, "") == ["<6>", "<4>", "<3>"]
+
+
+def test_a_pipeline_under_systemd_gets_none(tmp_path: Path) -> None:
+    """The variable is inherited by whoever pipes our output elsewhere; that is not the journal."""
+    assert written_to_a_file(tmp_path, "1:2") == ['{"t', '{"t', '{"t']
+    assert written_to_a_file(tmp_path, "", is_tty=True) == ['{"t', '{"t', '{"t']
+
+
+# -- records of libraries -------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+Bridged = tuple[logging.Logger, Callable[[], list[dict[str, Any]]], Clock]
+
+
+@pytest.fixture
+def bridged() -> Iterator[Bridged]:
+    """A logger named as aiohttp's, its records bridged; what was told; the clock."""
+    log, stream = make()
+    clock = Clock()
+    handler = Bridge(log, clock)
+    logger = logging.getLogger("aiohttp.server")
+    logger.addHandler(handler)
+    logger.propagate = False
+    yield logger, lambda: [json.loads(line) for line in stream.getvalue().splitlines()], clock
+    logger.removeHandler(handler)
+    logger.propagate = True
+
+
+def test_malformed_requests_are_told_once_a_second(bridged: Bridged) -> None:
+    """A scanner gets one line per second, with how many there were, and no traceback."""
+    logger, told, clock = bridged
+    for _ in range(50):
+        logger.error("Error handling request from %s", "10.0.0.9", exc_info=BadHttpMessage("x\ny"))
+    clock.now += 1.0
+    logger.error("Error handling request from %s", "10.0.0.9", exc_info=BadHttpMessage("x"))
+    assert [(line["event"], line["count"]) for line in told()] == [
+        ("malformed_request", 1),
+        ("malformed_request", 50),
+    ]
+    assert told()[0]["client.address"] == "10.0.0.9"
+    assert "x\\ny" not in str(told())
+
+
+def test_other_records_are_one_line_each(bridged: Bridged) -> None:
+    """A library's warning passes, with where its exception came from; information does not."""
+    logger, told, _ = bridged
+    logger.setLevel(logging.INFO)
+    logger.info("nothing")
+    logger.warning("slow\nthing %d", 3)
+    try:
+        {}["who"]  # type: ignore[index]
+    except KeyError:
+        logger.exception("Unhandled exception")
+    logger.setLevel(logging.NOTSET)
+    first, second = told()
+    assert first["message"] == "slow\\nthing 3"
+    assert (first["level"], first["logger"]) == ("warning", "aiohttp.server")
+    assert (second["level"], second["error.type"]) == ("error", "KeyError")
+    assert "test_log:" in second["error.stack"]
+
+
+def test_only_the_servers_parser_is_throttled() -> None:
+    """A bad answer of a backend is no malformed request."""
+    log, stream = make()
+    error = BadHttpMessage("x")
+    record = logging.LogRecord(
+        "aiohttp.client", logging.ERROR, "", 1, "bad", (), (type(error), error, None)
+    )
+    Bridge(log, Clock()).handle(record)
+    assert json.loads(stream.getvalue())["event"] == "library"
+
+
+def test_a_record_that_cannot_be_formatted_is_told_raw() -> None:
+    """A bug in a library's log call is not ours to die of."""
+    log, stream = make()
+    record = logging.LogRecord("lib", logging.WARNING, "", 1, "%d things", ("many",), None)
+    Bridge(log, Clock()).handle(record)
+    assert json.loads(stream.getvalue())["message"] == "%d things"
+
+
+async def test_aiohttp_speaks_as_the_bridge_expects(bridged: Bridged) -> None:
+    """Real garbage on a real server becomes the one line, so the filter still fits aiohttp."""
+    logger, told, _ = bridged
+    assert logger.name == "aiohttp.server"
+    runner = web.AppRunner(web.Application(), access_log=None)
+    await runner.setup()
+    port = unused_port()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: zwei\r\n\r\n")
+    await reader.read()
+    writer.close()
+    await runner.cleanup()
+    assert [line["event"] for line in told()] == ["malformed_request"]
+
+
+def test_reads_come_from_the_route_table() -> None:
+    """The quiet routes are those that we answer ourselves or from our catalogue."""
+    assert {"version", "tags", "ps", "show", "root", "models", "model"} == subject.READS
