@@ -12,11 +12,12 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from balancer import __version__
@@ -110,6 +111,7 @@ class Balancer:
         read: Loads the configuration anew, for a reload.
         seed: Of all chance, told in the log.
         sockets: Bound sockets to serve on instead of `server.listen`.
+        extra_headers: On every answer.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Balancer:
         seed: int | None = None,
         sockets: Sequence[socket.socket] = (),
         subscribers: Sequence[Callable[[Event], None]] = (),
+        extra_headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         loop = asyncio.get_running_loop()
         self.config = config
@@ -136,13 +139,18 @@ class Balancer:
         self._leaving = False
         self._refusing = False
         self.addresses: tuple[str, ...] = ()
-        self._wire(read or (lambda: config), config_file)
+        self._wire(read or (lambda: config), config_file, extra_headers)
         for subscriber in subscribers:
             self.bus.subscribe(subscriber)
         if self.metrics is not None:
             self.bus.subscribe(self.metrics)
 
-    def _wire(self, read: Callable[[], Config], config_file: str | None) -> None:
+    def _wire(
+        self,
+        read: Callable[[], Config],
+        config_file: str | None,
+        extra_headers: Mapping[str, str],
+    ) -> None:
         config, clock, emit = self.config, self._clock, self.bus
         token = f"ollama-balancer-{self._rng.getrandbits(48):012x}"
         self.tasks = Tasks(emit, clock)
@@ -200,6 +208,7 @@ class Balancer:
             clock,
             lambda: self._refusing,
             token,
+            extra_headers=extra_headers,
         )
         self._server = make_server(
             self.front,

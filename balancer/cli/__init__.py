@@ -1,0 +1,130 @@
+"""
+The commands. Each module declares a group; what is heavy is imported when a command runs.
+
+Laws:
+- Wrong input ends in one line per fault on stderr and an exit code of `ExitCode`, no traceback.
+- ``--help``, ``version`` and ``status`` import neither aiohttp nor ollama nor pybreaker.
+"""
+
+from __future__ import annotations
+
+import sys
+from io import TextIOWrapper
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+from balancer import __version__
+from balancer.cli import inspect, operate, run, setup
+from balancer.cli.exits import MEANING, CommandError, ExitCode
+
+EXAMPLES: Final = """\
+Examples:
+  ollama-balancer -b gpu1 -b gpu2            serve two Ollama hosts on 127.0.0.1:11435
+  OLLAMA_HOST=127.0.0.1:11435 ollama run llama3.2
+                                             any Ollama client, through the balancer
+  ollama-balancer demo                       look around: simulated hosts, made-up answers
+  ollama-balancer check config.yaml --contact
+                                             is the file good, do the hosts answer?
+  ollama-balancer status --watch             what is going on
+"""
+ENVIRONMENT: Final = """\
+Environment (over the file; flags are over both):
+  BALANCER_CONFIG        configuration file
+  BALANCER_LISTEN        where to listen (127.0.0.1:11435)
+  BALANCER_BACKENDS      Ollama hosts, separated by commas
+  BALANCER_API_KEY       one API key with the role admin; the commands send it, too
+  BALANCER_API_KEY_FILE  the same, in a file
+  BALANCER_LOG_LEVEL     debug, info, warning, error
+  BALANCER_LOG_FORMAT    auto, console, json, logfmt
+  BALANCER_DEMO          1: simulated hosts
+  BALANCER_<SECTION>__<KEY>
+                         any other setting, e.g. BALANCER_TIMEOUTS__LOAD=20m
+  NO_COLOR, FORCE_COLOR  colours off, on
+  OLLAMA_HOST is for clients; the balancer does not read it.
+"""
+_OF_GROUP: Final = frozenset({"-h", "--help", "--version"})
+
+
+class Commands(TyperGroup):
+    """The command line; without a command it is `serve`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `serve` where no command is named."""
+        if not args or (args[0].startswith("-") and args[0] not in _OF_GROUP):
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """Run, and turn refusals into lines on stderr and a code."""
+        try:
+            code = super().main(*args, standalone_mode=False, **more) or ExitCode.OK
+        except CommandError as error:
+            code = error.code
+            print(*error.lines, sep="\n", file=sys.stderr)
+        except typer.TyperException as error:
+            code = error.exit_code
+            print(_usage(error), file=sys.stderr)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Examples, commands in groups, environment, exit codes."""
+        formatter.write(f"Usage: {ctx.command_path} [COMMAND] [OPTIONS]\n\n")
+        formatter.write("One OLLAMA_HOST in front of many Ollama hosts.\n\n")
+        formatter.write(f"{EXAMPLES}\n")
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            told = command.get_short_help_str(80)
+            panels.setdefault(command.rich_help_panel, []).append((name, told))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+        formatter.write(f"\n{ENVIRONMENT}\nExit codes:\n")
+        formatter.write("  " + " · ".join(f"{code} {text}" for code, text in MEANING.items()))
+        formatter.write("\n\nOptions of a command: ollama-balancer COMMAND --help\n")
+
+
+def _usage(error: typer.TyperException) -> str:
+    """One line: what is wrong, and where to read on."""
+    told = " ".join(error.format_message().split())
+    ctx = getattr(error, "ctx", None)
+    command = ctx.command_path if ctx is not None else "ollama-balancer"
+    return f"{told.rstrip('.')}. Try: {command} --help"
+
+
+app: Final = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (run, inspect, operate, setup):
+    group.add_to(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ollama-balancer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    """One OLLAMA_HOST in front of many Ollama hosts."""
+
+
+def main() -> None:
+    """``ollama-balancer``, ``olb`` and ``python -m balancer``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may know no dashes
+    app()

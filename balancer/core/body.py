@@ -188,7 +188,7 @@ def read(route: Route, body: bytes) -> Body:
 
 
 def _read(route: Route, shape: _Shape, body: bytes) -> Body:
-    if _BLANK.fullmatch(body):
+    if body[:1] != b"{" and _BLANK.fullmatch(body):
         raise BadRequest("EOF" if route.dialect is Dialect.OPENAI else "missing request body")
     fields = _known(shape, _members(shape, body))
     keep_alive, at_once = _keep_alive(shape, fields.get("keep_alive"))
@@ -212,7 +212,7 @@ def _read(route: Route, shape: _Shape, body: bytes) -> Body:
         output_tokens=_limit(fields, num_predict),
         include_usage=include_usage,
         verbose=_flag(fields.get("verbose")),
-        system=_text(fields.get("system")) != "",
+        system=not _is_empty(fields.get("system")),
         options_given=not _is_empty(fields.get("options")),
     )
 
@@ -227,11 +227,13 @@ _LARGE = 1 << 18  # above it a hostile body could ask for too many dict entries
 _MOST_FIELDS = 1000
 _NULL, _TRUE = b"nt"
 
-_BLANK = re.compile(rb"[ \t\r\n]*")
-_EMPTY = re.compile(rb'(?:""|\[[ \t\r\n]*\]|\{[ \t\r\n]*\})[ \t\r\n]*')
-_OPEN = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(\})?")
-_FIELD = re.compile(rb'[ \t\r\n]*("(?:[^"\\]++|\\.){0,1000}+")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
-_AFTER = re.compile(rb"[ \t\r\n]*([,}])")
+_SPACE = rb"[ \t\r\n]{0,65536}+"  # nobody means more, and every byte of it costs
+_BLANK = re.compile(_SPACE)
+_EMPTY = re.compile(rb'(?:""|\[%b\]|\{%b\})%b' % (_SPACE, _SPACE, _SPACE))
+_OPEN = re.compile(rb"%b\{%b(\})?" % (_SPACE, _SPACE))
+_KEY = rb'("(?:[^"\\]++|\\.){0,1000}+")'
+_FIELD = re.compile(rb"%b%b%b:%b" % (_SPACE, _KEY, _SPACE, _SPACE), re.DOTALL)
+_AFTER = re.compile(rb"%b([,}])" % _SPACE)
 _TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
 
 # Half a surrogate pair, which Go reads as U+FFFD and msgspec refuses. The first alternative runs
@@ -364,7 +366,8 @@ def _walk(shape: _Shape, text: bytes) -> dict[str, Raw]:
 def _no_object(shape: _Shape, text: bytes) -> dict[str, Raw]:
     """``null`` acts like ``{}``, any other value is of the wrong type."""
     start = _expect(_BLANK, text, 0).end()
-    _value_length(memoryview(text)[start:])
+    if _value_length(memoryview(text)[start:]) and text[start] in b" \t\r\n":
+        raise msgspec.DecodeError
     if text[start] == _NULL:
         return {}
     kind = _kind(text[start])
@@ -407,9 +410,10 @@ def _check_utf8(text: bytes, end: int) -> None:
 
 # --- the fields --------------------------------------------------------------------------------
 
-_HOLDS_IMAGE = 1 << 14
+_STRIDE = 1 << 12
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]{64}")
 _MOST_IMAGES = 1000
-_LONG_OPTION = 1 << 10
+_LONGEST_STREAM_OPTIONS = 1 << 10
 
 _INTEGER = re.compile(rb"-?[0-9]{1,19}")
 _KINDS = {b'"': "string", b"{": "object", b"[": "array", b"t": "bool", b"f": "bool"}
@@ -480,10 +484,10 @@ def _integer(value: Raw) -> int | None:
 
 def _real(struct: str, field: str, value: Raw) -> float:
     """A JSON number as Go holds it where no type is said."""
-    text = bytes(value).strip()
-    number = float(text) if len(text) < _LONG_OPTION else math.inf
+    number = float(bytes(value))
     if math.isinf(number):
-        raise _mistyped(struct, field, f"number {text[:80].decode()}", "float64")
+        digits = bytes(value)[:80].decode().strip()
+        raise _mistyped(struct, field, f"number {digits}", "float64")
     return number
 
 
@@ -529,7 +533,7 @@ def _streaming(route: Route, fields: dict[str, Raw], purpose: Purpose) -> bool:
 def _include_usage(value: Raw | None) -> bool:
     if value is None:
         return False
-    if len(value) > _LONG_OPTION:
+    if len(value) > _LONGEST_STREAM_OPTIONS:
         raise BadRequest("stream_options is too long")
     asked = False
     for key, given in _DICT.decode(value).items():
@@ -543,9 +547,14 @@ def _include_usage(value: Raw | None) -> bool:
 
 def _prompt_bytes(shape: _Shape, fields: dict[str, Raw], body: bytes) -> int:
     total = sum(len(fields[field]) for field in shape.prompt if field in fields)
-    if shape.image is None or total < _HOLDS_IMAGE:
+    if shape.image is None or not _shows_base64(body):
         return total
     return max(total - _image_bytes(body, *shape.image), 0)
+
+
+def _shows_base64(body: bytes) -> bool:
+    """Look here and there: to search long texts for images costs as much as to parse them."""
+    return any(_BASE64.match(body, at) for at in range(_STRIDE, len(body), _STRIDE))
 
 
 def _image_bytes(body: bytes, mark: bytes, close: bytes) -> int:
@@ -561,7 +570,7 @@ def _image_bytes(body: bytes, mark: bytes, close: bytes) -> int:
 
 
 def _limit(fields: dict[str, Raw], num_predict: int | None) -> int | None:
-    """The first of the limits that is given; Ollama takes none and less for no limit."""
+    """The first of the limits that is given; to Ollama nought and less are none."""
     for field in ("max_tokens", "max_completion_tokens"):
         if field in fields:
             num_predict = _integer(fields[field])

@@ -36,6 +36,8 @@ STATES: Final = {
 }
 FORGET_S: Final = 60.0
 MAX_DOUBLINGS: Final = 64  # beyond any cap, below what a float can hold
+# Timers fire a little early, and so small a sum may not move a clock: such a wait is over.
+OVER_S: Final = 1e-6
 
 OnMove = Callable[[BreakerState, BreakerState, str, float], None]
 
@@ -218,7 +220,7 @@ class Gate(CircuitBreakerListener):
             return 0.0
         if self.state is BreakerState.HALF_OPEN and not self._live:
             return 0.0
-        return max(0.0, self._due_at - self._clock())
+        return self._left_s(self._clock())
 
     # -- permits -------------------------------------------------------------------------------
 
@@ -308,8 +310,13 @@ class Gate(CircuitBreakerListener):
 
     def _expire(self, now: float) -> None:
         """Half-open for too long: open again. Nothing was learned, so the wait does not grow."""
-        if self.state is BreakerState.HALF_OPEN and now >= self.since + self.half_open_max_s:
+        if self.state is BreakerState.HALF_OPEN and not self._left_s(now):
             self._open("no trial was decided in time", now)
+
+    def _left_s(self, now: float) -> float:
+        """Until the first trial while open; until it opens again while half-open."""
+        left_s = self._due_at - now
+        return left_s if left_s > OVER_S else 0.0
 
     def _trip(self, reason: str, successes: int, now: float, *, soft: bool = False) -> None:
         """Open, and wait longer than the last time, unless that is forgotten."""
@@ -330,14 +337,18 @@ class Gate(CircuitBreakerListener):
 
     def _delay_s(self) -> float:
         """
-        The wait of this opening: never shorter than the doubled backoff, and spread.
+        The wait of this opening: the doubled backoff and up to half as much, never beyond 1.1 caps.
+
+        What would lie beyond is not cut off but spread below: waits at the cap must not fall in
+        step.
 
         Source:
             Exponential backoff whose jitter only adds, up to a half, as in linkerd2-proxy.
         """
         doublings = min(max(self._growth - 1, 0), MAX_DOUBLINGS)
         plain_s = min(self.backoff_max_s, self.backoff_s * 2.0**doublings)
-        return min(1.1 * self.backoff_max_s, plain_s * (1 + self._rng.uniform(0, 0.5)))
+        room_s = min(0.5 * plain_s, 1.1 * self.backoff_max_s - plain_s)
+        return plain_s + self._rng.uniform(0, room_s)
 
     def _move(self, new: BreakerState, reason: str, now: float) -> None:
         """Move the register; `state_change` hears of it first, then *on_move*."""

@@ -342,6 +342,7 @@ class _Listing:
     """Tags merged over all backends; good until something changes, or `until`."""
 
     def __init__(self, shelves: dict[str, _Shelf], now: float, remember_s: float) -> None:
+        self.remember_s = remember_s
         kept = [
             (name, shelf) for name, shelf in shelves.items() if not shelf.lapsed(now, remember_s)
         ]
@@ -420,7 +421,7 @@ class Catalog:
 
     Args:
         clock: Monotonic seconds.
-        remember_s: How long the rows of a backend that is away stay listed.
+        remember_s: How long the rows of a backend that is away stay listed; may be set later.
         believe_s: How long a reading of a backend's memory is believed.
         shows: How many answers to show are kept, one per digest.
     """
@@ -843,10 +844,10 @@ class Catalog:
             self._versions = (min(released), max(released))
 
     def _view(self) -> _Listing:
-        now = self._clock()
-        if self._listing is None or now >= self._listing.until:
-            self._listing = _Listing(self._shelves, now, self.remember_s)
-        return self._listing
+        now, listing = self._clock(), self._listing
+        if listing is None or now >= listing.until or listing.remember_s != self.remember_s:
+            self._listing = listing = _Listing(self._shelves, now, self.remember_s)
+        return listing
 
     def _ps_view(self) -> tuple[dict[str, Any], bytes]:
         if self._ps is None:

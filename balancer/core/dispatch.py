@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from balancer.core.admission import Admission
-from balancer.core.domain import Attempt, Call, PlacementKey
+from balancer.core.domain import Attempt, Call, PlacementKey, Residency, Route
 from balancer.core.errors import (
     AttemptsExhausted,
     BalancerError,
     DeadlineExceeded,
+    Forbidden,
     NoBackend,
     QueueTimeout,
     UnknownModel,
 )
 from balancer.core.events import CallQueued, Emit, LeaseGranted
-from balancer.core.pool import Lease, Pool, Prospect, ProspectKind
+from balancer.core.pool import Lease, Pool, Prospect, ProspectKind, discreet
 from balancer.core.scheduler import (
     Commit,
     CommitRefused,
@@ -106,7 +107,7 @@ class Dispatcher:
         self._planning = False
         self._again = False
         self._seen_version = -1
-        self._closed = False
+        pool.note = lambda fact: self._scheduler.note(fact)
 
     @property
     def admission(self) -> Admission:
@@ -182,7 +183,7 @@ class Dispatcher:
         now = self._clock()
         for ticket in self._scheduler.waiting():
             # The queue's limit rested while the load was under way.
-            if ticket.call.key == load.key:
+            if ticket.call.key == load.key and load.backend not in ticket.excluded:
                 ticket.limit_at = self._limit(ticket, now)
         if attempt is not None:
             self._refuse(load.ticket, LoadFailed(attempt, answer))
@@ -202,6 +203,8 @@ class Dispatcher:
                 self._pass(self._clock())
         finally:
             self._planning = False
+        if self._again:  # enough for one turn of the loop
+            self._wake_at(self._clock())
 
     def refuse_all(self, error: BalancerError) -> None:
         """Answer everybody who waits; for the end of a drain."""
@@ -231,6 +234,8 @@ class Dispatcher:
 
     def _commit(self, commit: Commit, now: float) -> None:
         ticket = commit.ticket
+        if ticket not in self._owners:  # it left while others were answered
+            return
         call = ticket.call
         why = self._why(commit)
         lease = self._pool.lease(call, commit.backend, len(ticket.attempts) + 1, why)
@@ -238,10 +243,8 @@ class Dispatcher:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             self._scheduler.enqueue(ticket)
             return
-        owner = self._finish(ticket, TicketState.GRANTED)
-        if owner is None:  # nobody is there any more
-            lease.release()
-            return
+        owner = self._owners[ticket]
+        self._finish(ticket, TicketState.GRANTED)
         waited_s = now - ticket.queued_at
         self._emit(
             LeaseGranted(now, call.id, call.model, commit.backend, lease.number, waited_s, why)
@@ -259,7 +262,8 @@ class Dispatcher:
         return "cold" if commit.ticket.cold else commit.why
 
     def _load(self, load: Load) -> None:
-        if self._pool.take_token(load.backend, load.key, load.why):
+        is_wanted = load.ticket in self._owners
+        if is_wanted and self._pool.take_token(load.backend, load.key, load.why):
             load.ticket.cold = True
             load.ticket.load_on = load.backend
             self._on_load(load)
@@ -269,11 +273,16 @@ class Dispatcher:
             call = ticket.call
             if call.deadline is not None and call.deadline <= now:
                 self._refuse(ticket, DeadlineExceeded("The call's own deadline has passed."))
-            elif self._pool.loading(call.key):
+            elif self._is_loading(ticket):
                 # The load budget bounds this wait, not the queue's limit.
                 ticket.limit_at = self._limit(ticket, now)
             else:
                 self._refuse(ticket, self._overdue(ticket))
+
+    def _is_loading(self, ticket: Ticket) -> bool:
+        """Whether a load is under way that may yet serve the call."""
+        candidates = self._pool.candidates(ticket.call, ticket.excluded)
+        return any(c.residency is Residency.LOADING for c in candidates)
 
     def _limit(self, ticket: Ticket, now: float) -> float:
         limit_at = now + self._admission.limits.max_wait_s
@@ -292,12 +301,13 @@ class Dispatcher:
 
     def _review(self) -> None:
         """Something in the pool changed: refuse those whom waiting cannot help any more."""
-        verdicts: dict[tuple[PlacementKey, frozenset[str]], Prospect] = {}
+        prospects: dict[tuple[PlacementKey, str, Route, frozenset[str]], Prospect] = {}
         for ticket in list(self._owners):
-            key = (ticket.call.key, ticket.excluded)
-            if key not in verdicts:
-                verdicts[key] = self._pool.prospect(ticket.call, ticket.excluded)
-            prospect = verdicts[key]
+            call = ticket.call
+            alike = (call.key, call.model, call.route, ticket.excluded)
+            if alike not in prospects:
+                prospects[alike] = self._pool.prospect(call, ticket.excluded)
+            prospect = prospects[alike]
             if not _can_wait(prospect, self._clock(), ticket.limit_at):
                 self._refuse(ticket, _refusal(ticket.call, prospect, ticket.attempts))
 
@@ -332,8 +342,10 @@ def _can_wait(prospect: Prospect, now: float, limit_at: float) -> bool:
 def _refusal(call: Call, prospect: Prospect, attempts: tuple[Attempt, ...]) -> BalancerError:
     if prospect.kind is ProspectKind.UNKNOWN:
         return UnknownModel(prospect.text)
+    if prospect.kind is ProspectKind.FORBIDDEN:
+        return Forbidden(prospect.text)
     if attempts and prospect.kind is ProspectKind.EXHAUSTED:
-        tried = "; ".join(f"{a.backend}: {a.outcome.text}" for a in attempts)
+        tried = "; ".join(f"{a.backend}: {discreet(a.outcome.text)}" for a in attempts)
         return AttemptsExhausted(
             f"Every backend that could serve {call.model!r} failed: {tried}", retry_after_s=5.0
         )

@@ -259,6 +259,7 @@ class Outcome:
         caused_load: The attempt was, or waited for, a load of the model.
         blank_model: The empty error chunk of /v1 came before the end.
         retry_after_s: What a busy backend asked for.
+        blameless: Whatever the verdict, the backend has shown since that it is well.
     """
 
     verdict: Verdict
@@ -276,6 +277,7 @@ class Outcome:
     caused_load: bool = False
     blank_model: bool = False
     retry_after_s: float | None = None
+    blameless: bool = False
 
 
 @dataclass(frozen=True, slots=True)

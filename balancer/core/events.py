@@ -178,7 +178,7 @@ class MemberJoined(Event):
 
 @dataclass(frozen=True, slots=True)
 class MemberLeft(Event):
-    """A backend left the pool, its last call ended."""
+    """A backend left the pool; calls may still be ending there."""
 
     backend: str
 

@@ -402,10 +402,10 @@ def _is_closed(body: bytes) -> bool:
     """Whether all that was opened is closed; fast, for only quotes and brackets are looked at."""
     bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     # Without two quotes side by side each bracket is inside or outside a string as before.
-    parts = bare.translate(None, _NO_MARK).replace(b'""', b"").split(b'"')
-    outside = b"".join(parts[::2])
+    marks = bare.translate(None, _NO_MARK).replace(b'""', b"")
+    outside = b"".join(marks.split(b'"')[::2])
     closed = outside.count(b"}") + outside.count(b"]")
-    return len(parts) % 2 == 1 and 0 < outside.count(b"{") + outside.count(b"[") == closed
+    return 0 < outside.count(b"{") + outside.count(b"[") == closed
 
 
 def _usage(doc: dict[str, Any]) -> Usage:

@@ -1,63 +1,182 @@
-"""temporary"""
+"""
+Load of one backend: calls in flight, how many it takes, how fast it answers, and when to let it be.
+
+Models are canonical names. Where a model may be None, it means the whole backend.
+"""
+
 from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+DEFAULT_SLOTS: Final = 2
+HALF_LIFE_S: Final = 10.0
+COOL_OFF_S: Final = (1.0, 2.0, 4.0, 8.0)
+MAX_RETRY_AFTER_S: Final = 60.0
+RAMP_S: Final = 30.0
+# Timers fire a little early, and so small a sum may not move a clock: such a wait is over.
+OVER_S: Final = 1e-6
+
+
+class PeakEwma:
+    """
+    An estimate that believes bad news at once and good news slowly.
+
+    Source:
+        Peak-EWMA, after Finagle's balancer and tower's ``load::PeakEwma``.
+    """
+
+    def __init__(self, half_life_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._at = 0.0
+        self.value = 0.0
+
+    def observe(self, sample: float, now: float) -> None:
+        """
+        Fold one sample in.
+
+        A sample above the estimate replaces it at once; one below draws it down with the half-life,
+        by the time since the last sample. The first sample becomes the estimate.
+
+        Raises:
+            ValueError: *sample* is negative or not finite.
+        """
+        if not math.isfinite(sample) or sample < 0:
+            raise ValueError(f"a sample must be finite and not negative, not {sample}")
+        excess = max(0.0, self.value - sample)
+        self.value = sample + excess * 0.5 ** ((now - self._at) / self._half_life_s)
+        self._at = now
+
+
+@dataclass(slots=True)
+class _Rest:
+    """A cool-off: which step comes next, and until when the last one lasts."""
+
+    level: int = 0
+    until: float = 0.0
+
 
 class Load:
-    def __init__(self, clock: Callable[[], float], configured: int | None = None) -> None:
-        self._clock = clock
+    """
+    What runs on one backend and what it can take.
+
+    Args:
+        configured: Slots per model, None: not known.
+        half_life_s: Of the estimate of time to first byte.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        configured: int | None = None,
+        *,
+        half_life_s: float = HALF_LIFE_S,
+    ) -> None:
         self.configured = configured
-        self._n: Counter[str] = Counter()
-        self._ewma: dict[str | None, float] = {}
-        self._cool: dict[str | None, tuple[float, int]] = {}
-        self._ramp_at = -1e9
+        self._clock = clock
+        self._half_life_s = half_life_s
+        self._in_flight: Counter[str] = Counter()
+        self._first_byte: dict[str, PeakEwma] = {}
+        self._rests: dict[str | None, _Rest] = {}
+        self._ramp_from = -math.inf
 
-    def enter(self, m: str) -> None:
-        self._n[m] += 1
+    # -- in flight and slots -------------------------------------------------------------------
 
-    def leave(self, m: str) -> None:
-        self._n[m] -= 1
-        if not self._n[m]:
-            del self._n[m]
+    def enter(self, model: str) -> None:
+        """A call begins."""
+        self._in_flight[model] += 1
+
+    def leave(self, model: str) -> None:
+        """A call has ended. Raises ValueError if none was in flight."""
+        if not self._in_flight[model]:
+            raise ValueError(f"no call on {model!r} is in flight")
+        self._in_flight[model] -= 1
+        if not self._in_flight[model]:
+            del self._in_flight[model]
+
+    def in_flight(self, model: str | None = None) -> int:
+        """Calls that run, on one model or in all."""
+        return self._in_flight.total() if model is None else self._in_flight.get(model, 0)
 
     def counts(self) -> dict[str, int]:
-        return dict(self._n)
+        """Calls that run, by model."""
+        return dict(self._in_flight)
 
-    def in_flight(self, m: str | None = None) -> int:
-        return self._n.total() if m is None else self._n[m]
-
-    def slots(self, m: str) -> int:
-        s = self.configured or 2
-        share = min(1.0, (self._clock() - self._ramp_at) / 30)
-        return max(1, int(s * share))
+    def slots(self, model: str) -> int:  # noqa: ARG002 - one belief for all models, for now
+        """Calls at once that *model* is believed to take; fewer while the backend warms up."""
+        return self._ramped(self._clock() - self._ramp_from)
 
     def start_ramp(self) -> None:
-        self._ramp_at = self._clock()
+        """It has just recovered: one slot now, all of them after half a minute, linearly."""
+        self._ramp_from = self._clock()
 
-    def note_first_byte(self, m: str, s: float) -> None:
-        for k in (m, None):
-            old = self._ewma.get(k, s)
-            self._ewma[k] = s if s > old else old + 0.2 * (s - old)
+    def _ramped(self, passed_s: float) -> int:
+        full = DEFAULT_SLOTS if self.configured is None else self.configured
+        if passed_s >= RAMP_S - OVER_S:
+            return full
+        return 1 + math.floor((full - 1) * (passed_s + OVER_S) / RAMP_S)
 
-    def first_byte_s(self, m: str | None) -> float:
-        return self._ewma.get(m, 0.0)
+    # -- speed ---------------------------------------------------------------------------------
 
-    def note_busy(self, m: str | None, retry_after_s: float | None = None) -> None:
-        until, n = self._cool.get(m, (0.0, 0))
-        wait = min(60.0, retry_after_s) if retry_after_s else min(8.0, 2.0**n)
-        self._cool[m] = (self._clock() + wait, n + 1)
+    def note_first_byte(self, model: str, first_byte_s: float) -> None:
+        """Fold one time to first byte in, in seconds from request sent; of a loaded model only."""
+        ewma = self._first_byte.setdefault(model, PeakEwma(self._half_life_s))
+        ewma.observe(first_byte_s, self._clock())
 
-    def note_ok(self, m: str) -> None:
-        self._cool.pop(m, None)
+    def first_byte_s(self, model: str | None) -> float:
+        """Estimated time to first byte, of the slowest model if None; 0: nothing known."""
+        if model is None:
+            return max((ewma.value for ewma in self._first_byte.values()), default=0.0)
+        ewma = self._first_byte.get(model)
+        return 0.0 if ewma is None else ewma.value
 
-    def cooling_s(self, m: str | None) -> float:
+    # -- saturation ----------------------------------------------------------------------------
+
+    def note_busy(self, model: str | None, retry_after_s: float | None = None) -> None:
+        """
+        It refused a call: let it be for 1, 2, 4, then 8 s, or as long as it asks for, up to 60 s.
+
+        Refusals that come while it is cooling off anyway do not lengthen the next one.
+        """
         now = self._clock()
-        return max(0.0, max((self._cool.get(k, (0.0, 0))[0] for k in (m, None)), default=0.0) - now)
+        rest = self._rests.setdefault(model, _Rest())
+        if not self._left_s(model, now):
+            rest.until = now + COOL_OFF_S[rest.level]
+            rest.level = min(rest.level + 1, len(COOL_OFF_S) - 1)
+        if retry_after_s is not None:
+            rest.until = max(rest.until, now + min(retry_after_s, MAX_RETRY_AFTER_S))
+
+    def note_ok(self, model: str) -> None:
+        """It answered: the next cool-off is one step shorter. One under way runs its time."""
+        for key in (None, model):
+            if key in self._rests:
+                self._rests[key].level = max(0, self._rests[key].level - 1)
+
+    def cooling_s(self, model: str | None) -> float:
+        """Seconds it is still to be left alone, the longest of any model if None; 0: it is not."""
+        now = self._clock()
+        keys = (None, model) if model is not None else tuple(self._rests)
+        return max((self._left_s(key, now) for key in keys), default=0.0)
+
+    def _left_s(self, key: str | None, now: float) -> float:
+        left_s = self._rests[key].until - now if key in self._rests else 0.0
+        return left_s if left_s > OVER_S else 0.0
+
+    # -- time ----------------------------------------------------------------------------------
 
     def next_change_s(self) -> float:
+        """Seconds until time alone allows more here: a cool-off ends, a slot is added; or inf."""
         now = self._clock()
-        waits = [u - now for u, _ in self._cool.values() if u > now]
-        if now - self._ramp_at < 30:
-            waits.append(1.0)
-        return min(waits, default=math.inf)
+        rests = (self._left_s(key, now) for key in self._rests)
+        return min([self._next_slot_s(now), *(left_s for left_s in rests if left_s)])
+
+    def _next_slot_s(self, now: float) -> float:
+        passed_s = now - self._ramp_from
+        more = self._ramped(passed_s)
+        full = self._ramped(math.inf)
+        if more >= full:
+            return math.inf
+        return RAMP_S * more / (full - 1) - passed_s

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ from balancer.core.events import (
 )
 from balancer.core.health import Health
 from balancer.core.load import Load as Load_
-from balancer.core.scheduler import LoadingNow
+from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import Facts, Judgement, marks
 from balancer.core.watchdog import Suspect, Watchdog
 
@@ -95,6 +96,8 @@ class ProspectKind(Enum):
 @dataclass(frozen=True, slots=True)
 class Prospect:
     """
+    What waiting may bring a call.
+
     Args:
         retry_in_s: When the first backend may be back; inf: nobody knows it to come back.
         text: For people.
@@ -124,6 +127,7 @@ class Lease:
     _pool: Pool = field(repr=False)
     _permits: tuple[Permit, Permit] = field(repr=False)
     on_revoke: Callable[[Judgement], None] | None = None
+    others_move: bool = False  # revoked for its model's silence; other models there make progress
     began: bool = False
     settled: bool = False
 
@@ -239,6 +243,7 @@ class Pool:
     Args:
         changed: Told after anything that may let a waiting call start; the dispatcher's kick.
         refresh: Told the name of a backend whose lists should be read again soon.
+        note: Told the scheduler's facts about leases.
     """
 
     def __init__(
@@ -256,6 +261,7 @@ class Pool:
         self._emit = emit
         self.changed: Callable[[], None] = lambda: None
         self.refresh: Callable[[str], None] = lambda _: None
+        self.note: Callable[[Fact], None] = lambda _: None
         self.version = 0
         self.members: dict[str, Member] = {}
         self.watchdog = Watchdog(clock, settings.first_byte_s)
@@ -334,20 +340,27 @@ class Pool:
                 gate.grow = not many
         if model is None and new is BreakerState.CLOSED:
             member.load.start_ramp()
-        if model is not None and new is BreakerState.OPEN:
-            member.asked.pop(model, None)
+        if new is BreakerState.OPEN:  # what counts is who asks from now on
+            member.asked.pop(model, None) if model is not None else member.asked.clear()
         self._touch()
 
     def _has_other(self, name: str, model: str | None) -> bool:
         """Whether another backend could take over: the last one is never opened for a ratio."""
         return any(
             other.name != name
+            and other.backend.enabled
             and other.health.up
             and other.gate.state is BreakerState.CLOSED
             and other.switch is Switch.SERVING
-            and (model is None or self.catalog.lists(other.name, model))
+            and (model is None or self._may_take_over(other, model))
             for other in self.members.values()
         )
+
+    def _may_take_over(self, other: Member, model: str) -> bool:
+        gate = other.models.get(model)
+        is_closed = gate is None or gate.state is BreakerState.CLOSED
+        lists = self.catalog.lists(other.name, model)
+        return is_closed and lists and self.allows(other.backend, model)
 
     def _dismiss(self, member: Member) -> None:
         """A member that left: forgotten at once, its running calls keep their own reference."""
@@ -444,8 +457,8 @@ class Pool:
         if not member.health.up:
             return member.health.due_in()
         gate = member.models.get(call.key.model)
-        waits = [member.gate.retry_in(), member.load.cooling_s(call.key.model)]
-        return max([*waits, gate.retry_in()] if gate is not None else waits)
+        waits = [_trial_in(member.gate), member.load.cooling_s(call.key.model)]
+        return max([*waits, _trial_in(gate)] if gate is not None else waits)
 
     def prospect(self, call: Call, excluded: frozenset[str]) -> Prospect:
         """What waiting may bring *call*."""
@@ -454,7 +467,7 @@ class Pool:
         holders = [m for m in self.members.values() if self._holds(m, call)]
         left = [m for m in holders if m.name not in excluded]
         if left:
-            why = "; ".join(f"{m.name}: {self._away(m, call)}" for m in left)
+            why = "; ".join(f"{m.name}: {discreet(self._away(m, call) or '')}" for m in left)
             retry_in_s = min(self._returns_in(m, call) for m in left)
             hint = "" if math.isinf(retry_in_s) else f" Retry after {max(1, round(retry_in_s))} s."
             text = f"No backend can serve {call.model!r} now ({why}).{hint}"
@@ -473,6 +486,9 @@ class Pool:
         if any(self.allows(m.backend, model) for m in listing):
             text = f"No backend with {call.model!r} serves {call.route.path}; update Ollama there."
             return Prospect(ProspectKind.AWAY, math.inf, text)
+        if listing:
+            text = f"No backend may serve {call.model!r}: the allow and deny rules rule it out."
+            return Prospect(ProspectKind.FORBIDDEN, text=text)
         close = names.closest(call.model, self.catalog.names())
         n = len(self.members)
         where = "" if n == 1 else f" on any of {n} backends"
@@ -544,18 +560,28 @@ class Pool:
         self.watchdog.moved(id(lease))
         if not lease.began:
             lease.began = True
-            member = self.members.get(lease.backend.name)
+            member, key = self._member_of(lease), lease.call.key
+            wait_s = self.now() - lease.granted_at
+            self.note(FirstByte(lease.backend.name, key, wait_s))
             if member is not None and lease.call.streaming:
-                member.load.note_first_byte(lease.call.key.model, self.now() - lease.granted_at)
+                member.load.note_first_byte(key.model, wait_s)
+
+    def _member_of(self, lease: Lease) -> Member | None:
+        """The member it was granted on; None: that has left the pool."""
+        member = self.members.get(lease.backend.name)
+        return member if member is not None and lease in member.leases else None
 
     def _settle(self, lease: Lease, outcome: Outcome, permits: tuple[Permit, Permit]) -> None:
         call = lease.call
+        busy_s = self.now() - lease.granted_at
         self.watchdog.ended(id(lease))
-        member = self.members.get(lease.backend.name)
-        if member is not None and lease in member.leases:
+        self.note(Ended(lease.backend.name, call.key, busy_s, outcome.verdict is Verdict.OK))
+        member = self._member_of(lease)
+        if member is not None:
             member.leases.discard(lease)
             member.load.leave(call.key.model)
-            self._conclude(member, call.key, call.route.operation, outcome, permits)
+            spared = lease.others_move
+            self._conclude(member, call.key, call.route.operation, outcome, permits, spared)
         else:  # the backend left the pool while the call ran
             for permit in permits:
                 permit.settle(Mark.NEITHER)
@@ -579,6 +605,7 @@ class Pool:
         operation: str,
         outcome: Outcome,
         permits: tuple[Permit, Permit] | None,
+        others_move: bool = False,  # noqa: FBT001, FBT002 - a fact among others
     ) -> None:
         """Everything that follows from an outcome on this member."""
         model, verdict = key.model, outcome.verdict
@@ -586,8 +613,9 @@ class Pool:
             several_unfit=verdict is Verdict.UNFIT and self._note_unfit(member, model),
             still_listed=verdict is Verdict.MISSING
             and self.catalog.listed_again_after_missing(member.name, model),
-            others_move=verdict is Verdict.SLOW and model in member.suspects,
+            others_move=others_move,
             blank_model=outcome.blank_model,
+            blameless=outcome.blameless,
             repeated_crash=outcome.repeated_crash,
         )
         host_mark, model_mark = marks(verdict, facts)
@@ -599,9 +627,10 @@ class Pool:
             case Verdict.BUSY:
                 member.load.note_busy(model, outcome.retry_after_s)
             case Verdict.MISSING:
+                member.asked.pop(model, None)
                 self.catalog.note_missing(member.name, model)
                 self.refresh(member.name)
-            case Verdict.NO_ROUTE:
+            case Verdict.NO_ROUTE if operation:
                 self.catalog.note_no_route(member.name, operation)
             case Verdict.UNFIT:
                 self.catalog.note_unloaded(member.name, model)
@@ -645,19 +674,30 @@ class Pool:
         return True
 
     def end_load(self, backend: str, key: PlacementKey, outcome: Outcome) -> None:
-        """The detached load was answered: the token comes back, the permits hear."""
+        """
+        The detached load was answered: the token comes back, the permits hear.
+
+        `changed` is told for a trial's load only. Of others the dispatcher hears next, by its
+        `load_ended`: a call must hear that its load failed before another is planned for it.
+        """
         member = self.members.get(backend)
         if member is None or member.loading is None or member.loading.key != key:
             return
         loading, member.loading = member.loading, None
         ok = outcome.verdict is Verdict.OK
-        self._conclude(member, key, "generate", outcome, loading.permits)
+        changed, self.changed = self.changed, lambda: None
+        try:
+            self._conclude(member, key, "", outcome, loading.permits)
+        finally:
+            self.changed = changed
         load_s = self.now() - loading.since
         self._emit(
             LoadEnded(self.now(), backend, names.display(key.model), ok, load_s, outcome.text)
         )
         self.refresh(backend)
-        self._touch()
+        self.version += 1
+        if loading.permits is None:
+            self.changed()
 
     # -- checks, trials, suspicion -------------------------------------------------------------
 
@@ -728,14 +768,15 @@ class Pool:
     def due_trials(self) -> Iterable[Trial]:
         """Open breakers whose trial is due, each with its permit; to be carried out now."""
         for member in list(self.members.values()):
-            if not member.health.up or member.switch is Switch.DISABLED:
+            is_disabled = not member.backend.enabled or member.switch is Switch.DISABLED
+            if not member.health.up or is_disabled:
                 continue
             if member.gate.state is not BreakerState.CLOSED:
                 permit = member.gate.acquire_trial()
                 if permit is not None:
                     yield Trial(member.name, None, permit, member.gate.tripped_midstream)
                 continue
-            for model, gate in member.models.items():
+            for model, gate in list(member.models.items()):
                 if gate.state is BreakerState.CLOSED or not self._worth_a_trial(member, model):
                     continue
                 permit = gate.acquire_trial()
@@ -762,12 +803,24 @@ class Pool:
             found.append(suspect)
         return found
 
-    def acquit(self, suspect: Suspect) -> None:
-        """The canary answered, or a load explains the silence."""
+    def acquit(self, suspect: Suspect, *, answered: bool) -> None:
+        """
+        The silence has an excuse; what is lost there all the same goes elsewhere, unblamed.
+
+        Args:
+            answered: A canary was, by the very model; False: a load explains the silence.
+        """
         member = self.members.get(suspect.backend)
         if member is not None:
             member.suspects.discard(suspect.model)
+        lost = self.watchdog.lost(suspect.backend, suspect.model) if answered else []
         self.watchdog.cleared(suspect.backend, suspect.model)
+        forgotten = Judgement(
+            Verdict.SLOW, blameless=True, text="answers others, but not this call"
+        )
+        for lease in list(member.leases) if member is not None else ():
+            if id(lease) in lost:
+                lease.revoke(forgotten)
         self._touch()
 
     def convict(self, suspect: Suspect, text: str) -> None:
@@ -782,6 +835,7 @@ class Pool:
         judgement = Judgement(Verdict.SLOW, text=text)
         for lease in list(member.leases):
             if not suspect.others_move or lease.call.key.model == suspect.model:
+                lease.others_move = suspect.others_move
                 lease.revoke(judgement)
         member.suspects.discard(suspect.model)
         self._touch()
@@ -853,6 +907,18 @@ class Pool:
         )
 
 
+def discreet(text: str) -> str:
+    """A backend's text inside one of ours that must not read as if the model did not exist."""
+    return re.sub("not found", "missing", text, flags=re.IGNORECASE)
+
+
+def _trial_in(gate: Gate) -> float:
+    """Seconds until a trial may close it; 0 while one is under way: it may end any moment."""
+    return 0.0 if gate.state is BreakerState.HALF_OPEN else gate.retry_in()
+
+
 def _next_trial(gate: Gate) -> str:
+    if gate.state is BreakerState.HALF_OPEN:
+        return "a trial is under way"
     wait_s = gate.retry_in()
     return f"next trial in {math.ceil(wait_s)} s" if wait_s > 0 else "a trial is due"

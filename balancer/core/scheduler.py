@@ -290,18 +290,22 @@ class Greedy:
 
     def _serve(self, key: PlacementKey, run: _Pass) -> None:
         """Commit from one queue until its head must wait."""
+        full: set[tuple[str, frozenset[str]]] = set()
         for ticket in list(self._queues[key]):
-            started = self._start(ticket, run)
-            if not started and not ticket.excluded:
-                return  # those behind it could not start either
+            alike = (ticket.call.route.operation, ticket.excluded)
+            if alike in full or self._start(ticket, run):
+                continue
+            # Of those behind it, only one that needs less context may still find a slot.
+            if not any(map(_is_free, self._counted(ticket.call, ticket.excluded, run))):
+                full.add(alike)
 
     def _start(self, ticket: Ticket, run: _Pass) -> bool:
         candidates = self._counted(ticket.call, ticket.excluded, run)
         fits, short = split_by_context(ticket.call, candidates)
         for group, why in ((fits, "cold" if ticket.cold else "warm"), (short, "short-context")):
-            free = [c for c in group if c.residency is Residency.LOADED and c.in_flight < c.slots]
-            if self._policy.cold_is_equal and not self._view.loading(ticket.call.key):
-                free += [c for c in group if _is_loadable(c)]
+            free = [c for c in group if _is_free(c)]
+            if self._policy.cold_is_equal and not self._is_any_loading(ticket.call.key, run):
+                free += _able(group, run)
             if free:
                 self._take(ticket, min(free, key=self._rank), why, run)
                 return True
@@ -327,34 +331,37 @@ class Greedy:
     def _consider_copy(self, ticket: Ticket, group: Sequence[Candidate], run: _Pass) -> None:
         if not self._policy.copies or self._is_loading(ticket, group, run):
             return
-        waited_s = run.now - ticket.queued_at
-        cost_s = load_estimate_s(max(c.size_bytes for c in group))
-        if not any(_is_loadable(c) for c in group):
+        if not _able(group, run):
             return
-        if waited_s >= cost_s:
+        worth_at = ticket.queued_at + load_estimate_s(max(c.size_bytes for c in group))
+        if run.now >= worth_at:
             self._load(ticket, group, "every copy is full", run)
         else:
-            run.effects.append(WakeAt(ticket.queued_at + cost_s))
+            run.effects.append(WakeAt(worth_at))
+
+    def _is_any_loading(self, key: PlacementKey, run: _Pass) -> bool:
+        return key in run.loads or bool(self._view.loading(key))
 
     def _is_loading(self, ticket: Ticket, group: Sequence[Candidate], run: _Pass) -> bool:
         """Whether a load that is not overdue is under way on a backend this call may use."""
         key = ticket.call.key
         if key in run.loads:
             return True
-        under_way = [x for x in self._view.loading(key) if x.backend not in ticket.excluded]
+        usable = {c.backend for c in group}
+        under_way = [x for x in self._view.loading(key) if x.backend in usable]
         if not under_way:
             return False
-        size_bytes = max((c.size_bytes for c in group), default=0)
+        size_bytes = max(c.size_bytes for c in group)
         limit_s = OVERDUE_FACTOR * load_estimate_s(size_bytes) + OVERDUE_EXTRA_S
-        newest = max(x.since for x in under_way)
-        if run.now - newest < limit_s:
-            run.effects.append(WakeAt(newest + limit_s))
+        overdue_at = max(x.since for x in under_way) + limit_s
+        if run.now < overdue_at:
+            run.effects.append(WakeAt(overdue_at))
             return True
         return False
 
     def _load(self, ticket: Ticket, group: Sequence[Candidate], why: str, run: _Pass) -> bool:
         """Start a load on the backend that has most room for it."""
-        able = [c for c in group if _is_loadable(c) and c.backend not in run.loading_on]
+        able = _able(group, run)
         if not able:
             return False
         # A busy variant of the same model would have to be evicted; an unknown one may be loaded.
@@ -422,8 +429,16 @@ class _Pass:
     loading_on: set[str] = field(default_factory=set)
 
 
-def _is_loadable(c: Candidate) -> bool:
-    return c.load_token and c.residency in (Residency.ON_DISK, Residency.UNKNOWN)
+def _is_free(c: Candidate) -> bool:
+    return c.residency is Residency.LOADED and c.in_flight < c.slots
+
+
+def _able(group: Sequence[Candidate], run: _Pass) -> list[Candidate]:
+    """Those on which a load may be started now."""
+    cold = (Residency.ON_DISK, Residency.UNKNOWN)
+    return [
+        c for c in group if c.load_token and c.residency in cold and c.backend not in run.loading_on
+    ]
 
 
 def _busier(c: Candidate, by: int) -> Candidate:

@@ -136,7 +136,8 @@ TABLE: Final[Mapping[Verdict, Row]] = {
         NEITHER,
         Before.ANOTHER,
         "",
-        "model instead of backend if other models there move",
+        "model instead of backend if other models there move; neither for a call that stays "
+        "silent although the canary was answered",
     ),
     Verdict.BROKEN: Row(
         "after commit: transport cut, incomplete body, bad framing",
@@ -174,12 +175,15 @@ class Facts:
     still_listed: bool = False  # the list, read again after a 404, still names the model
     others_move: bool = False  # other models on this backend make progress
     blank_model: bool = False  # the empty error chunk of /v1 came before the end
+    blameless: bool = False  # a canary was answered while this call was not
     repeated_crash: bool = False  # an earlier attempt of this call crashed a runner already
 
 
 def marks(verdict: Verdict, facts: Facts) -> tuple[Mark, Mark]:
     """The marks for (backend, model). A call that crashes runners in turn blames only the first."""
     row = TABLE[verdict]
+    if facts.blameless:
+        return NEITHER, NEITHER
     if facts.repeated_crash and verdict in (Verdict.UNFIT, Verdict.FAULT, Verdict.BROKEN):
         return NEITHER, NEITHER
     if verdict is Verdict.UNFIT and facts.several_unfit:
@@ -202,12 +206,14 @@ class Judgement:
         weight: How heavily a blame counts.
         crash: A runner died, or a load ran out of memory: the call itself may be deadly.
         text: One line for people.
+        blameless: As in `Facts`.
     """
 
     verdict: Verdict
     weight: int = 1
     crash: bool = False
     text: str = ""
+    blameless: bool = False
 
 
 LOAD_FAILURES: Final = (

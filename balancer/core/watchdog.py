@@ -1,21 +1,207 @@
-"""temporary"""
+"""
+The progress watchdog: finds hangs that no status code shows.
+
+A group is what runs on one model of one backend. It is suspect when calls there wait for their
+first byte and none of its calls has moved for longer than any of the waiting ones may take. Before
+anything is done about it, somebody must look whether a load explains the silence, and ask with a
+canary.
+
+After its first byte a call is bounded by the idle limit, not by this; it counts only as moving.
+"""
+
 from __future__ import annotations
-from collections.abc import Callable, Container
-from dataclasses import dataclass
+
+import math
+from collections import deque
+from collections.abc import Callable, Container, Hashable
+from dataclasses import dataclass, field
+from typing import Final
+
+CANARY_S: Final = 10.0
+PROMPT_TOKENS_PER_S: Final = 25.0  # what a CPU reads
+OUTPUT_TOKENS_PER_S: Final = 10.0  # what a CPU writes
+OUTPUT_TOKENS: Final = 2000  # of an answer without a limit
+LEARNED_FACTOR: Final = 4.0
+MIN_SAMPLES: Final = 8
+MAX_SAMPLES: Final = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
+    """
+    A model on a backend where nothing moves.
+
+    Args:
+        others_move: Other models there do, so it is not the backend.
+    """
+
     backend: str
     model: str
     silent_s: float
     others_move: bool
 
+
+class Waits:
+    """The times to first byte of one kind of call, of late."""
+
+    def __init__(self) -> None:
+        self._samples: deque[float] = deque(maxlen=MAX_SAMPLES)
+        self.p99_s = 0.0
+
+    def note(self, wait_s: float) -> None:
+        """Fold one in; `p99_s` (nearest rank) stays 0 before the eighth."""
+        self._samples.append(wait_s)
+        if len(self._samples) >= MIN_SAMPLES:
+            rank = math.ceil(0.99 * len(self._samples))
+            self.p99_s = sorted(self._samples)[rank - 1]
+
+
+@dataclass(slots=True)
+class _Running:
+    """One call that runs."""
+
+    place: tuple[str, str]  # backend, model
+    kind: tuple[str, bool]  # model, streaming
+    began_at: float
+    slowest_s: float  # to the first byte, on a CPU
+    waits: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """The calls on one model of one backend. The instants are -inf for never."""
+
+    calls: dict[Hashable, _Running] = field(default_factory=dict)
+    moved_at: float = -math.inf
+    cleared_at: float = -math.inf
+
+
 class Watchdog:
+    """
+    Told of every call that begins, moves and ends; tells which groups are suspect.
+
+    Args:
+        first_byte_s: Silence and canary together, for short prompts; inf: suspects nobody.
+    """
+
     def __init__(self, clock: Callable[[], float], first_byte_s: float = 30.0) -> None:
         self.first_byte_s = first_byte_s
-    def began(self, lease_id: int, backend: str, model: str, prompt_tokens: int, streaming: bool, output_tokens: int | None) -> None: ...
-    def moved(self, lease_id: int) -> None: ...
-    def ended(self, lease_id: int) -> None: ...
-    def suspects(self, now: float, down: Container[str]) -> list[Suspect]:
-        return []
-    def cleared(self, backend: str, model: str) -> None: ...
+        self._clock = clock
+        self._calls: dict[Hashable, _Running] = {}
+        self._groups: dict[tuple[str, str], _Group] = {}
+        self._waits: dict[tuple[str, bool], Waits] = {}
+
+    @property
+    def silence_s(self) -> float:
+        """The silence that makes suspect: leaves time for the canary, if there is any to leave."""
+        return max(self.first_byte_s - CANARY_S, self.first_byte_s / 2)
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def began(
+        self,
+        lease_id: Hashable,
+        backend: str,
+        model: str,
+        prompt_tokens: int,
+        streaming: bool,  # noqa: FBT001 - a fact of the call among others
+        output_tokens: int | None,
+    ) -> None:
+        """
+        A call was sent, to a model that is loaded.
+
+        *output_tokens* is the most it may answer; None or negative: no limit; 0 where nothing is
+        generated. It counts for a call that does not stream, which is silent for its whole answer.
+        """
+        group = self._groups.setdefault((backend, model), _Group())
+        slowest_s = prompt_tokens / PROMPT_TOKENS_PER_S
+        if not streaming:
+            if output_tokens is None or output_tokens < 0:
+                output_tokens = OUTPUT_TOKENS
+            slowest_s += output_tokens / OUTPUT_TOKENS_PER_S
+        call = _Running((backend, model), (model, streaming), self._clock(), slowest_s)
+        self._calls[lease_id] = group.calls[lease_id] = call
+
+    def moved(self, lease_id: Hashable) -> None:
+        """Bytes came; what is not known, or has ended, is ignored."""
+        call = self._calls.get(lease_id)
+        if call is None:
+            return
+        now = self._clock()
+        self._groups[call.place].moved_at = now
+        if call.waits:
+            call.waits = False
+            self._waits.setdefault(call.kind, Waits()).note(now - call.began_at)
+
+    def ended(self, lease_id: Hashable) -> None:
+        """The call is over, however; a second time tells nothing."""
+        call = self._calls.pop(lease_id, None)
+        if call is None:
+            return
+        group = self._groups[call.place]
+        del group.calls[lease_id]
+        if not group.calls:
+            del self._groups[call.place]
+
+    def cleared(self, backend: str, model: str) -> None:
+        """A canary was answered there, or a load was seen: its silence counts from now."""
+        group = self._groups.get((backend, model))
+        if group is not None:
+            group.cleared_at = self._clock()
+
+    def lost(self, backend: str, model: str) -> list[Hashable]:
+        """
+        The calls there that should have had a byte twice over.
+
+        Asked after a canary was answered: a runner takes its calls in order, so one that was sent
+        before the canary has had its turn, and will not be answered any more.
+        """
+        now = self._clock()
+        group = self._groups.get((backend, model))
+        return [
+            lease_id
+            for lease_id, call in (group.calls.items() if group is not None else ())
+            if call.waits and now - call.began_at >= 2 * self._allowance_s([call], down=False)
+        ]
+
+    # -- what follows --------------------------------------------------------------------------
+
+    def suspects(self, now: float, down: Container[str] = ()) -> list[Suspect]:
+        """
+        The groups that are suspect now, each time anew until cleared, moved or ended.
+
+        On backends in *down*, whose checks fail, silence has no other excuse than its shortness.
+        """
+        recent_s = self.silence_s / 2
+        moving = {
+            backend
+            for (backend, _), group in self._groups.items()
+            if now - group.moved_at <= recent_s
+        }
+        found = []
+        for (backend, model), group in self._groups.items():
+            waiting = [call for call in group.calls.values() if call.waits]
+            if not waiting:
+                continue
+            began_at = min(call.began_at for call in waiting)
+            silent_s = now - max(began_at, group.moved_at, group.cleared_at)
+            if silent_s >= self._allowance_s(waiting, down=backend in down):
+                found.append(Suspect(backend, model, silent_s, backend in moving))
+        return found
+
+    def _allowance_s(self, waiting: list[_Running], *, down: bool) -> float:
+        if down:
+            return self.silence_s
+        return max(self.silence_s, *(self._longest_s(call) for call in waiting))
+
+    def _longest_s(self, call: _Running) -> float:
+        """
+        How long the call may take to its first byte.
+
+        What was learned lengthens this and never shortens it: short answers and prompts say nothing
+        of a long one, and on a backend with one slot the canary of a false alarm would wait behind
+        the very call it asks about.
+        """
+        waits = self._waits.get(call.kind)
+        learned_s = 0.0 if waits is None else LEARNED_FACTOR * waits.p99_s
+        return max(call.slowest_s, learned_s)

@@ -300,7 +300,7 @@ class Prober:
         else:
             path = "/api/generate"
             options["num_predict"] = tokens
-            body |= {"prompt": "1", "stream": False}
+            body |= {"prompt": "1", "stream": tokens > CANARY_TOKENS}
         body["options"] = options
         if shift is not None:
             body["shift"] = shift
@@ -314,7 +314,8 @@ class Prober:
         if rows is not None:
             self._pool.note_ps(suspect.backend, rows, self._clock())
             if self._catalog.resident(suspect.backend, suspect.model) is None:
-                self._pool.acquit(suspect)  # it is being loaded: the load budget bounds that
+                # It is being loaded, which the load budget bounds.
+                self._pool.acquit(suspect, answered=False)
                 return
         if rows is None and self._is_up(suspect.backend):
             check = await self.check(suspect.backend)
@@ -328,7 +329,7 @@ class Prober:
         if key is not None:
             judgement = await self._canary(suspect.backend, key, CANARY_TOKENS)
         if judgement.verdict in (Verdict.OK, Verdict.BUSY, Verdict.CALLER, Verdict.UNCLEAR):
-            self._pool.acquit(suspect)
+            self._pool.acquit(suspect, answered=judgement.verdict is Verdict.OK)
         else:
             self._pool.convict(suspect, text)
 

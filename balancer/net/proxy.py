@@ -193,7 +193,7 @@ class Proxy:
             deadline=deadline,
             body=body,
             headers=self._forwarded(exchange),
-            query=exchange.request.rel_url.raw_query_string,
+            query=exchange.request.raw_path.partition("?")[2],
             keep_alive=told.keep_alive,
             prompt_tokens=told.prompt_tokens,
             output_tokens=told.output_tokens,
@@ -363,6 +363,7 @@ class Proxy:
             weight=judgement.weight,
             text=judgement.text,
             crash=judgement.crash,
+            blameless=judgement.blameless,
             repeated_crash=judgement.crash and repeats_crash(course.tried),
             retry_after_s=_retry_after(attempt.headers) if attempt.status in (429, 503) else None,
         )
@@ -433,9 +434,10 @@ class Proxy:
                     break
                 else:
                     await attempt.more()
+            half = split is not None and split.mid_record
             judgement, ending, last = self._end(attempt, split)
             settle(judgement, ending)
-            await self._finish(exchange, response, judgement, split, last)
+            await self._finish(exchange, response, judgement, split, last, half=half)
         except (asyncio.CancelledError, ConnectionError) as error:
             # A client that leaves after the terminal record has had all it wanted.
             done = split is not None and split.finished
@@ -449,7 +451,8 @@ class Proxy:
                 exchange.outcome, exchange.phase = "ok", ""
             if isinstance(error, asyncio.CancelledError) and not done:
                 if _is_overdue(call, self._clock()):
-                    await self._finish(exchange, response, _STOPPED, split, b"")
+                    half = split is None or split.mid_record
+                    await self._finish(exchange, response, _STOPPED, split, b"", half=half)
                     return response
                 raise
             if not done:
@@ -481,23 +484,32 @@ class Proxy:
         judgement: Judgement,
         split: Splitter | None,
         last: bytes,
+        *,
+        half: bool,
     ) -> None:
-        """Write what is left, and an error record where the end would look like success."""
+        """
+        Write what is left, and an error record where the end would look like success.
+
+        Args:
+            last: What is still held.
+            half: Part of an unfinished record was passed on.
+        """
         verdict = judgement.verdict
         cut = verdict in (Verdict.BROKEN, Verdict.STALLED, Verdict.STOPPED)
         silent = verdict is Verdict.UNFINISHED and exchange.dialect is not Dialect.OLLAMA
         if verdict is not Verdict.OK:
             exchange.outcome, exchange.error = "upstream_error", judgement.text
-        if cut and (split is None or split.mid_record):
+        told = cut or silent
+        if told and (split is None or half):
             # No record fits behind half a record: a broken body is what tells the client.
             if exchange.request.transport is not None:
                 exchange.request.transport.abort()
             return
         with contextlib.suppress(ConnectionError):
-            if last:
+            if last and not told:
                 exchange.bytes_out += len(last)
                 await _write(response, last)
-            if (cut or silent) and split is not None:
+            if told:
                 error = CutStream(f"backend {exchange.backend} {judgement.text}")
                 framing = Framing.SSE if exchange.dialect is not Dialect.OLLAMA else Framing.NDJSON
                 record = trailer(error, exchange.dialect, framing, exchange.id)

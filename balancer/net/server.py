@@ -17,6 +17,7 @@ import socket
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
@@ -80,10 +81,11 @@ class Exchange:
     phase: str = ""
     error: str = ""
     streaming: bool = False
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     def headers(self) -> dict[str, str]:
         """The headers that every answer carries."""
-        return {"X-Request-Id": self.id, **dict(self.cors)}
+        return {"X-Request-Id": self.id, **self.extra, **dict(self.cors)}
 
 
 class Doorkeeper(Protocol):
@@ -128,6 +130,7 @@ class Front:
         open_pages: Paths of those that answer anybody.
         is_draining: New calls are refused when this says so.
         token: Ours in ``Via``, by which a loop is seen.
+        extra_headers: On every answer.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class Front:
         is_draining: Callable[[], bool],
         token: str,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        extra_headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._handlers = dict(handlers)
         self._pages = dict(pages)
@@ -151,6 +155,7 @@ class Front:
         self._is_draining = is_draining
         self._token = token
         self._new_id = new_id
+        self._extra_headers = extra_headers
         self._exact: dict[str, dict[str, Route]] = {}
         self._prefixed: list[tuple[str, dict[str, Route]]] = []
         self._fill()
@@ -166,12 +171,14 @@ class Front:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
+        path = request.raw_path.partition("?")[0]
         exchange = Exchange(
             request,
             self._request_id(request),
-            request.rel_url.raw_path,
+            path,
             self._clock(),
-            dialect_of(request.rel_url.raw_path),
+            dialect_of(path),
+            extra=self._extra_headers,
         )
         self.running.add(exchange)
         try:
@@ -196,8 +203,7 @@ class Front:
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
         request = exchange.request
         _check_framing(request)
-        path = self._clean_path(request)
-        exchange.path = path
+        path = exchange.path = self._clean_path(request)
         page = self._pages.get((request.method, path))
         if page is not None and path in self._open_pages:
             exchange.endpoint = "balancer"
@@ -262,17 +268,21 @@ class Front:
                     return methods, rest
         return {}, ""
 
-    def _clean_path(self, request: web.BaseRequest) -> str:
-        raw = request.rel_url.raw_path
-        if request.method == "CONNECT" or not raw.startswith("/"):
-            raise BadRequest("unsupported request target")
-        if request.url.raw_host and request.message.url.absolute:
-            authority = request.message.url.authority
-            if authority != request.headers.get("Host", ""):
-                raise BadRequest("the request target names another host than the Host header")
-        path = unquote(raw, errors="strict") if "%" in raw else raw
+    @staticmethod
+    def _clean_path(request: web.BaseRequest) -> str:
+        """The path, decoded once; refused where two readers could understand two things by it."""
+        target = request.raw_path
+        if not target.startswith("/"):
+            target = _origin_form(target, request.headers.get("Host", ""))
+        raw = target.partition("?")[0]
+        try:
+            path = unquote(raw, errors="strict")
+        except UnicodeDecodeError:
+            raise BadRequest("the path is not UTF-8") from None
         escaped_slash = "%2f" in raw.lower() and not raw.startswith("/v1/models/")
-        if escaped_slash or "//" in path or "/../" in f"{path}/" or "/./" in f"{path}/":
+        dotted = "/../" in f"{path}/" or "/./" in f"{path}/"
+        plain = target.isascii() and "#" not in target and "//" not in path
+        if escaped_slash or dotted or not plain:
             raise BadRequest("the path is not in its plain form")
         return path
 
@@ -350,6 +360,17 @@ class Front:
                 streaming=exchange.streaming,
             )
         )
+
+
+def _origin_form(target: str, host: str) -> str:
+    """What follows the authority in ``http://authority/path``, which must be the Host."""
+    scheme, mark, rest = target.partition("://")
+    authority, slash, path = rest.partition("/")
+    if not mark or scheme.lower() not in ("http", "https"):
+        raise BadRequest("unsupported request target")
+    if authority.lower() != host.lower():
+        raise BadRequest("the request target names another host than the Host header")
+    return f"{slash or '/'}{path}"
 
 
 def _outcome(error: BalancerError) -> str:
@@ -503,15 +524,17 @@ class _Request(web.BaseRequest):
             del response.headers["Content-Type"]
 
 
+def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> _Request:
+    """What the server makes of a parsed head."""
+    return _Request(message, payload, protocol, writer, task, asyncio.get_running_loop())
+
+
 class _Server(web.Server):
     """aiohttp's server with our connections."""
 
     def __init__(self, handler: Any, *, head_timeout_s: float, **kwargs: Any) -> None:
-        super().__init__(handler, **kwargs)
+        super().__init__(handler, request_factory=_request, **kwargs)
         self._head_timeout_s = head_timeout_s
-
-    def _make_request(self, *args: Any) -> web.BaseRequest:
-        return _Request(*args, self._loop)
 
     def __call__(self) -> RequestHandler:
         return _Connection(

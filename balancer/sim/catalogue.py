@@ -88,7 +88,10 @@ def show(model: SimModel) -> dict[str, Any]:
         "template": model.template,
         "details": _details(model),
         "model_info": _model_info(model),
-        "tensors": [{"name": name, "type": "F32", "shape": [512]} for name in _TENSORS],
+        "tensors": [
+            {"name": name, "type": "F32", "shape": [512] if "norm" in name else [512, 512]}
+            for name in _TENSORS
+        ],
         "capabilities": list(model.capabilities),
         "modified_at": gojson.timestamp(_ns(model.modified_s)),
     }

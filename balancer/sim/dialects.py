@@ -19,6 +19,7 @@ PLAIN_JSON: Headers = [("Content-Type", "application/json")]
 NDJSON: Headers = [("Content-Type", "application/x-ndjson")]
 SSE: Headers = [("Content-Type", "text/event-stream")]
 UNCACHED_SSE: Headers = [("Cache-Control", "no-cache"), ("Connection", "keep-alive"), *SSE]
+HEX = "0123456789abcdef"
 
 
 @dataclass(slots=True)
@@ -42,9 +43,14 @@ class Outcome:
         return [piece for piece in self.pieces if piece.kind == "tool"]
 
     @property
+    def tokens(self) -> int:
+        """Tokens written, the one that ends the answer among them."""
+        return len(self.pieces) + (self.done_reason == "stop")
+
+    @property
     def usage(self) -> dict[str, int]:
         """Token counts in OpenAI's words."""
-        out = len(self.pieces)
+        out = self.tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": out,

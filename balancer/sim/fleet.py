@@ -53,10 +53,14 @@ class Fleet:
 
     @classmethod
     def demo(
-        cls, *, ports: Sequence[int] = (), emit: Callable[[str], None] = lambda _: None
+        cls,
+        *,
+        hosts: int = 3,
+        ports: Sequence[int] = (),
+        emit: Callable[[str], None] = lambda _: None,
     ) -> Self:
         """`fast` (one slot), `slow` (much memory), `flaky` (refuses callers now and then)."""
-        return cls(_demo_hosts(3, ports), script=SCENARIOS["flaky"], emit=emit)
+        return cls(_demo_hosts(hosts, ports), script=SCENARIOS["flaky"], emit=emit)
 
     @classmethod
     def test(

@@ -26,9 +26,12 @@ class DecodeError(ValueError):
     """Go would not decode this; the text is its complaint."""
 
 
-def encode(value: Any) -> str:
-    """Compact JSON in UTF-8 with `<`, `>`, `&` and the two separators escaped."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def encode(value: Any, *, sort: bool = False) -> str:
+    """Compact JSON in UTF-8 with `<`, `>`, `&` and the two separators escaped.
+
+    Go prints structs in their own order, and maps with `sort`.
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort)
     return text if text.isascii() and not _has_html(text) else text.translate(_ESCAPED)
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from balancer.sim import dialects, gojson, names, reading, text
+from balancer.sim.anthropic import Messages, from_messages
 from balancer.sim.delivery import Delivery, Site
 from balancer.sim.dialects import Dialect, Echo, Outcome
 from balancer.sim.host import Call, Job, Phase, Refusal, SimModel
 from balancer.sim.reading import Body, Kind, RefusedError, Wanted
+from balancer.sim.responses import Responses, from_responses
 
 if TYPE_CHECKING:
     import asyncio
@@ -109,8 +111,9 @@ class Reply:
             return
         produced = call.produced(self._site.now()) if self._stream else 0
         while self._sent < produced and not self._delivery.exchange.paused:
+            self._open()
             for chunk in self._dialect.piece(self._answer.pieces[self._sent]):
-                self._write(chunk)
+                self._delivery.write(chunk)
             self._sent += 1
         if self._sent < produced:
             return
@@ -123,10 +126,6 @@ class Reply:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def _write(self, chunk: bytes) -> None:
-        self._open()
-        self._delivery.write(chunk)
 
     def _open(self) -> None:
         if not self._delivery.exchange.started:
@@ -191,17 +190,22 @@ class Reply:
         reason = "" if call.ending == "no_done" else self._answer.done_reason
         if call.job.kind == "load":
             return Outcome(pieces, "load")
-        metrics = {
+        ints = self._context_ints
+        outcome = Outcome(
+            pieces,
+            reason,
+            call.job.prompt_tokens,
+            context=range(1000, 1000 + ints) if ints is not None else None,
+        )
+        outcome.metrics = {
             "total_duration": ns_of(call.total_s),
             "load_duration": ns_of(call.load_s),
             "prompt_eval_count": call.job.prompt_tokens,
             "prompt_eval_duration": ns_of(call.prompt_s),
-            "eval_count": len(pieces),
+            "eval_count": outcome.tokens,
             "eval_duration": ns_of(call.eval_s),
         }
-        ints = self._context_ints
-        context = range(1000, 1000 + ints) if ints is not None else None
-        return Outcome(pieces, reason, call.job.prompt_tokens, metrics, context)
+        return outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +243,8 @@ ROUTES: Mapping[str, Route] = {
     "/v1/completions": Route(
         dialects.V1Completions, "generate", False, _EOF, reading.from_v1_completions
     ),
+    "/v1/messages": Route(Messages, "chat", False, _EOF, from_messages),
+    "/v1/responses": Route(Responses, "chat", False, _EOF, from_responses),
     "/v1/embeddings": Route(
         dialects.V1Embeddings, "embed", False, _EOF, reading.from_v1_embeddings
     ),

@@ -72,6 +72,7 @@ class SimOllama(Site):
         self._epoch_ns = 0
         self._server: Server | None = None
         self._handle: asyncio.TimerHandle | None = None
+        self._due_at = 0.0
         self._scripts = Scripts()
         self._gate = Gate(self._methods, origins=origins, is_open=not checks_origin)
         self._routes: Mapping[str, Mapping[str, Callable[[Delivery], None]]] = {
@@ -112,6 +113,7 @@ class SimOllama(Site):
             self._server.close()
         if self._handle is not None:
             self._handle.cancel()
+            self._handle = None
         self._server = None
 
     @property
@@ -153,11 +155,12 @@ class SimOllama(Site):
             return
         at = self.host.next_at()
         if self._handle is not None:
-            if at is not None and not self._handle.cancelled() and self._handle.when() <= at:
+            if at is not None and self._due_at <= at:
                 return
             self._handle.cancel()
             self._handle = None
         if at is not None:
+            self._due_at = at  # uvloop's handles do not tell when
             self._handle = self._loop.call_at(at, self._tick)
 
     def _tick(self) -> None:

@@ -97,6 +97,8 @@ def test_an_empty_body(operation: str, blank: bytes) -> None:
         (b'{"a":NaN}', "invalid character 'N' looking for beginning of value"),
         (b'{"a":"x\ny"}', r"invalid character '\n' in string literal"),
         (b'{"a":"\\x"}', "invalid character 'x' in string escape code"),
+        (b" " * 100_000, "unexpected EOF"),
+        (b" " * 100_000 + b'{"model":"m"}', "malformed JSON"),
     ],
 )
 def test_malformed_json_gets_gos_text(body: bytes, text: str) -> None:
@@ -120,6 +122,8 @@ def test_malformed_json_gets_gos_text(body: bytes, text: str) -> None:
         b'{"model":"m","options":{"num_ctx":1e30}}',
         b'{"model":"m","options":{"num_ctx":1e999}}',
         b'{"' + b"\\n" * 5000 + b'":1,"model":"m"}',
+        b" " * 2_000_000 + b'{"model":"m","prompt":"x"}',
+        b'{"model"' + b" " * 2_000_000 + b':"m","prompt":"x"}',
         b"{" + b",".join(b'"%d":1' % number for number in range(100_000)) + b"}",
     ],
 )
@@ -190,71 +194,58 @@ def test_the_model_is_kept_as_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "body", "text"),
+    ("operation", "body", "value", "struct"),
     [
-        (
-            "generate",
-            "[]",
-            "json: cannot unmarshal array into Go value of type api.GenerateRequest",
-        ),
-        ("show", "5 ", "json: cannot unmarshal number into Go value of type api.ShowRequest"),
-        ("embed", '"x"', "json: cannot unmarshal string into Go value of type api.EmbedRequest"),
-        (
-            "v1_chat",
-            "true",
-            "json: cannot unmarshal bool into Go value of type openai.ChatCompletionRequest",
-        ),
-        (
-            "chat",
-            {"model": 1},
-            "json: cannot unmarshal number into Go struct field ChatRequest.model of type string",
-        ),
-        (
-            "chat",
-            {"model": "m", "stream": "x"},
-            "json: cannot unmarshal string into Go struct field ChatRequest.stream of type bool",
-        ),
-        (
-            "chat",
-            {"Messages": {}},
-            "json: cannot unmarshal object into Go struct field ChatRequest.messages"
-            " of type []api.Message",
-        ),
-        (
-            "generate",
-            {"options": []},
-            "json: cannot unmarshal array into Go struct field GenerateRequest.options"
-            " of type map[string]interface {}",
-        ),
+        ("generate", "[]", "array", "api.GenerateRequest"),
+        ("embed", '"x"', "string", "api.EmbedRequest"),
+        ("embeddings", "-1", "number", "api.EmbeddingRequest"),
+        ("show", "5 ", "number", "api.ShowRequest"),
+        ("v1_chat", "true", "bool", "openai.ChatCompletionRequest"),
+        ("v1_embeddings", " []", "array", "openai.EmbedRequest"),
+    ],
+)
+def test_a_body_must_be_an_object(operation: str, body: str, value: str, struct: str) -> None:
+    """Go tells what it found and what it wanted."""
+    error = refusal(operation, body)
+    text = f"json: cannot unmarshal {value} into Go value of type {struct}"
+    assert (type(error), error.text) == (BadRequest, text)
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "value", "field", "wanted"),
+    [
+        ("chat", '{"model":1}', "number", "ChatRequest.model", "string"),
+        ("chat", '{"stream":"x"}', "string", "ChatRequest.stream", "bool"),
+        ("chat", '{"Messages":{}}', "object", "ChatRequest.messages", "[]api.Message"),
+        ("chat", '{"tools":1}', "number", "ChatRequest.tools", "api.Tools"),
+        ("generate", '{"prompt":[]}', "array", "GenerateRequest.prompt", "string"),
+        ("embed", '{"options":[]}', "array", "EmbedRequest.options", "map[string]interface {}"),
+        ("show", '{"options":1}', "number", "ShowRequest.options", "map[string]interface {}"),
+        ("v1_completions", '{"prompt":["x"]}', "array", "CompletionRequest.prompt", "string"),
+        ("v1_completions", '{"max_tokens":true}', "bool", "CompletionRequest.max_tokens", "int"),
         (
             "generate",
             '{"keep_alive":1e999}',
-            "json: cannot unmarshal number 1e999 into Go struct field GenerateRequest.keep_alive"
-            " of type float64",
-        ),
-        (
-            "v1_completions",
-            {"prompt": ["x"]},
-            "json: cannot unmarshal array into Go struct field CompletionRequest.prompt"
-            " of type string",
+            *("number 1e999", "GenerateRequest.keep_alive", "float64"),
         ),
         (
             "v1_chat",
-            {"max_tokens": 1.5},
-            "json: cannot unmarshal number 1.5 into Go struct field"
-            " ChatCompletionRequest.max_tokens of type int",
+            '{"max_tokens":1.5}',
+            *("number 1.5", "ChatCompletionRequest.max_tokens", "int"),
         ),
         (
             "v1_chat",
-            {"stream_options": {"include_usage": 1}},
-            "json: cannot unmarshal number into Go struct field"
-            " StreamOptions.stream_options.include_usage of type bool",
+            '{"stream_options":{"include_usage":1}}',
+            *("number", "StreamOptions.stream_options.include_usage", "bool"),
         ),
     ],
 )
-def test_wrong_types_get_gos_text(operation: str, body: object, text: str) -> None:
-    """What we read must have the type that Ollama gives it."""
+def test_fields_must_have_their_type(
+    operation: str, body: str, value: str, field: str, wanted: str
+) -> None:
+    """What we read must have the type that Ollama gives it; Go's text names the place."""
     error = refusal(operation, body)
+    text = f"json: cannot unmarshal {value} into Go struct field {field} of type {wanted}"
     assert (type(error), error.text) == (BadRequest, text)
 
 
@@ -331,9 +322,10 @@ def test_repeated_objects_arrays_and_nulls_are_refused(fields: str) -> None:
     "text",
     [
         # Skipping as many bytes as the last value has, from the first one on, lands on a
-        # separator inside the last value: lengths alone would find nothing wrong.
+        # separator inside the last value: a walk by lengths would find nothing wrong.
         '{"a":{},"b":12,"model":"m","a":{"x":1               ,"b":10,"model":"m"}}',
         '{"a":0,"b":12,"a":{"x":1          ,"b":1}}',
+        '{"model":"m","a":1,"b":2,"c":3,"d":4,"e":5,"f":[],"f":[]}',
         '{"a": 0,"b":12,"c":12,"d":12,"a":{"x":1, "b": 10, "c": 10, "d": 1}}',
     ],
 )
@@ -374,10 +366,15 @@ def test_half_a_surrogate_pair_is_no_reason_to_refuse() -> None:
 @pytest.mark.parametrize(
     ("operation", "fields"),
     [
-        *[("generate", {"prompt": empty}) for empty in ("", None)],
-        *[("chat", {"messages": empty}) for empty in ([], None)],
-        *[("embed", {"input": empty}) for empty in ("", [], None)],
-        *[("embeddings", {"prompt": empty}) for empty in ("", None)],
+        ("generate", {"prompt": ""}),
+        ("generate", {"prompt": None}),
+        ("chat", {"messages": []}),
+        ("chat", {"messages": None}),
+        ("embed", {"input": ""}),
+        ("embed", {"input": []}),
+        ("embed", {"input": None}),
+        ("embeddings", {"prompt": ""}),
+        ("embeddings", {"prompt": None}),
     ],
 )
 def test_an_empty_prompt_loads(operation: str, fields: dict[str, object]) -> None:
@@ -484,9 +481,11 @@ def test_streaming(operation: str, stream: bool | None) -> None:
         ({"num_ctx": -7}, {"num_ctx": 4}, (("num_ctx", 4),)),
         ({"num_gpu": -1}, {"num_gpu": -1}, ()),
         ({"num_gpu": 0}, {"num_gpu": 0}, (("num_gpu", 0),)),
-        ({"use_mmap": False, "main_gpu": 0},)
-        + ({"main_gpu": 0, "use_mmap": False},)
-        + ((("main_gpu", 0), ("use_mmap", False)),),
+        (
+            {"use_mmap": False, "main_gpu": 0},
+            {"main_gpu": 0, "use_mmap": False},
+            (("main_gpu", 0), ("use_mmap", False)),
+        ),
         (
             {"num_thread": 4, "num_batch": 64, "draft_num_predict": 2},
             {"num_thread": 4, "num_batch": 64, "draft_num_predict": 2},
@@ -676,8 +675,11 @@ def test_what_show_is_asked_for(fields: dict[str, object], flags: tuple[bool, bo
 # --- properties --------------------------------------------------------------------------------
 
 KEYS = st.sampled_from(
-    ["model", "Model", "name", "stream", "options", "keep_alive", "messages", "prompt", "input"]
-    + ["shift", "stream_options", "max_tokens", "num_ctx", "other", 'q"x', "back\\slash", "é"]
+    [
+        *("model", "Model", "name", "stream", "options", "keep_alive", "messages", "prompt"),
+        *("input", "shift", "stream_options", "max_tokens", "num_ctx", "other"),
+        *('q"x', "back\\slash", "é"),
+    ]
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("m"),

@@ -210,6 +210,7 @@ def test_missing_fields_of_old_releases_are_fine(catalog: Catalog) -> None:
     rows = [
         {"name": "m:latest", "digest": A},
         {"model": "n:latest", "digest": B, "details": None, "modified_at": None},
+        {"name": "", "model": "o:latest", "digest": C},
     ]
     catalog.note_tags("one", rows)
     assert catalog.tags() == {"models": rows}
@@ -243,10 +244,17 @@ def test_facts_about_a_model(catalog: Catalog) -> None:
     assert not catalog.knows(c("x"))
 
 
+def test_names_are_shown_as_their_backend_spells_them(catalog: Catalog) -> None:
+    """A known model keeps the spelling of the list, another has none but ours."""
+    catalog.note_tags("one", [tag("Llama3.2")])
+    assert catalog.shown(c("llama3.2")) == "Llama3.2:latest"
+    assert catalog.shown(c("library/Other")) == "other:latest"
+
+
 def test_cloud_stub_is_listed_beside_its_local_name(catalog: Catalog) -> None:
     """A stub passes with its remote fields, is another model, and needs no load."""
     stub = tag("gpt-oss:120b-cloud", B, remote_model="gpt-oss:120b", remote_host="https://x")
-    alias = tag("mine:latest", C, remote_model="gpt-oss:120b", remote_host="https://x")
+    alias = tag("mine:latest", C, remote_model="gpt-oss:120b")
     catalog.note_tags("one", [stub, alias])
     assert catalog.tags()["models"] == [stub, alias]
     assert where(catalog, "gpt-oss:120b-cloud") is LOADED
@@ -383,6 +391,18 @@ def test_models_of_a_backend_that_is_away_are_remembered_a_while(
     assert catalog.knows(c("m"))
     assert catalog.lists("one", c("m"))
     assert not catalog.lists("two", c("m"))
+
+
+def test_remembering_may_be_set_anew(catalog: Catalog, clock: Clock) -> None:
+    """A reload of the configuration counts at once, for what is away already."""
+    catalog.note_tags("one", [tag("m")])
+    catalog.note_away("one")
+    clock.now += 50
+    assert catalog.knows(c("m"))
+    catalog.remember_s = 50
+    assert not catalog.knows(c("m"))
+    catalog.remember_s = 51
+    assert catalog.knows(c("m"))
 
 
 def test_dropped_backend_is_forgotten(warm: Catalog) -> None:
@@ -804,6 +824,12 @@ def test_contexts_of_models_no_longer_listed_are_forgotten(warm: Catalog) -> Non
     warm.note_loaded("one", key("m"))
     warm.note_ps("one", [run("m")])
     warm.note_ps("one", [])
+    warm.note_tags("one", [tag("m")])
+    assert warm.context("one", c("m")) == 4096
+    warm.note_ps("one", [run("m", context=8192)])
+    warm.note_ps("one", [])
+    assert warm.context("one", c("m")) == 8192
+    assert warm.known_context("one", key("m")) == 4096
     warm.note_tags("one", [tag("m", C)])
     assert warm.context("one", c("m")) is None
     warm.note_tags("one", [tag("m", A)])

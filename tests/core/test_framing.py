@@ -233,6 +233,32 @@ def test_finished_is_told_of_what_was_passed_on(stream: tuple[Framing, list[byte
             assert ending_of(fed[: ends_of(fed, how)[-1]], how).complete
 
 
+@pytest.mark.parametrize(
+    ("how", "data", "records"),
+    [
+        (NDJSON, b"{}\n", 1),
+        (NDJSON, b"x\n", 1),
+        (NDJSON, b"\n\r\n", 0),
+        (NDJSON, TOKEN + DONE, 2),
+        (NDJSON, TOKEN[:-1], 0),
+        (SSE, CHUNK, 1),
+        (SSE, MESSAGE_STOP, 1),
+        (SSE, MESSAGE_STOP + CHUNK, 2),
+        (SSE, COMMENT, 0),
+        (SSE, COMMENT + CHUNK, 1),
+        (SSE, b"\n" + COMMENT + b"\n", 0),
+        (SSE, b": c\ndata: x\n\n", 1),
+        (SSE, b"data: a\r\n\r\ndata: b\n\n", 2),
+        (SSE, b"data: a\n\n\n\ndata: b\n\n", 2),
+    ],
+)
+def test_what_counts_as_a_record(how: Framing, data: bytes, records: int) -> None:
+    """One read's records are counted exactly, also where several or none end in it."""
+    split = splitter(how)
+    split.feed(data)
+    assert split.records == records
+
+
 @pytest.mark.parametrize("how", [NDJSON, SSE])
 def test_a_record_over_the_limit_passes_until_its_end(how: Framing) -> None:
     """Past the limit all of that record passes at once, then holding begins anew."""
@@ -285,6 +311,8 @@ def test_json_has_no_splitter() -> None:
         (NDJSON, TOKEN + ERROR, Ending(False, True, ERROR[:-1], ERROR_TEXT)),
         (SSE, CHUNK + V1_USAGE + V1_DONE, Ending(True, usage=Usage(7, 2))),
         (SSE, ZERO_USAGE + V1_DONE, Ending(True)),
+        (SSE, V1_DONE + V1_USAGE, Ending(True, usage=Usage(7, 2))),
+        (SSE, MESSAGE_DELTA + V1_USAGE, Ending(False, usage=Usage(7, 2))),
         (SSE, CHUNK + V1_DONE + COMMENT, Ending(True)),
         (SSE, CHUNK + b"data:[DONE]\r\n\r\n", Ending(True)),
         (SSE, CHUNK, Ending(False)),
@@ -373,6 +401,17 @@ def test_of_an_endless_record_only_the_ends_are_kept(how: Framing) -> None:
     assert split.flush() == b""
 
 
+@pytest.mark.parametrize("how", [NDJSON, SSE])
+def test_of_a_long_record_in_one_read_only_the_ends_are_kept(how: Framing) -> None:
+    """A read of one long record passes whole and is not kept whole; so is its error's text."""
+    record = b"event: error\ndata: " if how is SSE else b""
+    record += b"x" * (4 * LONG) + (b"\n\n" if how is SSE else b"\n")
+    split = splitter(how)
+    assert split.feed(record) == record
+    assert sum(map(len, split._recent)) < 2 * LONG
+    assert len(split.ending().error_text) < LONG
+
+
 def test_a_long_line_that_is_cut_is_not_complete() -> None:
     """A stream that ends inside a long last line is not taken for complete."""
     assert ending_of(TOKEN + context_line(20_000)[:-400], NDJSON) == Ending(False)
@@ -399,6 +438,7 @@ OPENINGS: list[tuple[Framing, Dialect, bytes, Opened]] = [
     (NDJSON, Dialect.OLLAMA, DONE[:-1], Opened("commit", DONE[:-1])),
     (NDJSON, Dialect.OLLAMA, ERROR, Opened("error", ERROR, ERROR_TEXT)),
     (NDJSON, Dialect.OLLAMA, ERROR[:-1], Opened("error", ERROR[:-1], ERROR_TEXT)),
+    (NDJSON, Dialect.OLLAMA, b'{"error":""}\n', Opened("error", b'{"error":""}\n')),
     (NDJSON, Dialect.OLLAMA, b"no json\n", Opened("commit", b"no json\n")),
     (NDJSON, Dialect.OLLAMA, b"", Opened("empty", b"")),
     (NDJSON, Dialect.OLLAMA, b"\n", Opened("empty", b"\n")),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.names import InvalidName, closest, matches, parse, quoted
+from balancer.core.names import InvalidName, closest, display, matches, parse, quoted
 
 LIBRARY = "registry.ollama.ai/library"
 
@@ -105,6 +105,7 @@ def test_printing_and_reading_agree(text: str) -> None:
     except InvalidName:
         return
     assert parse(name.display).canonical == name.canonical
+    assert display(name.canonical) == name.display.lower()
     assert parse(name.canonical).canonical == name.canonical
     assert parse(text.swapcase()).canonical == name.canonical
 
@@ -126,6 +127,8 @@ def test_printing_and_reading_agree(text: str) -> None:
         ("registry.ollama.ai/library/*", "llama3.2:1b", True),
         ("ns/*", "other/m", False),
         ("reg:5000/*", "reg:5000/ns/m", True),
+        ("reg:5000/ns/m", "reg:5000/ns/m", True),
+        ("reg:5000/ns/m", "reg:5000/ns/m:1b", False),
         ("llama3.2", "llama3.2:local", True),
         ("kimi*", "kimi-k3:cloud", True),
         ("*cloud", "gpt-oss:120b:cloud", True),

@@ -96,7 +96,9 @@ class Wire:
 async def ask(port: int, method: str, path: str, body: object = None, **headers: str) -> Reply:
     """One request on a connection of its own; a body that is no bytes goes as JSON."""
     wire = await Wire.connect(port)
-    payload = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    payload = (
+        body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    )
     lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{port}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     if payload or method == "POST":

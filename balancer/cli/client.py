@@ -1,0 +1,192 @@
+"""The admin API from outside, over the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from balancer.cli.exits import CommandError, ExitCode
+
+DEFAULT_PORT: Final = 11435
+TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """
+    The admin API of a running balancer.
+
+    Args:
+        url: ``http://host:port``, https, or ``unix:/path``.
+        key: Sent as a bearer token.
+    """
+
+    url: str
+    key: str | None = None
+
+    def status(self) -> Mapping[str, Any]:
+        """The status document."""
+        status, told = self.ask("GET", "/_balancer/status")
+        if status != 200:
+            raise CommandError(refusal(self.url, status, told), code=ExitCode.FAILURE)
+        if "status_version" not in told:
+            raise CommandError(_stranger(self.url, status), code=ExitCode.NO_ADMIN)
+        return told
+
+    def ask(self, method: str, path: str) -> tuple[int, Mapping[str, Any]]:
+        """
+        Status and document.
+
+        Raises:
+            CommandError: Nobody answers, or somebody who is no balancer.
+        """
+        connection = _connect(self.url)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            connection.request(method, urlsplit(self.url).path.rstrip("/") + path, headers=headers)
+            response = connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise CommandError(
+                f"No balancer answers at {self.url}: {reason}. Start one: ollama-balancer; "
+                "or say where it is: --admin URL",
+                code=ExitCode.NO_ADMIN,
+            ) from None
+        finally:
+            connection.close()
+        try:
+            told = json.loads(body)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            raise CommandError(_stranger(self.url, response.status), code=ExitCode.NO_ADMIN)
+        return response.status, told
+
+
+def find(admin: str | None, config: str | None) -> Admin:
+    """The balancer that flag, environment or configuration name, else the one of this machine."""
+    return Admin(_url(admin) if admin else _configured(config), _key())
+
+
+def _url(text: str) -> str:
+    """A URL as people abbreviate it."""
+    if text.startswith("unix:/"):
+        return text
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname
+        port = parts.port
+    except ValueError:
+        known, port = None, None
+    if not known:
+        told = f"--admin {text!r} is no address. Write http://host:port or unix:/path."
+        raise CommandError(told, code=ExitCode.USAGE)
+    return url if port or "://" in text else f"{url}:{DEFAULT_PORT}"
+
+
+def _configured(config: str | None) -> str:
+    from balancer.cli import source
+    from balancer.config import ConfigError
+
+    here = f"http://127.0.0.1:{DEFAULT_PORT}"
+    try:
+        listen = source.find(config).read().server.listen
+    except (ConfigError, OSError):  # the file on disk may be worse than what is running
+        return here
+    for address in listen:
+        if address.path is not None:
+            return f"unix:{address.path}"
+        if address.port:
+            anywhere = address.host in ("", "0.0.0.0", "::")
+            host = "127.0.0.1" if anywhere else address.host
+            return (
+                f"http://[{host}]:{address.port}"
+                if ":" in host
+                else f"http://{host}:{address.port}"
+            )
+    return here
+
+
+def _key() -> str | None:
+    key, file = os.environ.get("BALANCER_API_KEY"), os.environ.get("BALANCER_API_KEY_FILE")
+    if key or not file:
+        return key or None
+    try:
+        return Path(file).read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError) as error:
+        told = (
+            f"Cannot read BALANCER_API_KEY_FILE {file}: {getattr(error, 'strerror', None) or error}"
+        )
+        raise CommandError(told, code=ExitCode.FAILURE) from None
+
+
+def _stranger(url: str, status: int) -> str:
+    return f"{url} answers ({status}), but is no ollama-balancer. Say where it is: --admin URL"
+
+
+def refusal(url: str, status: int, told: Mapping[str, Any]) -> str:
+    """What a refusal says, and what to do."""
+    error = told.get("error")
+    text = error.get("message") if isinstance(error, dict) else error
+    hint = ""
+    if status in (401, 403):
+        hint = " Set BALANCER_API_KEY to a key with the role admin."
+    return f"The balancer at {url} refused ({status}): {text or 'no reason given'}{hint}"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connect(url: str, timeout_s: float = TIMEOUT_S) -> http.client.HTTPConnection:
+    if url.startswith("unix:"):
+        return _UnixConnection(url.removeprefix("unix:"), timeout_s)
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return http.client.HTTPSConnection(parts.netloc, timeout=timeout_s)
+    return http.client.HTTPConnection(parts.netloc, timeout=timeout_s)
+
+
+def occupant(host: str, port: int) -> str:
+    """Who has a port: asked politely, told for a sentence."""
+    if _says(host, port, "/_balancer/live", "live"):
+        return "another ollama-balancer"
+    if _text(host, port, "/") == "Ollama is running":
+        version = _says(host, port, "/api/version", "version")
+        return f"an Ollama server ({version})" if version else "an Ollama server"
+    return "another program"
+
+
+def _says(host: str, port: int, path: str, field: str) -> Any:
+    try:
+        told = json.loads(_text(host, port, path))
+    except ValueError:
+        return None
+    return told.get(field) if isinstance(told, dict) else None
+
+
+def _text(host: str, port: int, path: str) -> str:
+    connection = http.client.HTTPConnection(host, port, timeout=1.0)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read(4096).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()

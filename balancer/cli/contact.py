@@ -1,0 +1,91 @@
+"""Asking the configured hosts once, as the balancer would reach them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from balancer.app import targets
+from balancer.cli.exits import CommandError, ExitCode
+from balancer.config import Config
+from balancer.core.verdicts import Failure, FailureKind
+from balancer.net.tasks import Tasks
+from balancer.net.upstream import ClientUpstream, Target, UpstreamError
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a host said. `told`: what is wrong; `hint`: what to do about it."""
+
+    name: str
+    url: str
+    ok: bool
+    version: str | None = None
+    models: int = 0
+    told: str = ""
+    hint: str = ""
+
+
+def ask_all(config: Config) -> list[Answer]:
+    """Ask every enabled backend for version and models, all at once."""
+    try:
+        reached = targets(config)
+    except OSError as error:
+        told = f"A certificate cannot be used: {error.strerror or error}"
+        raise CommandError(told, code=ExitCode.CONFIG) from None
+    names = [spec.name for spec in config.backends if spec.enabled]
+    return asyncio.run(_ask_all({name: reached[name] for name in names}, config.health.timeout_s))
+
+
+async def _ask_all(reached: dict[str, Target], limit_s: float) -> list[Answer]:
+    tasks = Tasks(lambda _: None, asyncio.get_running_loop().time)
+    upstream = ClientUpstream(reached, tasks)
+    try:
+        asked = (_ask(upstream, name, target, limit_s) for name, target in reached.items())
+        return await asyncio.gather(*asked)
+    finally:
+        await upstream.close()
+
+
+async def _ask(upstream: ClientUpstream, name: str, target: Target, limit_s: float) -> Answer:
+    try:
+        status, _, body = await upstream.ask(target, "GET", "/api/version", limit_s=limit_s)
+        version = _field(body, "version")
+        if status in (401, 403):
+            hint = 'Its reverse proxy wants a credential: the backend\'s "auth" block.'
+            return Answer(name, target.url, ok=False, told=f"refused: status {status}", hint=hint)
+        if status != 200 or not isinstance(version, str):
+            told = f"is no Ollama: status {status} for /api/version"
+            return Answer(name, target.url, ok=False, told=told)
+        _, _, body = await upstream.ask(target, "GET", "/api/tags", limit_s=limit_s)
+    except UpstreamError as error:
+        hint = _hint(target.url, error.failure)
+        return Answer(name, target.url, ok=False, told=error.failure.text, hint=hint)
+    models = _field(body, "models")
+    count = len(models) if isinstance(models, list) else 0
+    return Answer(name, target.url, ok=True, version=version, models=count)
+
+
+def _field(body: bytes, name: str) -> object:
+    try:
+        told = json.loads(body)
+    except ValueError:
+        return None
+    return told.get(name) if isinstance(told, dict) else None
+
+
+def _hint(url: str, failure: Failure) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "http" and parts.port in (80, None):
+        return (
+            f'"http://{parts.hostname}" means port 80, as in OLLAMA_HOST. Ollama listens on '
+            f"11434: write {parts.hostname}:11434."
+        )
+    if failure.kind in (FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT):
+        return (
+            "Is Ollama running there, and does it listen beyond loopback? There: "
+            "OLLAMA_HOST=0.0.0.0 (systemctl edit ollama), and a firewall that lets you in."
+        )
+    return ""

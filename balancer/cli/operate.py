@@ -1,0 +1,36 @@
+"""Commands that steer a running balancer: reload."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import typer
+
+from balancer.cli.exits import CommandError, ExitCode
+from balancer.cli.inspect import AdminUrl, ConfigFile
+
+PANEL: Final = "Operate"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Declare the commands."""
+    app.command(rich_help_panel=PANEL)(reload)
+
+
+def reload(admin: AdminUrl = None, config: ConfigFile = None) -> int:
+    """Let the running balancer read its configuration again; a faulty one changes nothing."""
+    from balancer.cli import client
+
+    balancer = client.find(admin, config)
+    status, told = balancer.ask("POST", "/_balancer/reload")
+    problems = told.get("problems")
+    if status == 422 and isinstance(problems, list):
+        head = "Reload rejected, the previous configuration stays. Nothing was changed."
+        raise CommandError(head, *map(str, problems), code=ExitCode.CONFIG)
+    if status != 200:
+        raise CommandError(client.refusal(balancer.url, status, told), code=ExitCode.FAILURE)
+    changed, restart = told.get("changed") or [], told.get("needs_restart") or []
+    print("Reloaded.", f"Changed: {', '.join(changed)}" if changed else "Nothing has changed.")
+    if restart:
+        print(f"! Only a restart takes over: {', '.join(restart)}")
+    return ExitCode.OK

@@ -1,0 +1,84 @@
+"""Where the configuration comes from: file, environment, flags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from balancer.cli.exits import CommandError, ExitCode
+from balancer.config import Config, ConfigError, Problem, find_file, load
+
+FLAGS: Final = "command line"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """
+    What is read at the start and again on every reload.
+
+    Args:
+        overrides: Flags by dotted key.
+    """
+
+    file: Path | None
+    env: Mapping[str, str]
+    overrides: Mapping[str, Any]
+
+    @property
+    def told(self) -> str | None:
+        """The file as people wrote it."""
+        return None if self.file is None else str(self.file)
+
+    def read(self) -> Config:
+        """
+        Read it.
+
+        Raises:
+            ConfigError: It is no good.
+            OSError: The file cannot be read.
+        """
+        if self.file is None:
+            return load("", self.env, overrides=self.overrides)
+        try:
+            text = self.file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            place = Problem(str(self.file), None, None, "", "is not a text in UTF-8.")
+            raise ConfigError([place]) from None
+        return load(text, self.env, source=str(self.file), overrides=self.overrides)
+
+    def over(self, **overrides: Any) -> Source:
+        """The same with one more flag."""
+        return replace(self, overrides={**self.overrides, **overrides})
+
+
+def find(config: str | None, overrides: Mapping[str, Any] | None = None) -> Source:
+    """The source that flags and environment name, or the first file of the usual places."""
+    return Source(find_file(config, os.environ), os.environ, overrides or {})
+
+
+def read_or_refuse(source: Source) -> Config:
+    """
+    Read it for a command.
+
+    Raises:
+        CommandError: One line per fault; wrong usage if flags alone are at fault.
+    """
+    try:
+        return source.read()
+    except ConfigError as error:
+        flags = all(problem.source == FLAGS for problem in error.problems)
+        code = ExitCode.USAGE if flags else ExitCode.CONFIG
+        raise CommandError(*map(str, error.problems), code=code) from None
+    except OSError as error:
+        raise CommandError(unreadable(source, error), code=ExitCode.CONFIG) from None
+
+
+def unreadable(source: Source, error: OSError) -> str:
+    """Why the file cannot be read, and what to do."""
+    hint = (
+        "A commented example: config.example.yaml" if isinstance(error, FileNotFoundError) else ""
+    )
+    return f"Cannot read the configuration {source.told}: {error.strerror}. {hint}".rstrip()

@@ -1,0 +1,46 @@
+"""Fixtures for tests of the whole: a fleet, a balancer, and a log that must stay quiet."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any, Protocol
+
+import pytest
+from aiohttp.http_exceptions import HttpProcessingError
+
+from tests.rig import Rig, running
+
+
+class Start(Protocol):
+    """Starts a fleet and a balancer; takes what `tests.rig.running` takes."""
+
+    def __call__(self, hosts: int = 3, **more: Any) -> Awaitable[Rig]:
+        """The started rig."""
+
+
+@pytest.fixture
+async def start(quiet: None) -> AsyncIterator[Start]:
+    """A factory of rigs that end with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(hosts: int = 3, **more: Any) -> Rig:
+            return await stack.enter_async_context(running(hosts, **more))
+
+        yield begin
+
+
+@pytest.fixture
+async def rig(start: Start) -> Rig:
+    """Three hosts and a balancer."""
+    return await start()
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fails the test if a library complains; of a malformed request it may (see `ops.log`)."""
+    yield
+    records = [*caplog.get_records("setup"), *caplog.get_records("call"), *caplog.records]
+    told = [r for r in records if r.name.startswith(("asyncio", "aiohttp")) and r.levelno > 20]
+    errors = [(r.exc_info[1] if r.exc_info else None, r.getMessage()) for r in told]
+    assert [text for error, text in errors if not isinstance(error, HttpProcessingError)] == []
