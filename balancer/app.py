@@ -5,6 +5,7 @@ The composition root: the only place that knows every room. Build, wire, start, 
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import math
 import os
@@ -472,13 +473,8 @@ def bind(address: Listen) -> socket.socket:
         OSError: The address is in use, or is none of this machine's.
     """
     if address.path is not None:
-        with suppress(FileNotFoundError):
-            if Path(address.path).is_socket():
-                Path(address.path).unlink()
-        sock = socket.socket(socket.AF_UNIX)
-        sock.bind(address.path)
-        return sock
-    host = address.host or "::"
+        return _bind_unix(address.path)
+    host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
     infos = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, proto, _, where = infos[0]
     sock = socket.socket(family, kind, proto)
@@ -487,6 +483,22 @@ def bind(address: Listen) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(where)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """A socket's file that nobody serves any more is replaced; one that is served is in use."""
+    if Path(path).is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
+        Path(path).unlink()
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(path)
     except OSError:
         sock.close()
         raise

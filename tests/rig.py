@@ -28,6 +28,7 @@ from balancer.sim.delivery import Seen
 from balancer.sim.fleet import Fleet
 from balancer.sim.host import Settings, SimModel
 from balancer.sim.inference import ROUTES
+from balancer.sim.ollama import VERSION
 from tests.sim.wire import Reply, Wire, ask
 
 E = TypeVar("E", bound=Event)
@@ -158,6 +159,7 @@ async def running(
     models: Iterable[SimModel] | None = None,
     settings: Settings | None = None,
     speed: float = FAST,
+    version: str = VERSION,
     backend: Mapping[str, object] = MappingProxyType({}),
     **overrides: object,
 ) -> AsyncIterator[Rig]:
@@ -174,7 +176,9 @@ async def running(
         overrides: Settings by dotted key.
     """
     events = Recorder()
-    fleet = Fleet.test(hosts, models=models, settings=settings, speed=speed, keeps_bodies=True)
+    fleet = Fleet.test(
+        hosts, models=models, settings=settings, speed=speed, version=version, keeps_bodies=True
+    )
     async with fleet:
         places = [(name, dead_url()) for name in dead] + [(host.name, host.url) for host in fleet]
         told = {

@@ -56,17 +56,19 @@ class Commands(TyperGroup):
             args = ["serve", *args]
         return super().parse_args(ctx, args)
 
-    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+    def main(self, *args: Any, **more: Any) -> Any:
         """Run, and turn refusals into lines on stderr and a code."""
+        exits = more.get("standalone_mode", True)
+        more["standalone_mode"] = False
         try:
-            code = super().main(*args, standalone_mode=False, **more) or ExitCode.OK
+            code = super().main(*args, **more) or ExitCode.OK
         except CommandError as error:
             code = error.code
             print(*error.lines, sep="\n", file=sys.stderr)
         except typer.TyperException as error:
             code = error.exit_code
             print(_usage(error), file=sys.stderr)
-        if standalone_mode:
+        if exits:
             sys.exit(code)
         return code
 
@@ -74,26 +76,27 @@ class Commands(TyperGroup):
         """Examples, commands in groups, environment, exit codes."""
         formatter.write(f"Usage: {ctx.command_path} [COMMAND] [OPTIONS]\n\n")
         formatter.write("One OLLAMA_HOST in front of many Ollama hosts.\n\n")
-        formatter.write(f"{EXAMPLES}\n")
+        formatter.write(f"{EXAMPLES}")
         panels: dict[str, list[tuple[str, str]]] = {}
         for name in self.list_commands(ctx):
             command: Any = self.get_command(ctx, name)
-            told = command.get_short_help_str(80)
+            told = command.get_short_help_str(200)
             panels.setdefault(command.rich_help_panel, []).append((name, told))
         for panel, rows in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(rows)
-        formatter.write(f"\n{ENVIRONMENT}\nExit codes:\n")
-        formatter.write("  " + " · ".join(f"{code} {text}" for code, text in MEANING.items()))
-        formatter.write("\n\nOptions of a command: ollama-balancer COMMAND --help\n")
+        formatter.write(f"\n{ENVIRONMENT}\n")
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(int(code)), text) for code, text in MEANING.items()])
+        formatter.write("\nOptions of a command: ollama-balancer COMMAND --help\n")
 
 
 def _usage(error: typer.TyperException) -> str:
     """One line: what is wrong, and where to read on."""
-    told = " ".join(error.format_message().split())
+    told = " ".join(error.format_message().replace("Value error, ", "").split())
     ctx = getattr(error, "ctx", None)
     command = ctx.command_path if ctx is not None else "ollama-balancer"
-    return f"{told.rstrip('.')}. Try: {command} --help"
+    return f"{told}{'' if told.endswith(('.', '?')) else '.'} Try: {command} --help"
 
 
 app: Final = typer.Typer(

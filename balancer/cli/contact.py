@@ -83,6 +83,8 @@ def _hint(url: str, failure: Failure) -> str:
             f'"http://{parts.hostname}" means port 80, as in OLLAMA_HOST. Ollama listens on '
             f"11434: write {parts.hostname}:11434."
         )
+    if any(word in failure.detail for word in ("not known", "resolution", "no address")):
+        return f"This machine cannot resolve {parts.hostname}. Is it spelt right? Else write its IP."
     if failure.kind in (FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT):
         return (
             "Is Ollama running there, and does it listen beyond loopback? There: "

@@ -109,10 +109,9 @@ def sim(
         asyncio.run(fleet.run(hosts, scenario, listen, tell))
     except KeyboardInterrupt:
         return ExitCode.OK
-    except ValueError as error:
-        raise CommandError(
-            f"{error}. Try: ollama-balancer sim --help", code=ExitCode.USAGE
-        ) from None
+    except (ValueError, OverflowError) as error:
+        told = f"{str(error).rstrip('.')}. Try: ollama-balancer sim --help"
+        raise CommandError(told, code=ExitCode.USAGE) from None
     except OSError as error:
         told = f"Cannot start the simulated hosts at {listen}: {error.strerror or error}"
         raise CommandError(f"{told}. Other ports: --listen ADDR", code=ExitCode.BIND) from None

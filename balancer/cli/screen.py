@@ -105,14 +105,18 @@ def _notes(backend: Document) -> Iterable[str]:
     if backend["error"] and not backend["up"]:
         yield f"{name}: {plain(backend['error'])}"
     if backend["breaker"]["state"] != "closed":
-        yield f"{name}: breaker {breaker(backend['breaker'])}: {plain(backend['breaker']['reason'])}"
+        yield f"{name}: breaker {breaker(backend['breaker'])}: {_reason(backend['breaker'])}"
     if backend["trouble"]:
         yield f"{name}: {plain(backend['trouble'])}"
     for model in backend["models"]:
         of_model = model.get("breaker")
         if of_model and of_model["state"] != "closed":
-            told = f"{breaker(of_model)}: {plain(of_model['reason'])}"
+            told = f"{breaker(of_model)}: {_reason(of_model)}"
             yield f"{name}: {plain(model['name'])}: breaker {told}"
+
+
+def _reason(told: Document) -> str:
+    return plain(told["reason"]) or "no reason told"
 
 
 # -- start -------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ def add_to(app: typer.Typer) -> None:
     config = typer.Typer(
         help="The configuration: what is in force, and the schema for editors.",
         rich_markup_mode=None,
-        no_args_is_help=True,
     )
     config.command("show")(show)
     config.command("schema")(schema)
@@ -53,11 +52,12 @@ def check(
 ) -> int:
     """Check a configuration: every fault at once, with line, column and reason."""
     from balancer.cli import source
+    from balancer.config import ConfigError
 
     found = source.find(file or config)
     try:
         read = found.read()
-    except source.ConfigError as error:
+    except ConfigError as error:
         if not as_json:
             raise CommandError(*map(str, error.problems), code=ExitCode.CONFIG) from None
         problems = [asdict(problem) for problem in error.problems]

@@ -31,6 +31,7 @@ from balancer.core.pool import Lease, Pool, Prospect, ProspectKind, discreet
 from balancer.core.scheduler import (
     Commit,
     CommitRefused,
+    Fact,
     Load,
     LoadAnswered,
     Refuse,
@@ -107,7 +108,7 @@ class Dispatcher:
         self._planning = False
         self._again = False
         self._seen_version = -1
-        pool.note = lambda fact: self._scheduler.note(fact)
+        pool.note = self._note
 
     @property
     def admission(self) -> Admission:
@@ -165,6 +166,10 @@ class Dispatcher:
             self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
         return ticket
 
+    def is_served_elsewhere(self, call: Call, excluded: frozenset[str]) -> bool:
+        """Whether a backend that is not *excluded* could serve *call* now."""
+        return self._pool.prospect(call, excluded).kind is ProspectKind.OPEN
+
     def withdraw(self, ticket: Ticket) -> None:
         """The owner is gone; idempotent."""
         if self._finish(ticket, TicketState.WITHDRAWN) is not None:
@@ -210,6 +215,9 @@ class Dispatcher:
         """Answer everybody who waits; for the end of a drain."""
         for ticket in list(self._owners):
             self._refuse(ticket, error)
+
+    def _note(self, fact: Fact) -> None:
+        self._scheduler.note(fact)
 
     def _pass(self, now: float) -> None:
         self._expire(now)

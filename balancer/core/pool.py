@@ -748,6 +748,12 @@ class Pool:
         elif settled != self.catalog.settled():
             self._touch()
 
+    def note_failed(self, name: str) -> None:
+        """The backend's list of models could not be read the first time."""
+        if name in self.members:
+            self.catalog.note_failed(name)
+            self._touch()
+
     def note_ps(self, name: str, rows: list[Any], asked_at: float) -> None:
         """The backend's list of loaded models was read; the question went out at *asked_at*."""
         member = self.members.get(name)

@@ -192,7 +192,7 @@ class Prober:
                 self._pool.note_tags(name, rows, now)
                 await self._read_shows(name)
             elif not self._catalog.settled():
-                self._catalog.note_failed(name)
+                self._pool.note_failed(name)
 
     async def _rows(self, name: str, path: str) -> list[Any] | None:
         """The rows of a list; None: it was not answered, which proves nothing."""

@@ -48,15 +48,16 @@ from balancer.core.errors import (
 )
 from balancer.core.framing import Ending, Splitter, json_terminal, splitter
 from balancer.core.pool import Lease
-from balancer.core.retry import Budget, again, repeats_crash
+from balancer.core.retry import Budget, again, excluded, repeats_crash
 from balancer.core.routes import EMBEDDING
-from balancer.core.verdicts import Judgement
+from balancer.core.verdicts import FailureKind, Judgement
 from balancer.net.attempt import Attempt
 from balancer.net.server import Exchange, read_body
 from balancer.net.upstream import Upstream
 
 WRITE_STALL_S: Final = 60.0
 MAX_DEADLINE_S: Final = 3600.0
+UNSENT: Final = frozenset({FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT})
 RELAYED: Final = frozenset({"content-type", "cache-control"})
 # Hop-by-hop, ours to set, or credentials: none of these goes up.
 WITHHELD: Final = frozenset(
@@ -113,12 +114,12 @@ class _Course:
     excluded: frozenset[str] = frozenset()
     answer: Answer | None = None
     seq: int | None = None
+    unsent: bool = False  # of the last attempt, nothing had gone out
 
-    def add(self, tried: Tried, answer: Answer | None) -> None:
+    def add(self, tried: Tried, answer: Answer | None, *, unsent: bool = False) -> None:
         self.tried += (tried,)
         self.answer = answer or self.answer
-        if tried.outcome.verdict is not Verdict.STALE:
-            self.excluded |= {tried.backend}
+        self.unsent = unsent
 
 
 class Proxy:
@@ -301,7 +302,8 @@ class Proxy:
                 exchange.usage = usage
                 exchange.first_byte_s = self._clock() - exchange.started_at
                 return await self._whole(exchange, answer)
-            course.add(Tried(lease.number, lease.backend.name, outcome), answer)
+            unsent = attempt.failure is not None and attempt.failure.kind in UNSENT
+            course.add(Tried(lease.number, lease.backend.name, outcome), answer, unsent=unsent)
             return None
         except BaseException:
             # The client left, a deadline passed, or we have a bug: nobody is to blame.
@@ -311,7 +313,17 @@ class Proxy:
             raise
 
     def _again(self, course: _Course) -> bool:
-        return again(course.call, course.tried, self._budget)
+        """
+        Whether to try once more, and where not.
+
+        A backend that could not even be connected to stays a choice if it is the only one: then
+        the call waits for its breaker's trial, and outlasts a restart of a single host.
+        """
+        keep_away = excluded(course.tried)
+        if course.unsent and not self._dispatcher.is_served_elsewhere(course.call, keep_away):
+            keep_away -= {course.tried[-1].backend}
+        course.excluded = keep_away
+        return again(course.call, course.tried, self._budget, unsent=course.unsent)
 
     def _judge(self, call: Call, attempt: Attempt) -> tuple[Judgement, Answer | None, Usage]:
         """Judge an attempt that has not begun a stream."""

@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.web_protocol import RequestHandler
 
@@ -324,7 +325,9 @@ class Front:
             response = self._plain(exchange, error.status, b"", ())
         else:
             response = self._plain(exchange, told.status, told.body, told.headers)
-        if isinstance(error, (Draining, RequestTimeout, BodyTooLarge)) or _is_unread(exchange):
+        unclear = error.status == 400 and exchange.route is None  # what follows may be anything
+        last = isinstance(error, (Draining, RequestTimeout, BodyTooLarge))
+        if unclear or last or _is_unread(exchange):
             response.force_close()
         return response
 
@@ -398,8 +401,8 @@ def _check_framing(request: web.BaseRequest) -> None:
         raise BadRequest("unsupported transfer encoding")
     if "Upgrade" in headers and headers["Upgrade"].lower() != "h2c":
         raise BadRequest("this server does not upgrade connections")
-    if len(headers) > MAX_HEADERS:
-        raise BadRequest("too many headers")
+    if request.version not in ((1, 0), (1, 1)):
+        raise BadRequest("unsupported protocol version")
     if headers.get("Expect", "100-continue").lower() != "100-continue":
         raise BadRequest("unsupported expectation")
 
@@ -499,13 +502,15 @@ class _Connection(RequestHandler):
 
     def handle_error(
         self,
-        request: web.BaseRequest,  # noqa: ARG002 - aiohttp's signature
+        request: web.BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,  # noqa: ARG002 - may hold a line of the client's input
     ) -> web.StreamResponse:
         """What cannot be parsed is answered with a fixed text, without what was sent."""
-        self.log_exception("Error handling request", exc_info=exc)
+        self.log_exception("Error handling request from %s", request.remote, exc_info=exc)
+        if isinstance(exc, LineTooLong):
+            status = 431
         texts = {400: b"400 Bad Request", 431: b"431 Request Header Fields Too Large"}
         response = web.Response(status=status, body=texts.get(status, b"error"))
         response.headers["Content-Type"] = "text/plain; charset=utf-8"

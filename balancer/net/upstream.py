@@ -14,6 +14,7 @@ Laws:
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -369,7 +370,9 @@ def _told(error: Exception) -> str:
     """The cause in a few words, without addresses that aiohttp repeats."""
     if isinstance(error, aiohttp.ClientConnectorError):
         inner = error.os_error
-        return (inner.strerror or str(inner) or type(inner).__name__).lower()
+        number = inner.errno or 0  # the texts of asyncio are longer; those of DNS have none
+        told = os.strerror(number) if number > 0 else inner.strerror or str(inner)
+        return (told or type(inner).__name__).lower()
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return ""
     if isinstance(error, OSError) and error.strerror:

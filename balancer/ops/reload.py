@@ -59,7 +59,10 @@ class Reload:
         except OSError as error:
             return self._reject((f"{error.filename}: {error.strerror}",))
         difference = diff(self.current, new)
-        self._apply(new)
+        try:
+            self._apply(new)
+        except OSError as error:  # a certificate that is a file and yet no certificate
+            return self._reject((f"a backend's certificate cannot be used: {error.strerror}",))
         self.current = new
         self.loaded_at = self._clock()
         self.rejected = ()

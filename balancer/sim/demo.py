@@ -205,7 +205,7 @@ class Demo:
 
     async def _generate(self, client: AsyncClient) -> bool:
         told = await client.generate(model=CHAT, prompt=self._rng.choice(_PROMPTS))
-        return bool(told.done) and told.response.startswith(PREFIX)
+        return bool(told.done) and (told.response or "").startswith(PREFIX)
 
     async def _generate_stream(self, client: AsyncClient) -> bool:
         prompt = self._rng.choice(_PROMPTS)

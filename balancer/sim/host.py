@@ -710,7 +710,7 @@ class Host:
 
     def _prompt_read(self, call: Call) -> None:
         call.decode_at = call.base_at = self.now
-        if call.job.blocks and call.runner is not None:
+        if call.runner is not None and call.job.blocks not in call.runner.prompts:
             call.runner.prompts.append(call.job.blocks)
         if call.job.kind == "embed":
             self._end(call, "done")
@@ -720,14 +720,16 @@ class Host:
             call.limit = min(call.limit, call.fault.after)
         self._decoding[call] = None
         call.phase = Phase.DECODE
-        self.respeed()
+        if self.settings.batch_slowdown:
+            self.respeed()
+        else:
+            self._set_rate(call, 1.0)
 
     def respeed(self) -> None:
         """Gives every decoding call the speed it has from now on."""
         share = max(1, len(self._decoding)) ** -self.settings.batch_slowdown
         for call in list(self._decoding):
             self._set_rate(call, share)
-            self._tell(call)
 
     def _set_rate(self, call: Call, share: float) -> None:
         now = self.work_time(self.now)
@@ -738,14 +740,14 @@ class Host:
             return
         call.base_tokens, call.base_at, call.rate = call.tokens_at(now), now, rate
         call.timer.cancel()
-        if call.fault is not None and call.fault.end == "stall":
-            return
-        left_s = (call.limit - call.base_tokens) / rate
-        call.timer = self.after(left_s, lambda: self._written(call), is_work=True)
+        if call.fault is None or call.fault.end != "stall":
+            left_s = (call.limit - call.base_tokens) / rate
+            call.timer = self.after(left_s, lambda: self._written(call), is_work=True)
+        self._tell(call)
 
     def _written(self, call: Call) -> None:
-        fault = call.fault
-        self._end(call, "done" if fault is None or fault.end == "stall" else fault.end)
+        end = call.fault.end if call.fault is not None else "done"
+        self._end(call, "gone" if end == "stall" else end)
 
     # -- ends -----------------------------------------------------------------------------------
 
@@ -768,7 +770,8 @@ class Host:
         call.phase = Phase.ENDED
         if call in self._decoding:
             del self._decoding[call]
-            self.respeed()
+            if self.settings.batch_slowdown:
+                self.respeed()
         if call.runner is not None:
             self._release(call, call.runner)
         elif self._hand is call:

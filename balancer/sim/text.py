@@ -71,11 +71,12 @@ def answer(model: SimModel, ask: Ask) -> Answer:
     for piece in _pieces(model, ask):
         if len(pieces) >= ask.limit:
             return Answer(tuple(pieces), "length")
-        repeats = repeats + 1 if pieces and piece == pieces[-1] else 0
+        repeats = repeats + 1 if pieces and piece.text == pieces[-1].text else 0
         pieces.append(piece)
         if repeats == REPEATS_ALLOWED:
             return Answer(tuple(pieces), "")
-    return Answer(tuple(pieces), "stop")
+    # The token that says stop is one too many if the limit is reached.
+    return Answer(tuple(pieces), "length" if len(pieces) >= ask.limit else "stop")
 
 
 def _pieces(model: SimModel, ask: Ask) -> Iterator[Piece]:
@@ -109,12 +110,12 @@ def _continued(model: SimModel, ask: Ask) -> Iterator[Piece]:
         yield Piece(said + next(words, ""))
         yield from map(Piece, words)
         return
-    for word in words:
-        if said.startswith(word):
-            said = said.removeprefix(word)
-        else:
+    for word in words if said else ():
+        if not said.startswith(word):
             yield Piece(word.removeprefix(said))
-            said = ""
+            break
+        said = said.removeprefix(word)
+    yield from map(Piece, words)
 
 
 def _words(model: SimModel, ask: Ask, prompt: str) -> Iterator[str]:

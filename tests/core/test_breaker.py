@@ -127,6 +127,19 @@ def test_pybreaker_tells_again_when_opened_twice() -> None:
     assert [(old, new) for old, new, _ in ear.heard] == [("closed", "open"), ("open", "open")]
 
 
+def test_begins_closed_and_blameless(bench: Bench) -> None:
+    """A new gate admits calls, waits for nothing and holds nothing against its backend."""
+    gate = bench.gate
+    assert (gate.state, gate.reason, gate.trips, gate.stale) == (CLOSED, "", 0, 0)
+    assert (gate.soft, gate.grow, gate.tripped_midstream, gate.one_at_a_time) == (
+        False,
+        True,
+        False,
+        False,
+    )
+    assert gate.since == bench.clock.now
+
+
 # -- opening -----------------------------------------------------------------------------------
 
 
@@ -199,6 +212,20 @@ def test_the_window_forgets(bench: Bench) -> None:
         bench.settle(CREDIT)
         bench.settle(BLAME)
     assert bench.gate.state is OPEN
+
+
+def test_the_window_forgets_by_tenths(bench: Bench) -> None:
+    """Outcomes leave the window a tenth at a time, and however many there are, it stays small."""
+    gate = bench.gate
+    for _ in range(400):
+        bench.clock.advance(0.1)
+        bench.settle(CREDIT)
+        assert len(gate._tally._buckets) <= 11
+    full, _ = gate._tally.seen(gate.rule, bench.clock.now)
+    assert 270 <= full <= 300
+    bench.clock.advance(15)
+    half, _ = gate._tally.seen(gate.rule, bench.clock.now)
+    assert 120 <= half <= 150
 
 
 def test_the_last_one_standing_is_spared_the_ratio(bench: Bench) -> None:

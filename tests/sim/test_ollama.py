@@ -264,7 +264,7 @@ def test_a_generate_context_can_be_huge() -> None:
         ("/api/chat", {"model": "fixed", "keep_alive": True}, 400, "Unsupported type: 'bool'"),
         ("/api/chat", {"model": "fixed", "options": {"stop": "x"}}, 500, "of type array"),
         ("/api/chat", {"model": "fixed", "messages": HELLO, "think": "x"}, 400, "invalid think"),
-        ("/api/chat", {"model": "nomic", "messages": HELLO}, 400, '"nomic" does not support chat'),
+        ("/api/chat", {"model": "nomic", "messages": HELLO}, 400, "does not support chat"),
         ("/api/generate", {"prompt": "x"}, 404, "model '' not found"),
         ("/api/generate", {"model": "fixed", "suffix": "x"}, 400, "does not support insert"),
         ("/api/embeddings", {"model": "nomic", "prompt": 5}, 400, "invalid input type"),

@@ -1,0 +1,46 @@
+# Needs make, python3 (3.11 or newer) and its venv module. Everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help run demo test lint docs clean
+
+help:
+	@echo 'make run    serve; ARGS="-b gpu1 -b gpu2" for your hosts'
+	@echo 'make demo   a simulated fleet, the balancer and traffic, to watch'
+	@echo 'make test   all tests; ARGS="-k name" for some'
+	@echo 'make lint   format, lint and types'
+	@echo 'make docs   write docs/metrics.md and docs/verdicts.md anew'
+	@echo 'make clean  remove .venv and caches'
+
+run: $(READY)
+	@$(BIN)/ollama-balancer $(ARGS)
+
+demo: $(READY)
+	@$(BIN)/ollama-balancer demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find balancer tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed; name it: make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'The venv module of Python is missing: apt install python3-venv'; exit 1; }
+	@echo 'Setting up .venv, once ...'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $@

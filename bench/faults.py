@@ -1,0 +1,113 @@
+"""
+The fault table on real processes in real time: ``python bench/faults.py [FAULT…]``.
+
+Per fault: three simulated hosts and a balancer, each a process; traffic for a minute at least, the
+fault put into the first host and healed again until twenty attempts have met it. ``killed`` is
+SIGKILL and a new process on the same port, ``frozen`` SIGSTOP and SIGCONT.
+"""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+from processes import Rig, SimHost
+
+from balancer.sim.storm import HEADER, MODELS, Course, Steps, courses, weather
+from balancer.sim.traffic import Traffic
+
+WANTED: Sequence[str] = (
+    "killed",
+    "frozen",
+    "hanging",
+    "inference hanging",
+    "reset before the head",
+    "reset in the stream",
+    "500 for one model, loading",
+    "500 for one model, running",
+    "restarted",
+    "slow load",
+    "stalled stream",
+)
+REAL: Mapping[str, tuple[float, float]] = {"killed": (10, 8)}
+
+
+async def put_in(host: SimHost, name: str, steps: Steps) -> None:
+    if name == "killed":
+        await host.kill()
+    elif name == "frozen":
+        host.send(signal.SIGSTOP)
+    else:
+        for step in steps:
+            host.tell(*step)
+
+
+async def heal(host: SimHost, name: str) -> None:
+    if name == "killed":
+        await host.start()
+    elif name == "frozen":
+        host.send(signal.SIGCONT)
+    else:
+        host.tell("heal")
+
+
+async def storm(name: str) -> bool:
+    course = courses.get(name, Course())
+    loop = asyncio.get_running_loop()
+    env = {"BALANCER_TIMEOUTS__IDLE": "20s"} if name == "stalled stream" else {}
+    async with Rig(env) as rig:
+        victim = rig.hosts[0]
+        backend = victim.url.removeprefix("http://")
+        traffic = Traffic(rig.url, MODELS, rate=course.rate, seed=course.seed)
+        calls = loop.create_task(traffic.run(course.most * (course.on_s + course.off_s) + 30))
+        began, heals = loop.time(), []
+        await asyncio.sleep(5)
+        for _ in range(course.most):
+            await put_in(victim, name, weather[name])
+            await asyncio.sleep(course.on_s)
+            await heal(victim, name)
+            healed = loop.time()
+            await asyncio.sleep(course.off_s)
+            heals.append((healed, loop.time()))
+            hits = sum((await rig.failures(backend)).values())
+            if hits >= course.hits and loop.time() - began >= course.seconds:
+                break
+        traffic.stop()
+        await calls
+        verdicts = await rig.failures(backend)
+        state = await rig.status()
+        bad_lines = [line for line in rig.log.splitlines() if "Traceback" in line]
+    fates = traffic.tally.fates()
+    waits = [
+        min(
+            (s.ended_at - h for s in traffic.tally.seen
+             if s.backend == backend and s.fate == "ok" and h < s.began_at < end),
+            default=None,
+        )
+        for h, end in heals
+    ]
+    told = ", ".join(f"{verdict} {n}" for verdict, n in verdicts.items() if verdict != "gone")
+    longest = max((w for w in waits if w is not None), default=float("nan"))
+    tally = traffic.tally
+    wasted = sum(n for verdict, n in verdicts.items() if verdict != "gone")
+    print(
+        f"| {name} | {len(tally.seen)} | {fates['lost']} | {fates['silent']} | {fates['cut']} "
+        f"| {wasted} ({told or 'none'}) | {longest:.1f} "
+        f"| {tally.first_s(0.5):.2f} / {tally.first_s(0.99):.2f} |",
+        flush=True,
+    )
+    for seen in tally.seen:
+        if seen.fate in ("lost", "silent"):
+            print("   ", seen.fate, seen.plan.path, seen.plan.model, seen.status, seen.text)
+    if state["running"] or state["queue"]["depth"] or bad_lines:
+        print("   left behind:", state["running"], state["queue"], bad_lines[:3])
+    return not (fates["lost"] or fates["silent"] or bad_lines)
+
+
+def main() -> int:
+    names = sys.argv[1:] or WANTED
+    print(HEADER)
+    return 0 if all([asyncio.run(storm(name)) for name in names]) else 1
+
+
+sys.exit(main())

@@ -1,0 +1,93 @@
+"""The command line as a whole: help, the default command, refusals in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from balancer import __version__
+from balancer.cli.exits import MEANING, ExitCode
+
+from .conftest import Command
+
+COMMANDS = ("serve", "demo", "sim", "status", "version", "reload", "check", "config")
+
+
+def test_help_tells_examples_commands_environment_and_exit_codes(command: Command) -> None:
+    """Whoever knows nothing finds everything on one screen."""
+    told = command("--help")
+    assert told.exit_code == 0
+    order = [told.stdout.index(word) for word in ("Examples:", "Run:", "Environment", "Exit codes")]
+    assert order == sorted(order)
+    for word in (*COMMANDS, "BALANCER_API_KEY", *(text for text in MEANING.values())):
+        assert word in told.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(command: Command, name: str) -> None:
+    """Its options are told, and -h is the same as --help."""
+    told = command(name, "--help")
+    assert told.exit_code == 0
+    assert "Options:" in told.stdout
+    assert command(name, "-h").stdout == told.stdout
+
+
+@pytest.mark.parametrize("args", [("--version",), ("version",)])
+def test_version(command: Command, args: tuple[str, ...]) -> None:
+    """Both spellings print the one version."""
+    told = command(*args)
+    assert (told.exit_code, told.stdout) == (0, f"ollama-balancer {__version__}\n")
+
+
+def test_options_without_a_command_are_those_of_serve(command: Command) -> None:
+    """`ollama-balancer -b URL` serves; here it gets as far as refusing the URL."""
+    short = command("-b", "ftp://gpu1")
+    long = command("serve", "--backend", "ftp://gpu1")
+    assert (short.exit_code, short.stderr) == (long.exit_code, long.stderr)
+    assert short.exit_code == ExitCode.USAGE
+    assert "backends[0].url" in short.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--wrong",), ("--wrong", "serve --help")),
+        (("stats",), ("stats", "status")),
+        (("serve", "gpu1"), ("gpu1", "serve --help")),
+        (("serve", "--log-level", "loud"), ("loud", "debug")),
+        (("config",), ("Missing command", "config --help")),
+        (("demo", "--hosts", "2"), ("--hosts", "3")),
+        (("sim", "--scenario", "flood"), ("flood", "calm")),
+        (("sim", "--listen", "nonsense"), ("nonsense", "host:port")),
+        (("sim", "--listen", "127.0.0.1:70000"), ("65535", "sim --help")),
+        (("status", "--admin", "ftp://x"), ("ftp://x", "http://host:port")),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(
+    command: Command, args: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    """What is wrong and what to do, never a traceback."""
+    told = command(*args)
+    assert told.exit_code == ExitCode.USAGE
+    assert told.stderr.count("\n") == 1
+    assert told.stdout == ""
+    for word in words:
+        assert word in told.stderr
+
+
+def test_light_commands_do_not_import_heavy_libraries(place: Path) -> None:
+    """People wait for --help, version and status; they need none of these."""
+    code = """
+import sys
+from balancer.cli import app
+for args in (["--help"], ["version"], ["status", "--admin", "127.0.0.1:1"]):
+    app(args, standalone_mode=False)
+print(sorted({"aiohttp", "ollama", "pybreaker", "textual"} & set(sys.modules)))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=place
+    )
+    assert told.stdout.splitlines()[-1] == "[]"

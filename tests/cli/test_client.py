@@ -1,0 +1,188 @@
+"""The admin API from outside: addresses, the key, and everybody who is no balancer."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import unused_port
+
+from balancer.cli import client
+from balancer.cli.exits import CommandError, ExitCode
+
+
+@dataclass
+class Stub:
+    """A server with fixed answers by path; remembers what was asked."""
+
+    answers: dict[str, tuple[int, object]]
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    port: int = 0
+
+
+@contextmanager
+def serving(answers: dict[str, tuple[int, object]], family: int = socket.AF_INET) -> Iterator[Stub]:
+    """Serve *answers* on loopback; texts go as they are, the rest as JSON."""
+    stub = Stub(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            stub.asked.append((self.command, self.path, self.headers.get("Authorization")))
+            status, told = stub.answers.get(self.path, (404, "404 page not found"))
+            body = (told if isinstance(told, str) else json.dumps(told)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    stub.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield stub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+GOOD: dict[str, tuple[int, object]] = {"/_balancer/status": (200, {"status_version": 1})}
+
+
+def refused(admin: client.Admin) -> CommandError:
+    """How a status is refused."""
+    with pytest.raises(CommandError) as caught:
+        admin.status()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("gpu1", "http://gpu1:11435"),
+        ("gpu1:80", "http://gpu1:80"),
+        ("http://gpu1", "http://gpu1"),
+        ("https://ai.example.org/olb", "https://ai.example.org/olb"),
+        ("unix:/run/olb.sock", "unix:/run/olb.sock"),
+    ],
+)
+def test_addresses_as_people_write_them(place: Path, given: str, url: str) -> None:
+    """What is left out is filled in, the rest stays."""
+    assert client.find(given, None).url == url
+
+
+@pytest.mark.parametrize(
+    ("listen", "url"),
+    [
+        (None, "http://127.0.0.1:11435"),
+        ("0.0.0.0:4000", "http://127.0.0.1:4000"),
+        (":4000", "http://127.0.0.1:4000"),
+        ("[::1]:4000", "http://[::1]:4000"),
+        ("10.0.0.5:4000", "http://10.0.0.5:4000"),
+        ("unix:/run/olb.sock", "unix:/run/olb.sock"),
+    ],
+)
+def test_the_balancer_of_this_machine_is_found_where_it_listens(
+    place: Path, monkeypatch: pytest.MonkeyPatch, listen: str | None, url: str
+) -> None:
+    """The address of its listener, as one can call it."""
+    monkeypatch.setenv("BALANCER_API_KEY", "0123456789abcdef0123456789abcdef")
+    if listen is not None:
+        monkeypatch.setenv("BALANCER_LISTEN", listen)
+    assert client.find(None, None).url == url
+
+
+def test_a_broken_file_does_not_hide_the_running_balancer(place: Path) -> None:
+    """Its configuration is older than what is on disk now."""
+    (place / "ollama-balancer.yaml").write_text("nonsense: 1\n")
+    assert client.find(None, None).url == "http://127.0.0.1:11435"
+
+
+def test_the_key_is_sent(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the variable or from the file that the variable names."""
+    (place / "key").write_text("secret-in-a-file\n")
+    with serving(GOOD) as stub:
+        url = f"http://127.0.0.1:{stub.port}"
+        client.find(url, None).status()
+        monkeypatch.setenv("BALANCER_API_KEY_FILE", str(place / "key"))
+        client.find(url, None).status()
+        monkeypatch.setenv("BALANCER_API_KEY", "secret")
+        client.find(url, None).status()
+    keys = [key for _, _, key in stub.asked]
+    assert keys == [None, "Bearer secret-in-a-file", "Bearer secret"]
+
+
+def test_a_key_file_that_cannot_be_read_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than asking without a key."""
+    monkeypatch.setenv("BALANCER_API_KEY_FILE", "/nowhere/key")
+    with pytest.raises(CommandError, match="/nowhere/key: No such file"):
+        client.find("http://127.0.0.1:1", None)
+
+
+def test_nobody_there() -> None:
+    """Exit code 6, and what to do."""
+    error = refused(client.Admin(f"http://127.0.0.1:{unused_port()}"))
+    assert error.code == ExitCode.NO_ADMIN
+    assert "Connection refused" in error.lines[0]
+    assert "--admin" in error.lines[0]
+
+
+@pytest.mark.parametrize("answer", [(404, "404 page not found"), (200, {"other": 1}), (200, [1])])
+def test_somebody_else_there(answer: tuple[int, object]) -> None:
+    """Exit code 6, too: this is no balancer."""
+    with serving({"/_balancer/status": answer}) as stub:
+        error = refused(client.Admin(f"http://127.0.0.1:{stub.port}"))
+    assert error.code == ExitCode.NO_ADMIN
+    assert "no ollama-balancer" in error.lines[0]
+
+
+@pytest.mark.parametrize("error", ["no key", {"message": "no key"}])
+def test_a_refusal_is_passed_on_with_a_hint(error: object) -> None:
+    """Exit code 1; the hint names the variable."""
+    with serving({"/_balancer/status": (401, {"error": error})}) as stub:
+        told = refused(client.Admin(f"http://127.0.0.1:{stub.port}"))
+    assert told.code == ExitCode.FAILURE
+    assert "(401): no key" in told.lines[0]
+    assert "BALANCER_API_KEY" in told.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "who"),
+    [
+        ({"/_balancer/live": (200, {"live": True})}, "another ollama-balancer"),
+        (
+            {"/": (200, "Ollama is running"), "/api/version": (200, {"version": "0.34.2"})},
+            "an Ollama server (0.34.2)",
+        ),
+        ({"/": (200, "Ollama is running")}, "an Ollama server"),
+        ({"/": (200, "It works!")}, "another program"),
+    ],
+)
+def test_who_has_the_port(answers: dict[str, tuple[int, object]], who: str) -> None:
+    """Found out by asking what each of them answers."""
+    with serving(answers) as stub:
+        assert client.occupant("127.0.0.1", stub.port) == who
+
+
+def test_a_port_that_speaks_no_http_belongs_to_another_program() -> None:
+    """And asking does not fail."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        port = deaf.getsockname()[1]
+        threading.Thread(target=lambda: deaf.accept()[0].close()).start()
+        assert client.occupant("127.0.0.1", port) == "another program"

@@ -1,0 +1,107 @@
+"""How many may wait, and what those hear who may not."""
+
+from __future__ import annotations
+
+import pytest
+
+from balancer.core.admission import Admission, QueueLimits
+from balancer.core.errors import QueueFull
+from tests.core.clocks import ManualClock
+
+LIMITS = QueueLimits(max_depth=4, max_depth_per_model=2, max_wait_s=10.0)
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """Time by hand."""
+    return ManualClock()
+
+
+@pytest.fixture
+def admission(clock: ManualClock) -> Admission:
+    """Four in all, two per model."""
+    return Admission(LIMITS, clock)
+
+
+def enter(admission: Admission, *models: str) -> None:
+    """So many begin to wait."""
+    for model in models:
+        admission.entered(model)
+
+
+def test_counts_who_waits(admission: Admission) -> None:
+    """Depth in all and per model; who has left is not listed any more."""
+    enter(admission, "a", "a", "b")
+    admission.left("b")
+    assert admission.depth == 2
+    assert admission.depths() == {"a": 2}
+
+
+def test_a_model_may_not_take_the_whole_queue(admission: Admission) -> None:
+    """The limit per model refuses that model and no other."""
+    enter(admission, "a", "a")
+    with pytest.raises(QueueFull, match=r"2 calls wait for this model.*queue\.max_depth_per_model"):
+        admission.check("a")
+    admission.check("b")
+    assert not admission.is_full()
+
+
+def test_the_whole_queue_has_an_end(admission: Admission) -> None:
+    """The limit in all refuses everybody."""
+    enter(admission, "a", "a", "b", "c")
+    with pytest.raises(QueueFull, match=r"4 calls wait, about .*queue\.max_depth\."):
+        admission.check("d")
+    assert admission.is_full()
+
+
+def test_looking_leaves_no_trace(admission: Admission) -> None:
+    """Names that callers make up are not remembered."""
+    for number in range(100):
+        admission.check(f"made-up-{number}")
+    assert admission.depths() == {}
+    assert len(admission._waiting) == 0
+
+
+def test_new_limits_hold_at_once(admission: Admission) -> None:
+    """A reload changes the bounds of the queue that is there."""
+    enter(admission, "a", "a")
+    admission.limits = QueueLimits(4, 3)
+    admission.check("a")
+
+
+def test_the_wait_is_guessed_before_anything_has_left(admission: Admission) -> None:
+    """Without a rate there is still an answer."""
+    assert admission.drain_s(10) == 30.0
+
+
+def test_the_wait_follows_the_rate_of_the_last_minute(
+    admission: Admission, clock: ManualClock
+) -> None:
+    """Two calls per second have left: ten go in five seconds; what is older is forgotten."""
+    enter(admission, *"a" * 61)
+    admission.left("a")
+    clock.advance(100.0)
+    for _ in range(60):
+        clock.advance(0.5)
+        admission.left("a")
+    assert admission.drain_s(10) == pytest.approx(10 / (60 / 29.5))
+    clock.advance(61.0)
+    assert admission.drain_s(10) == 30.0
+
+
+def test_the_wait_has_bounds(admission: Admission, clock: ManualClock) -> None:
+    """Never less than a second, never more than ten minutes."""
+    enter(admission, *"a" * 40)
+    for _ in range(30):
+        admission.left("a")
+    assert admission.drain_s(1) == 1.0
+    clock.advance(59.0)
+    assert admission.drain_s(100_000) == 600.0
+
+
+def test_a_refusal_says_when_to_come_back(admission: Admission) -> None:
+    """Half the time the queue would take: by then there is room."""
+    enter(admission, "a", "a")
+    with pytest.raises(QueueFull) as caught:
+        admission.check("a")
+    assert caught.value.retry_after_s == 15.0

@@ -1,0 +1,97 @@
+"""The route table: what holds for every row."""
+
+from __future__ import annotations
+
+import pytest
+
+from balancer.core import routes
+from balancer.core.domain import Dialect, Framing, Kind, Role
+from balancer.core.routes import EMBEDDING, TABLE, dialect_of, find
+
+
+def test_every_row_can_be_found_by_its_name() -> None:
+    """No two rows share method and path, and each is found by them."""
+    assert len({(row.method, row.path) for row in TABLE}) == len(TABLE)
+    assert all(find(row.method, row.path) is row for row in TABLE)
+
+
+def test_what_is_not_in_the_table_is_not_found() -> None:
+    """Neither another method nor another path is guessed at."""
+    for method, path in (("PUT", "/api/chat"), ("POST", "/api/chat/"), ("POST", "/api/nothing")):
+        with pytest.raises(KeyError):
+            find(method, path)
+
+
+def test_a_row_speaks_the_dialect_of_its_path() -> None:
+    """Errors before and after a route is known have the same shape."""
+    assert [row for row in TABLE if row.dialect is not dialect_of(row.path)] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        ("/api/unknown", Dialect.OLLAMA),
+        ("/", Dialect.OLLAMA),
+        ("/v1/unknown", Dialect.OPENAI),
+        ("/v1/messages", Dialect.ANTHROPIC),
+        ("/v1/messages/count_tokens", Dialect.ANTHROPIC),
+    ],
+)
+def test_unknown_paths_have_a_dialect_too(path: str, dialect: Dialect) -> None:
+    """The 404 of a path that is in no table has the shape its clients expect."""
+    assert dialect_of(path) is dialect
+
+
+def test_streams_are_framed_as_their_dialect_frames_them() -> None:
+    """Ollama's streams are lines, those of /v1 are events; only Ollama streams unasked."""
+    for row in TABLE:
+        if row.stream_framing is not None:
+            native = row.dialect is Dialect.OLLAMA
+            assert row.stream_framing is (Framing.NDJSON if native else Framing.SSE)
+            assert row.streams_by_default is native
+
+
+def test_only_what_does_no_lasting_harm_may_be_sent_twice() -> None:
+    """Inference and reads may be repeated; what changes a host never."""
+    for row in TABLE:
+        assert row.replayable is (row.kind in (Kind.ONE, Kind.MERGE))
+
+
+def test_a_user_may_do_what_one_host_answers_and_reads() -> None:
+    """Routes that change hosts or speak for an account need the admin role."""
+    for row in TABLE:
+        later = row.kind is Kind.LATER
+        assert row.role is (Role.ADMIN if later else Role.USER)
+
+
+def test_operations_of_one_kind_of_route_are_told_apart() -> None:
+    """The operation is a metric label and a fact of the catalogue: one per inference route."""
+    ones = [row.operation for row in TABLE if row.kind is Kind.ONE]
+    assert len(set(ones)) == len(ones)
+    assert set(ones) >= EMBEDDING
+
+
+def test_the_surface_of_ollama_is_whole() -> None:
+    """Every inference and catalogue route of Ollama's has its row."""
+    wanted = {
+        ("POST", "/api/generate"),
+        ("POST", "/api/chat"),
+        ("POST", "/api/embed"),
+        ("POST", "/api/embeddings"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/embeddings"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/{model}"),
+        ("GET", "/"),
+        ("HEAD", "/"),
+        ("GET", "/api/version"),
+        ("HEAD", "/api/version"),
+        ("GET", "/api/tags"),
+        ("HEAD", "/api/tags"),
+        ("GET", "/api/ps"),
+        ("POST", "/api/show"),
+    }
+    served = {(row.method, row.path) for row in TABLE if row.kind is not Kind.LATER}
+    assert served == wanted
+    assert ("POST", "/api/pull") in routes._BY_NAME

@@ -1,0 +1,170 @@
+"""
+What tests of the whole share: virtual time, models that take their time, and a caller who watches.
+
+    @virtual
+    async def test_something() -> None:
+        async with running(2, models=models()) as rig:
+            asking = await Asking.of(rig, "/api/chat", CHAT)
+            await asking.head()
+            await asking.record()
+            asking.hang_up()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any, ParamSpec
+
+from balancer.core.events import AttemptEnded, BreakerMoved
+from balancer.sim.host import SimModel
+from balancer.sim.loop import run
+from tests.rig import Rig
+from tests.sim.wire import Reply, Wire
+
+P = ParamSpec("P")
+HELLO = [{"role": "user", "content": "hi"}]
+CHAT: dict[str, Any] = {"model": "m", "messages": HELLO}
+ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/api/chat", CHAT | {"stream": False}),
+    "chat, streamed": ("/api/chat", CHAT),
+    "generate": ("/api/generate", {"model": "m", "prompt": "hi", "stream": False}),
+    "generate, streamed": ("/api/generate", {"model": "m", "prompt": "hi"}),
+    "v1 chat": ("/v1/chat/completions", CHAT),
+    "v1 chat, streamed": ("/v1/chat/completions", CHAT | {"stream": True}),
+    "v1 completions": ("/v1/completions", {"model": "m", "prompt": "hi"}),
+    "v1 completions, streamed": ("/v1/completions", {"model": "m", "prompt": "hi", "stream": True}),
+    "embed": ("/api/embed", {"model": "e", "input": "hi"}),
+    "v1 embeddings": ("/v1/embeddings", {"model": "e", "input": "hi"}),
+}
+STREAMS = tuple(name for name in ROUTES if "streamed" in name)
+WORDS = tuple(f" w{n}" for n in range(20))
+
+
+def virtual(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Make an async test run in a loop whose time jumps: minutes cost nothing, order is exact."""
+
+    @wraps(test)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        run(test(*args, **kwargs))
+
+    return wrapped
+
+
+def models(load_s: float = 2.0, **more: Any) -> tuple[SimModel, ...]:
+    """`m` and `other` say twenty words, ten a second; `e` embeds. Each takes *load_s* to load."""
+    model = partial(SimModel, load_s=load_s, decode_tps=10.0, **more)
+    return (
+        model("m", words=WORDS),
+        model("other", words=WORDS),
+        model("e", capabilities=("embedding",)),
+    )
+
+
+def now() -> float:
+    """The loop's time."""
+    return asyncio.get_running_loop().time()
+
+
+@dataclass(slots=True)
+class Asking:
+    """One call on a connection of its own, whose answer is read as it comes."""
+
+    wire: Wire
+    reply: Reply = field(default_factory=Reply)
+
+    @classmethod
+    async def of(cls, rig: Rig, path: str, body: object, **headers: str) -> Asking:
+        """Send a call; nothing is read yet."""
+        asking = cls(await rig.connect())
+        asking.send(rig, path, body, **headers)
+        return asking
+
+    def send(self, rig: Rig, path: str, body: object, **headers: str) -> None:
+        """Send another call on the same connection."""
+        payload = json.dumps(body).encode()
+        lines = [f"POST {path} HTTP/1.1", f"Host: 127.0.0.1:{rig.port}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        lines += [f"Content-Length: {len(payload)}", "", ""]
+        self.wire.writer.write("\r\n".join(lines).encode() + payload)
+
+    async def head(self) -> Reply:
+        """Status and headers."""
+        self.reply = Reply()
+        await self.wire._head(self.reply)
+        return self.reply
+
+    async def record(self) -> bytes:
+        """The next chunk of a stream; empty: it has ended."""
+        size = int(await self.wire.reader.readuntil(b"\r\n"), 16)
+        data = await self.wire.reader.readexactly(size + 2)
+        self.reply.segments.append(data[:-2])
+        return data[:-2]
+
+    async def rest(self) -> Reply:
+        """All that is left of the answer whose head was read; the whole reply."""
+        try:
+            await self.wire._body(self.reply, "POST")
+        except asyncio.IncompleteReadError:
+            self.reply.ended = "cut"
+        except ConnectionResetError:
+            self.reply.ended = "reset"
+        return self.reply
+
+    def hang_up(self) -> None:
+        """Leave, as a killed client does."""
+        self.wire.writer.transport.abort()
+
+    def close(self) -> None:
+        """Leave in peace."""
+        self.wire.close()
+
+
+def records(reply: Reply) -> list[Any]:
+    """The records of a streamed answer, as JSON; ``[DONE]`` as text."""
+    lines = [line.removeprefix(b"data: ") for line in reply.body.splitlines() if line]
+    return [line.decode() if line == b"[DONE]" else json.loads(line) for line in lines]
+
+
+def said(reply: Reply) -> str:
+    """The text of a whole answer or of all records of a stream, whatever the dialect."""
+    told = records(reply) if reply.framing == "chunked" else [json.loads(reply.body)]
+    return "".join(_text(each) for each in told if isinstance(each, dict))
+
+
+def _text(told: dict[str, Any]) -> str:
+    for choice in told.get("choices", ()):
+        message = choice.get("delta") or choice.get("message") or {}
+        return str(choice.get("text") or message.get("content") or "")
+    return str(told.get("response") or (told.get("message") or {}).get("content") or "")
+
+
+def is_whole(reply: Reply, path: str) -> bool:
+    """Whether a good answer came to its end."""
+    if reply.status != 200 or reply.ended != "clean":
+        return False
+    if "embed" in path:
+        return b'"embedding' in reply.body
+    if reply.framing == "chunked":
+        last = records(reply)[-1]
+        return bool(last == "[DONE]" or (isinstance(last, dict) and last.get("done") is True))
+    return said(reply) == "".join(WORDS)
+
+
+def error_of(reply: Reply) -> str:
+    """The text of a refusal in either dialect."""
+    told = json.loads(reply.body)["error"]
+    return str(told["message"] if isinstance(told, dict) else told)
+
+
+def verdicts(rig: Rig) -> list[tuple[str, str]]:
+    """Backend and verdict of each attempt so far, in the order they ended."""
+    return [(each.backend, each.outcome.verdict.value) for each in rig.events.of(AttemptEnded)]
+
+
+def moves(rig: Rig) -> list[tuple[str, str | None, str]]:
+    """Every move of a breaker so far: backend, model or None, the new state."""
+    return [(each.backend, each.model, each.new.value) for each in rig.events.of(BreakerMoved)]
