@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 - a script, no package
 """Writes the pages of this folder that are made from the code: ``make docs``."""
 
 from __future__ import annotations

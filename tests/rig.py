@@ -1,7 +1,7 @@
 """
 A simulated fleet with a real balancer before it, in one loop, over real sockets.
 
-    async with running(hosts=2, **{"queue.max_wait": "1s"}) as rig:
+    async with running(hosts=2, config={"queue.max_wait": "1s"}) as rig:
         reply = await rig.ask("POST", "/api/chat", {...})
         rig.fleet["a"].faults.refuse()
 
@@ -161,6 +161,7 @@ async def running(
     speed: float = FAST,
     version: str = VERSION,
     backend: Mapping[str, object] = MappingProxyType({}),
+    config: Mapping[str, object] = MappingProxyType({}),
     **overrides: object,
 ) -> AsyncIterator[Rig]:
     """
@@ -173,7 +174,7 @@ async def running(
         dead: Names of backends before those, at addresses where nobody listens.
         speed: How many times faster than life the models are.
         backend: Further settings of every backend.
-        overrides: Settings by dotted key.
+        config: Settings by dotted key; *overrides* are more of them.
     """
     events = Recorder()
     fleet = Fleet.test(
@@ -185,8 +186,8 @@ async def running(
             "server.listen": ["127.0.0.1:0"],
             "backends": [{"name": name, "url": url, **backend} for name, url in places],
         }
-        config = load("", {}, overrides=told | overrides)
-        rig = Rig(fleet, Balancer(config, seed=1, subscribers=[events]), events)
+        loaded = load("", {}, overrides={**told, **config, **overrides})
+        rig = Rig(fleet, Balancer(loaded, seed=1, subscribers=[events]), events)
         await rig.balancer.start()
         try:
             await rig.watching()

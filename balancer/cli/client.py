@@ -48,9 +48,12 @@ class Admin:
             CommandError: Nobody answers, or somebody who is no balancer.
         """
         connection = _connect(self.url)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Content-Type": "application/json"} if method == "POST" else {}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        prefix = "" if self.url.startswith("unix:") else urlsplit(self.url).path.rstrip("/")
         try:
-            connection.request(method, urlsplit(self.url).path.rstrip("/") + path, headers=headers)
+            connection.request(method, prefix + path, headers=headers)
             response = connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException) as error:

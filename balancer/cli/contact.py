@@ -84,7 +84,7 @@ def _hint(url: str, failure: Failure) -> str:
             f"11434: write {parts.hostname}:11434."
         )
     if any(word in failure.detail for word in ("not known", "resolution", "no address")):
-        return f"This machine cannot resolve {parts.hostname}. Is it spelt right? Else write its IP."
+        return f"This machine cannot resolve {parts.hostname}. Check the spelling, or write its IP."
     if failure.kind in (FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT):
         return (
             "Is Ollama running there, and does it listen beyond loopback? There: "

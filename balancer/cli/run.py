@@ -109,8 +109,8 @@ def sim(
         asyncio.run(fleet.run(hosts, scenario, listen, tell))
     except KeyboardInterrupt:
         return ExitCode.OK
-    except (ValueError, OverflowError) as error:
-        told = f"{str(error).rstrip('.')}. Try: ollama-balancer sim --help"
+    except ValueError as error:
+        told = f"{error}. Try: ollama-balancer sim --help"
         raise CommandError(told, code=ExitCode.USAGE) from None
     except OSError as error:
         told = f"Cannot start the simulated hosts at {listen}: {error.strerror or error}"

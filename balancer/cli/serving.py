@@ -25,7 +25,6 @@ from balancer.core.events import ConfigApplied, Event, HealthFlipped, MemberJoin
 from balancer.ops.log import Bridge, LogWriter, configure
 
 if TYPE_CHECKING:
-    from balancer.ops.log import Log
     from balancer.sim.fleet import Fleet
 
 LAG_S: Final = 5.0  # for load balancers before us to see that we are not ready any more
@@ -122,11 +121,10 @@ async def _serve(source: Source, config: Config, sockets: Sequence[socket.socket
             fleet = await stack.enter_async_context(_simulated(config))
             source = over_fleet(source, fleet)
             config = read_or_refuse(source)
-        log = _log(config)
         balancer = _build(source, config, sockets)
         on_terminal = sys.stdout.isatty()
         signals = Signals(balancer, on_terminal=on_terminal)
-        writer = Writer(log, balancer)
+        writer = Writer(balancer)
         if on_terminal:
             writer.hold()
         balancer.bus.subscribe(writer)
@@ -142,8 +140,8 @@ async def _serve(source: Source, config: Config, sockets: Sequence[socket.socket
             writer.go_on()
         else:
             for warning in config.warnings:
-                log.warning("config_warning", message=warning)
-            balancer.tasks.spawn(_remind(balancer, log), "reminder of missing backends")
+                writer.log.warning("config_warning", message=warning)
+            balancer.tasks.spawn(_remind(balancer, writer), "reminder of missing backends")
         await balancer.wait()
         return ExitCode.INTERRUPTED if signals.cut_short else ExitCode.OK
 
@@ -178,25 +176,10 @@ def _build(source: Source, config: Config, sockets: Sequence[socket.socket]) -> 
         raise CommandError(told, code=ExitCode.CONFIG) from None
 
 
-def _log(config: Config) -> Log:
-    log = configure(
-        config.logging.level,
-        config.logging.format,
-        stream=sys.stderr,
-        is_tty=sys.stderr.isatty(),
-        env=os.environ,
-        wall=time.time,  # noqa: TID251 - timestamps are the wall clock's
-    )
-    clock = asyncio.get_running_loop().time
-    logging.raiseExceptions = False
-    logging.getLogger().addHandler(Bridge(log, clock, config.logging.client_ip))
-    return log
-
-
-async def _remind(balancer: Balancer, log: Log) -> None:
+async def _remind(balancer: Balancer, writer: Writer) -> None:
     while True:
         if not balancer.pool.members:
-            log.warning("no_backends", hint=start.NO_BACKENDS)
+            writer.log.warning("no_backends", hint=start.NO_BACKENDS)
         await asyncio.sleep(REMIND_S)
 
 
@@ -208,16 +191,35 @@ class Writer:
     screen tells it.
     """
 
-    def __init__(self, log: Log, balancer: Balancer) -> None:
-        self._log = log
+    def __init__(self, balancer: Balancer) -> None:
         self._balancer = balancer
         self._held: list[Event] | None = None
-        self._write = self._made()
+        self._bridge: Bridge | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        how = self._balancer.config.logging
+        self.log = configure(
+            how.level,
+            how.format,
+            stream=sys.stderr,
+            is_tty=sys.stderr.isatty(),
+            env=os.environ,
+            wall=time.time,  # noqa: TID251 - timestamps are the wall clock's
+        )
+        slow_s = math.inf if how.slow_s is None else how.slow_s
+        self._write = LogWriter(
+            self.log, access=how.access, slow_s=slow_s, client_address=how.client_ip
+        )
+        if self._bridge is not None:
+            logging.getLogger().removeHandler(self._bridge)
+        self._bridge = Bridge(self.log, asyncio.get_running_loop().time, how.client_ip)
+        logging.getLogger().addHandler(self._bridge)
 
     def __call__(self, event: Event) -> None:
         """Write one event, or hold it."""
         if isinstance(event, ConfigApplied):
-            self._write = self._made()
+            self._begin()
         if self._held is not None:
             self._held.append(event)
         else:
@@ -233,11 +235,6 @@ class Writer:
         for event in held:
             if not isinstance(event, _SHOWN_AT_START):
                 self._write(event)
-
-    def _made(self) -> LogWriter:
-        how = self._balancer.config.logging
-        slow_s = math.inf if how.slow_s is None else how.slow_s
-        return LogWriter(self._log, access=how.access, slow_s=slow_s, client_address=how.client_ip)
 
 
 class Signals:

@@ -10,7 +10,16 @@ import yaml
 from .problems import Path, dotted
 from .settings import Config
 
-_NEEDS_RESTART = ("server.listen", "admin.listen")
+_NEEDS_RESTART = (
+    "server.listen",
+    "server.max_header",
+    "server.head_timeout",
+    "server.keepalive_timeout",
+    "admin.listen",
+    "metrics.enabled",
+    "metrics.model_label_limit",
+    "demo.enabled",
+)
 
 
 class Setting(NamedTuple):

@@ -87,6 +87,7 @@ class _Tally:
         blamed = mark is Mark.BLAME
         self.blames_in_a_row = self.blames_in_a_row + weight if blamed else 0
         self.credits += not blamed
+        self._trim(rule, now)
         if not self._buckets or now - self._buckets[-1].began_at >= rule.window_s / rule.buckets:
             self._buckets.append(_Bucket(now))
         self._buckets[-1].outcomes += 1
@@ -94,14 +95,17 @@ class _Tally:
 
     def seen(self, rule: Rule, now: float) -> tuple[int, int]:
         """Outcomes and blames in the window."""
-        while self._buckets and now - self._buckets[0].began_at >= rule.window_s:
-            self._buckets.popleft()
+        self._trim(rule, now)
         return sum(b.outcomes for b in self._buckets), sum(b.blames for b in self._buckets)
 
     def exceeds(self, rule: Rule, now: float) -> bool:
         """Whether the share of blames in the window is too large."""
         outcomes, blames = self.seen(rule, now)
         return outcomes >= rule.minimum and blames >= rule.ratio * outcomes
+
+    def _trim(self, rule: Rule, now: float) -> None:
+        while self._buckets and now - self._buckets[0].began_at >= rule.window_s:
+            self._buckets.popleft()
 
 
 class Permit:
@@ -275,10 +279,8 @@ class Gate(CircuitBreakerListener):
 
     def trip(self, reason: str, successes: int = 1) -> None:
         """Open at once, whatever was counted; an open breaker stays as it is."""
-        now = self._clock()
-        self._expire(now)
         if self.state is not BreakerState.OPEN:
-            self._trip(reason, successes, now)
+            self._trip(reason, successes, self._clock())
 
     def reset(self) -> None:
         """Close by hand, and forget all that was held against it."""

@@ -54,16 +54,24 @@ def _told(error: BalancerError, request_id: str) -> str:
 
 
 def _value(error: BalancerError, dialect: Dialect, request_id: str) -> dict[str, object]:
-    text = _told(error, request_id)
+    code = None if error.code in _OLLAMAS_OWN else error.code
+    value = _shaped(error.status, _told(error, request_id), code, dialect)
+    return value | {"request_id": f"req_{request_id}"} if dialect is Dialect.ANTHROPIC else value
+
+
+def _shaped(status: int, text: str, code: str | None, dialect: Dialect) -> dict[str, object]:
     if dialect is Dialect.OPENAI:
-        kind = _OPENAI_TYPES.get(error.status, "api_error")
-        code = None if error.code in _OLLAMAS_OWN else error.code
+        kind = _OPENAI_TYPES.get(status, "api_error")
         return {"error": {"message": text, "type": kind, "param": None, "code": code}}
     if dialect is Dialect.ANTHROPIC:
-        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
-        body: dict[str, object] = {"type": "error", "error": {"type": kind, "message": text}}
-        return body | {"request_id": f"req_{request_id}"}
+        kind = _ANTHROPIC_TYPES.get(status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": text}}
     return {"error": text}
+
+
+def relayed(status: int, text: str, dialect: Dialect) -> bytes:
+    """The body of a backend's error whose text came in another dialect than the caller's."""
+    return compact(_shaped(status, text, None, dialect)) + b"\n"
 
 
 def retry_headers(error: BalancerError) -> tuple[tuple[str, str], ...]:

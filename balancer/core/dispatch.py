@@ -39,7 +39,6 @@ from balancer.core.scheduler import (
     Ticket,
     TicketState,
     Unload,
-    WakeAt,
 )
 
 MAX_PASSES: Final = 4
@@ -235,8 +234,8 @@ class Dispatcher:
                     self._on_unload(effect)
                 case Refuse(ticket, error):
                     self._refuse(ticket, error)
-                case WakeAt(at):
-                    wake = min(wake, at)
+                case _:
+                    wake = min(wake, effect.at)
         limits = [ticket.limit_at for ticket in self._owners]
         self._wake_at(min([wake, *limits, self._pool.next_change(now)], default=math.inf))
 
@@ -275,6 +274,7 @@ class Dispatcher:
             load.ticket.cold = True
             load.ticket.load_on = load.backend
             self._on_load(load)
+            self._again = True  # only now does the scheduler see it, and say when it is overdue
 
     def _expire(self, now: float) -> None:
         for ticket in [t for t in self._owners if t.limit_at <= now]:
@@ -352,12 +352,13 @@ def _refusal(call: Call, prospect: Prospect, attempts: tuple[Attempt, ...]) -> B
         return UnknownModel(prospect.text)
     if prospect.kind is ProspectKind.FORBIDDEN:
         return Forbidden(prospect.text)
+    tried = "; ".join(f"{a.backend}: {discreet(a.outcome.text)}" for a in attempts)
     if attempts and prospect.kind is ProspectKind.EXHAUSTED:
-        tried = "; ".join(f"{a.backend}: {discreet(a.outcome.text)}" for a in attempts)
         return AttemptsExhausted(
             f"Every backend that could serve {call.model!r} failed: {tried}", retry_after_s=5.0
         )
-    return NoBackend(prospect.text, retry_after_s=_sane(prospect.retry_in_s))
+    text = f"{prospect.text} Tried before: {tried}" if tried else prospect.text
+    return NoBackend(text, retry_after_s=_sane(prospect.retry_in_s))
 
 
 def _sane(wait_s: float) -> float:

@@ -186,7 +186,7 @@ class Member:
     load: Load_
     switch: Switch = Switch.SERVING
     models: dict[str, Gate] = field(default_factory=dict)
-    leases: set[Lease] = field(default_factory=set)
+    leases: dict[Lease, None] = field(default_factory=dict)  # in the order they were granted
     loading: Loading | None = None
     asked: dict[str, PlacementKey] = field(default_factory=dict)
     unfit: dict[str, float] = field(default_factory=dict)
@@ -525,16 +525,15 @@ class Pool:
         if member is None or self._bar(member, call, frozenset()) is not None:
             return None
         model = call.key.model
-        if member.load.in_flight(model) >= member.load.slots(model):
-            return None
-        permits = self._permits(member, model)
+        is_full = member.load.in_flight(model) >= member.load.slots(model)
+        permits = None if is_full else self._permits(member, model)
         if permits is None:
             return None
         now = self.now()
         cold = why == "cold"
         lease = Lease(member.backend, call, number, why, now, cold, self, permits)
         member.load.enter(model)
-        member.leases.add(lease)
+        member.leases[lease] = None
         self.watchdog.began(
             id(lease), backend, model, call.prompt_tokens, call.streaming, call.output_tokens
         )
@@ -578,7 +577,7 @@ class Pool:
         self.note(Ended(lease.backend.name, call.key, busy_s, outcome.verdict is Verdict.OK))
         member = self._member_of(lease)
         if member is not None:
-            member.leases.discard(lease)
+            del member.leases[lease]
             member.load.leave(call.key.model)
             spared = lease.others_move
             self._conclude(member, call.key, call.route.operation, outcome, permits, spared)
@@ -761,8 +760,10 @@ class Pool:
             return
         change = self.catalog.note_ps(name, rows, asked_at)
         if change.changed:
-            for gate in member.models.values():
-                gate.forget_growth()
+            for model, gate in member.models.items():
+                # That it came or went itself is how a model fails, and no reason for new hope.
+                if {*change.appeared, *change.vanished} - {model}:
+                    gate.forget_growth()
             self._told_catalog(name)
 
     def _told_catalog(self, name: str) -> None:

@@ -75,6 +75,7 @@ class Budget:
         return True
 
     def _add(self, now: float, tokens: float) -> None:
+        self._trim(now)
         if self._slices and now - self._slices[-1][0] < self._ttl_s / self.SLICES:
             began_at, sum_ = self._slices.pop()
             self._slices.append((began_at, sum_ + tokens))
@@ -82,9 +83,12 @@ class Budget:
             self._slices.append((now, tokens))
 
     def _left(self, now: float) -> float:
+        self._trim(now)
+        return self._reserve + sum(tokens for _, tokens in self._slices)
+
+    def _trim(self, now: float) -> None:
         while self._slices and now - self._slices[0][0] >= self._ttl_s:
             self._slices.popleft()
-        return self._reserve + sum(tokens for _, tokens in self._slices)
 
 
 def again(call: Call, attempts: Sequence[Attempt], budget: Budget, *, unsent: bool = False) -> bool:

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from balancer.core import verdicts
 from balancer.core.body import Body, read
-from balancer.core.dialect import trailer
+from balancer.core.dialect import relayed, trailer
 from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
 from balancer.core.domain import (
     Attempt as Tried,
@@ -227,7 +227,7 @@ class Proxy:
             try:
                 lease = await self._acquire(exchange, course)
             except LoadFailed as failed:
-                course.add(failed.attempt, failed.answer)
+                course.add(failed.attempt, _in_dialect(failed.answer, exchange.dialect))
                 exchange.attempts = len(course.tried)
                 exchange.backend = failed.attempt.backend
                 if not self._again(course):
@@ -317,10 +317,12 @@ class Proxy:
         Whether to try once more, and where not.
 
         A backend that could not even be connected to stays a choice if it is the only one: then
-        the call waits for its breaker's trial, and outlasts a restart of a single host.
+        the call waits for its breaker's trial, and outlasts a restart of a single host. An answer
+        that could be relayed is not kept waiting for that.
         """
         keep_away = excluded(course.tried)
-        if course.unsent and not self._dispatcher.is_served_elsewhere(course.call, keep_away):
+        waits = course.unsent and course.answer is None
+        if waits and not self._dispatcher.is_served_elsewhere(course.call, keep_away):
             keep_away -= {course.tried[-1].backend}
         course.excluded = keep_away
         return again(course.call, course.tried, self._budget, unsent=course.unsent)
@@ -528,6 +530,14 @@ class Proxy:
                 if record is not None:
                     await _write(response, record)
             await response.write_eof()
+
+
+def _in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:
+    """A load's answer, which is Ollama's own, as the caller would have had it."""
+    text = None if answer is None else verdicts.error_text(answer.body)
+    if answer is None or text is None or dialect is Dialect.OLLAMA:
+        return answer
+    return replace(answer, body=relayed(answer.status, text, dialect))
 
 
 _STOPPED: Final = Judgement(Verdict.STOPPED, text="was stopped: the call's time limit has passed")

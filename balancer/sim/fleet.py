@@ -225,6 +225,8 @@ async def run(hosts: int, scenario: str, listen: str, emit: Callable[[str], None
     if not colon or not port_text.isdecimal():
         raise ValueError(f"not host:port: {listen!r}")
     port = int(port_text)
+    if port + hosts - 1 > 65535:
+        raise ValueError(f"ports end at 65535: {hosts} hosts from {port} on do not fit")
     ports = range(port, port + hosts) if port else [0] * hosts
     members = list(_demo_hosts(hosts, ports))
     for member in members:

@@ -746,8 +746,10 @@ class Host:
         self._tell(call)
 
     def _written(self, call: Call) -> None:
-        end = call.fault.end if call.fault is not None else "done"
-        self._end(call, "gone" if end == "stall" else end)
+        if call.fault is None:
+            self._end(call, "done")
+        elif call.fault.end != "stall":
+            self._end(call, call.fault.end)
 
     # -- ends -----------------------------------------------------------------------------------
 
@@ -785,8 +787,7 @@ class Host:
             self._load_timer.cancel()
             self._load_timer = None
             self.counts["loads_aborted"] += 1
-        if self._awaited is None:
-            self._serve()
+        self._serve()
 
     def _release(self, call: Call, runner: Runner) -> None:
         runner.refs -= 1

@@ -478,7 +478,7 @@ def _parse_head(head: bytes) -> Request:
 def _header_pairs(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
     for line in lines:
         name, colon, value = line.partition(":")
-        if not colon or name != name.strip():
+        if not colon or name.split() != [name]:
             raise BadRequestError(400, "")
         yield name, value.strip()
 

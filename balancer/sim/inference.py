@@ -142,10 +142,15 @@ class Reply:
             self._delivery.cut("down")
         elif self._body_of is not None:
             self._delivery.reply(200, self._dialect.body_headers, self._body_of(call))
-        elif self._stream and call.job.kind == "run":
+        elif self._stream and (call.job.kind == "run" or not self._is_native):
             self._finish_stream(call)
         else:
             self._finish_whole(call)
+
+    @property
+    def _is_native(self) -> bool:
+        """Native routes answer a load with one object though a stream was asked for."""
+        return isinstance(self._dialect, dialects.Native)
 
     def _refuse(self, refusal: Refusal) -> None:
         headers, body = self._dialect.error(refusal.status, refusal.text)

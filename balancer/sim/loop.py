@@ -29,7 +29,6 @@ from typing import Any, TypeVar, TypeVarTuple
 CAUTION_S = 0.05
 STUCK_S = 10.0
 _GRACE_S = 0.001
-_LOOKS = 2
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -48,24 +47,18 @@ class _JumpingSelector(selectors.DefaultSelector):
         self.threads = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = self._look()
+        ready = super().select(0)
         if ready or timeout == 0:
             return ready
         if self.threads:
-            return super().select(min(timeout or _GRACE_S, _GRACE_S))
+            return super().select(_GRACE_S)
         if timeout is None:
             return self._wait_for_real()
-        if timeout > CAUTION_S and (ready := super().select(_GRACE_S)):
-            return ready
-        self.now += timeout
-        return []
-
-    def _look(self) -> list[tuple[selectors.SelectorKey, int]]:
-        for _ in range(_LOOKS):
-            if ready := super().select(0):
-                return ready
-            os.sched_yield()
-        return []
+        os.sched_yield()
+        ready = super().select(_GRACE_S if timeout > CAUTION_S else 0)
+        if not ready:
+            self.now += timeout
+        return ready
 
     def _wait_for_real(self) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(STUCK_S)

@@ -119,7 +119,8 @@ class SimOllama(Site):
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://{self.address}:{self.port}"
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"http://{address}:{self.port}"
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

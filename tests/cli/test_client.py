@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp.test_utils import unused_port
@@ -18,47 +12,7 @@ from aiohttp.test_utils import unused_port
 from balancer.cli import client
 from balancer.cli.exits import CommandError, ExitCode
 
-
-@dataclass
-class Stub:
-    """A server with fixed answers by path; remembers what was asked."""
-
-    answers: dict[str, tuple[int, object]]
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-    port: int = 0
-
-
-@contextmanager
-def serving(answers: dict[str, tuple[int, object]], family: int = socket.AF_INET) -> Iterator[Stub]:
-    """Serve *answers* on loopback; texts go as they are, the rest as JSON."""
-    stub = Stub(answers)
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            stub.asked.append((self.command, self.path, self.headers.get("Authorization")))
-            status, told = stub.answers.get(self.path, (404, "404 page not found"))
-            body = (told if isinstance(told, str) else json.dumps(told)).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST = answer
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    stub.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield stub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
+from .stub import serving
 
 GOOD: dict[str, tuple[int, object]] = {"/_balancer/status": (200, {"status_version": 1})}
 
@@ -184,5 +138,9 @@ def test_a_port_that_speaks_no_http_belongs_to_another_program() -> None:
     """And asking does not fail."""
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         port = deaf.getsockname()[1]
-        threading.Thread(target=lambda: deaf.accept()[0].close()).start()
+
+        def hang_up() -> None:
+            deaf.accept()[0].close()
+
+        threading.Thread(target=hang_up).start()
         assert client.occupant("127.0.0.1", port) == "another program"

@@ -87,7 +87,7 @@ def test_a_secret_changed_behind_its_file_is_a_change() -> None:
     assert diff(old, new).changed == ("backends[a].auth",)
 
 
-def test_only_listeners_need_a_restart() -> None:
+def test_only_what_is_made_once_needs_a_restart() -> None:
     """All else is swapped in place."""
     difference = diff(load("", {}), load("server: {listen: '127.0.0.1:1', max_body: 1MiB}", {}))
     assert difference == Difference(("server.listen", "server.max_body"), ("server.listen",))

@@ -168,6 +168,13 @@ class PoolBench:
         """What is in its memory was read."""
         self.pool.note_ps(name, [resident(m, context) for m in models], self.clock())
 
+    def close(self) -> None:
+        """Give back what a test left out."""
+        self.pool.changed = lambda: None
+        for member in self.pool.members.values():
+            for lease in list(member.leases):
+                lease.release()
+
     def lease(self, name: str, model: str = "m:1", **more: Any) -> Lease | None:
         """A lease past the dispatcher."""
         return self.pool.lease(call(model, **more), name, 1, "warm")

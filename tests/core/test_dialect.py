@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.core import errors
-from balancer.core.dialect import Rendered, compact, render, retry_headers, trailer
+from balancer.core.dialect import Rendered, compact, relayed, render, retry_headers, trailer
 from balancer.core.domain import Dialect, Framing
 from balancer.core.errors import (
     AttemptsExhausted,
@@ -84,6 +84,16 @@ def test_the_request_id_stands_where_an_operator_is_asked() -> None:
     assert told(render(NoBackend("away"), OLLAMA, "r1"))["error"] == "away [req r1]"
     assert told(render(NoBackend("away"), OLLAMA))["error"] == "away"
     assert told(render(BadRequest("wrong"), OLLAMA, "r1"))["error"] == "wrong"
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_a_backends_text_is_told_in_the_callers_dialect(dialect: Dialect) -> None:
+    """Of the shape our own errors have, with Ollama's final newline, and with no word of ours."""
+    body = relayed(404, "the text", dialect)
+    assert body.endswith(b"}\n")
+    ours = told(render(UnknownModel("the text"), dialect, ""))
+    ours.pop("request_id", None)
+    assert json.loads(body) == ours
 
 
 @pytest.mark.parametrize("kind", ALL)

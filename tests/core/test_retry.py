@@ -214,6 +214,15 @@ def test_what_was_spent_comes_back(budget: Budget, clock: ManualClock) -> None:
     assert budget.spend(10.0)
 
 
+def test_what_was_counted_is_summed_up(budget: Budget, clock: ManualClock) -> None:
+    """However many calls come in, what is kept of them is a tenth of the window each."""
+    for _ in range(3000):
+        clock.advance(0.01)
+        budget.note_call()
+        assert len(budget._slices) <= 11
+    assert 180 <= budget.tokens - 10 <= 200
+
+
 def test_calls_pay_for_repeats(clock: ManualClock) -> None:
     """Five calls pay for one dear repeat, for ten seconds; the share can be changed."""
     budget = Budget(clock, reserve_per_s=0.0)

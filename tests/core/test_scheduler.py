@@ -288,6 +288,13 @@ def test_a_cold_model_is_loaded_once(residency: Residency) -> None:
     assert len(bench.scheduler.waiting()) == 2
 
 
+def test_a_model_is_loaded_once_for_all_who_want_it() -> None:
+    """Also for those who may not go everywhere: they see first what comes of it."""
+    bench = Bench(candidate("a", ON_DISK), candidate("b", ON_DISK))
+    first, _ = bench.ticket(), bench.ticket(excluded="a")
+    assert bench.plan() == [Load(first, "a", key("m:1"), "no copy in memory")]
+
+
 def test_a_load_goes_where_no_variant_is_busy() -> None:
     """A runner with other options that serves calls would have to be evicted."""
     bench = Bench(candidate("a", ON_DISK, in_flight=1), candidate("b", ON_DISK, host_in_flight=9))

@@ -54,9 +54,9 @@ def virtual(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     return wrapped
 
 
-def models(load_s: float = 2.0, **more: Any) -> tuple[SimModel, ...]:
+def models(load_s: float = 2.0, *, speed: float = 1.0) -> tuple[SimModel, ...]:
     """`m` and `other` say twenty words, ten a second; `e` embeds. Each takes *load_s* to load."""
-    model = partial(SimModel, load_s=load_s, decode_tps=10.0, **more)
+    model = partial(SimModel, load_s=load_s, decode_tps=10.0 * speed)
     return (
         model("m", words=WORDS),
         model("other", words=WORDS),

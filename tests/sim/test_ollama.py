@@ -324,6 +324,18 @@ def test_load_unload_and_ps() -> None:
     play(scenario)
 
 
+def test_openai_streams_a_load_as_a_stream() -> None:
+    """An empty prompt there has a finish reason of its own, and the terminator."""
+
+    async def scenario(sim: SimOllama) -> None:
+        body = {"model": "fixed", "prompt": "", "stream": True}
+        reply = await ask(sim.port, "POST", "/v1/completions", body)
+        assert b'"finish_reason":"load"' in reply.body
+        assert reply.body.endswith(b"data: [DONE]\n\n")
+
+    play(scenario)
+
+
 def test_forever_is_three_centuries() -> None:
     """A model kept for ever expires in a far but writable year."""
 

@@ -1,0 +1,833 @@
+"""The conductor: everybody who waits is answered once, at the right moment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from balancer.core import errors
+from balancer.core.admission import QueueLimits
+from balancer.core.dispatch import MAX_PASSES, LoadFailed
+from balancer.core.domain import Call, Mark, Residency, Switch, Verdict
+from balancer.core.errors import BalancerError, Draining
+from balancer.core.events import AttemptEnded, CallQueued, LeaseGranted
+from balancer.core.pool import Lease
+from balancer.core.scheduler import (
+    OVERDUE_EXTRA_S,
+    OVERDUE_FACTOR,
+    POLICIES,
+    Commit,
+    CommitRefused,
+    Effect,
+    Ended,
+    Fact,
+    Greedy,
+    Load,
+    LoadAnswered,
+    Refuse,
+    TicketState,
+    Unload,
+    load_estimate_s,
+)
+from tests.core.bench import GB, Bench, Client, backend, call, canon, key, outcome, tried
+
+V = Verdict
+LIMITS = QueueLimits(max_depth=6, max_depth_per_model=3, max_wait_s=20.0)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """Backends a and b of one slot each, with m:1 in memory and n:1 on disk; short queues."""
+    bench = Bench(limits=LIMITS)
+    bench.shape(backend("a", slots=1), backend("b", slots=1))
+    for name in "ab":
+        bench.up(name, "m:1", "n:1", loaded=["m:1"])
+    yield bench
+    bench.close()
+
+
+def settle(bench: Bench, client: Client, verdict: Verdict = V.OK, **more: object) -> None:
+    client.lease.settle(outcome(verdict, bench.clock(), **more))
+
+
+def fill(bench: Bench, count: int = 2) -> list[Client]:
+    """Take the slots."""
+    clients = [bench.submit(id=f"f{number}") for number in range(count)]
+    assert all(client.leases for client in clients)
+    return clients
+
+
+def at_rest(bench: Bench) -> bool:
+    """Nothing runs, nothing waits, nothing is counted."""
+    counted = bench.admission.depth or bench.pool.running or bench.dispatcher.waiting()
+    return not counted and bench.dispatcher._owners == {}
+
+
+# -- a slot is free ----------------------------------------------------------------------------
+
+
+def test_a_call_with_room_is_granted_at_once(bench: Bench) -> None:
+    """Before `submit` returns; nobody is told of a wait that was none."""
+    client = bench.submit()
+    assert client.ticket is not None
+    assert client.ticket.state is TicketState.GRANTED
+    (event,) = bench.of(LeaseGranted)
+    assert (event.call_id, event.backend, event.attempt, event.waited_s) == ("r1", "a", 1, 0.0)
+    assert bench.of(CallQueued) == []
+    settle(bench, client)
+    assert at_rest(bench)
+
+
+def test_a_lease_says_why_it_is_where_it_is(bench: Bench) -> None:
+    """The first that holds: short-context, failover, only, cold, warm."""
+    assert bench.submit().lease.why == "warm"
+    assert bench.submit(attempts=(tried("a"),), excluded=frozenset("a")).lease.why == "failover"
+    bench.shape(backend("a", slots=9), backend("b", slots=9))
+    bench.holds("b", "m:1", context=10)
+    assert bench.submit(prompt_tokens=50).lease.why == "warm"
+    again = bench.submit(prompt_tokens=50, attempts=(tried("a"),), excluded=frozenset("a"))
+    assert again.lease.why == "short-context"
+    bench.pool.turn("b", Switch.DRAINING)
+    assert bench.submit().lease.why == "only"
+    for lease in [*bench["a"].leases, *bench["b"].leases]:
+        lease.release()
+
+
+def test_attempts_are_numbered(bench: Bench) -> None:
+    """A lease knows how often its call was tried before."""
+    client = bench.submit(attempts=(tried("a"),), excluded=frozenset("a"))
+    assert client.lease.number == 2
+    settle(bench, client)
+
+
+# -- no slot is free ---------------------------------------------------------------------------
+
+
+def test_a_call_waits_for_a_slot_and_gets_the_first(bench: Bench) -> None:
+    """In the turn in which it comes free, and not before."""
+    first, second = fill(bench)
+    waiting = bench.submit()
+    assert waiting.waits
+    assert bench.of(CallQueued)[-1].depth == 1
+    bench.sleep(3.0)
+    settle(bench, second)
+    assert waiting.lease.backend.name == "b"
+    assert bench.of(LeaseGranted)[-1].waited_s == 3.0
+    settle(bench, first)
+    settle(bench, waiting)
+    assert at_rest(bench)
+
+
+def test_who_waits_longest_goes_first_and_a_retry_keeps_its_place(bench: Bench) -> None:
+    """A call that failed elsewhere has waited already."""
+    first, second = fill(bench)
+    third, fourth = bench.submit(id="3"), bench.submit(id="4")
+    assert first.ticket is not None
+    settle(bench, first, V.FAULT)
+    assert third.lease.backend.name == "a"
+    again = bench.submit(
+        id="1", attempts=(tried("a"),), excluded=frozenset("a"), seq=first.ticket.seq
+    )
+    assert [ticket.call.id for ticket in bench.dispatcher.waiting()] == ["1", "4"]
+    settle(bench, second)
+    assert again.lease.backend.name == "b"
+    for client in (third, again, fourth):
+        settle(bench, client)
+    assert at_rest(bench)
+
+
+def test_a_call_that_leaves_makes_room(bench: Bench) -> None:
+    """Withdrawn it hears nothing more, and a second time is no mistake."""
+    clients = fill(bench)
+    gone, next_ = bench.submit(), bench.submit()
+    assert gone.ticket is not None
+    bench.dispatcher.withdraw(gone.ticket)
+    bench.dispatcher.withdraw(gone.ticket)
+    assert gone.ticket.state is TicketState.WITHDRAWN
+    settle(bench, clients[0])
+    assert gone.waits
+    assert not next_.waits
+    settle(bench, clients[1])
+    settle(bench, next_)
+    assert at_rest(bench)
+
+
+def test_a_cool_off_ends_without_any_event(bench: Bench) -> None:
+    """The timer is asked for the very instant."""
+    bench.shape(backend("a", slots=1))
+    bench.blame("a", V.BUSY)
+    waiting = bench.submit()
+    assert waiting.waits
+    assert bench.wake_at == bench.clock() + 1.0
+    bench.sleep(1.0)
+    settle(bench, waiting)
+
+
+def test_slots_that_grow_with_time_are_used_as_they_come(bench: Bench) -> None:
+    """After a recovery one slot, after half a minute all; nobody waits for an event."""
+    bench.shape(backend("a", slots=3))
+    bench["a"].load.start_ramp()
+    clients = [bench.submit() for _ in range(3)]
+    assert [client.waits for client in clients] == [False, True, True]
+    bench.sleep(15.0)
+    assert [client.waits for client in clients] == [False, False, True]
+    bench.dispatcher.admission.limits = QueueLimits(max_wait_s=600.0)
+    bench.sleep(4.9)
+    assert clients[2].waits
+    bench.dispatcher.withdraw(clients[2].ticket)  # type: ignore[arg-type]
+    late = bench.submit()
+    bench.sleep(10.1)
+    assert not late.waits
+    for client in (*clients[:2], late):
+        settle(bench, client)
+    assert at_rest(bench)
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+def test_a_queue_has_a_limit_and_the_refusal_a_reason(bench: Bench) -> None:
+    """When it may wait no longer it hears how many wait, and when to come back."""
+    fill(bench)
+    waiting = bench.submit()
+    bench.sleep(19.9)
+    assert waiting.waits
+    bench.sleep(0.1)
+    assert isinstance(waiting.error, errors.QueueTimeout)
+    assert waiting.error.text == "No slot came free for 'm:1' in 20 s; 1 calls wait for it."
+    assert waiting.error.retry_after_s == 10.0, "two have left in twenty seconds"
+    assert waiting.ticket is not None
+    assert waiting.ticket.state is TicketState.REFUSED
+
+
+def test_a_caller_may_set_a_shorter_limit(bench: Bench) -> None:
+    """Its own deadline is told as such; a later one than the queue's changes nothing."""
+    fill(bench)
+    waiting = bench.submit(deadline=bench.clock() + 5.0)
+    patient = bench.submit(deadline=bench.clock() + 500.0)
+    bench.sleep(5.0)
+    assert isinstance(waiting.error, errors.DeadlineExceeded)
+    bench.sleep(15.0)
+    assert isinstance(patient.error, errors.QueueTimeout)
+
+
+def test_a_deadline_that_has_passed_is_refused_at_once(bench: Bench) -> None:
+    """Free slots or not: nobody waits for the answer."""
+    late = bench.submit(deadline=bench.clock())
+    assert isinstance(late.error, errors.DeadlineExceeded)
+    assert at_rest(bench)
+
+
+def test_a_full_queue_refuses_new_calls_only(bench: Bench) -> None:
+    """Those tried before are always admitted: they hold no more than they held."""
+    fill(bench)
+    waiting = [bench.submit() for _ in range(3)]
+    refused = bench.submit()
+    assert isinstance(refused.error, errors.QueueFull)
+    assert refused.ticket is None
+    again = bench.submit(attempts=(tried("a"),), excluded=frozenset("a"))
+    assert again.waits
+    for client in (*waiting, again):
+        assert client.ticket is not None
+        bench.dispatcher.withdraw(client.ticket)
+
+
+def test_a_full_queue_stands_in_nobodys_way_who_need_not_wait(bench: Bench) -> None:
+    """The limits are on waiting."""
+    bench.dispatcher.admission.limits = QueueLimits(0, 0)
+    client = bench.submit()
+    settle(bench, client)
+    assert isinstance(bench.submit("n:1").error, errors.QueueFull), "this one must wait for a load"
+
+
+def test_what_nobody_has_is_not_found_even_if_the_queue_is_full(bench: Bench) -> None:
+    """A mistake of the caller's is told before a shortage of ours."""
+    bench.dispatcher.admission.limits = QueueLimits(0, 0)
+    assert isinstance(bench.submit("zzz").error, errors.UnknownModel)
+
+
+# -- nobody can serve it -----------------------------------------------------------------------
+
+
+def test_a_call_waits_for_a_backend_that_will_be_back_in_time(bench: Bench) -> None:
+    """Both breakers open: it waits for the trial, through it, and is granted when one closes."""
+    for name in "ab":
+        bench.blame(name, V.FAULT, 3)
+    waiting = bench.submit()
+    assert waiting.waits
+    bench.sleep(2.0)
+    trials = list(bench.pool.due_trials())
+    bench.check("a")
+    bench.lists("a", "m:1")
+    assert waiting.waits, "a trial under way may end any moment"
+    for trial in trials:
+        trial.permit.settle(Mark.CREDIT)
+    settle(bench, waiting)
+    assert at_rest(bench)
+
+
+def test_a_call_waits_through_the_trial_of_its_model(bench: Bench) -> None:
+    """The longest such a trial may take is longer than any wait; that is no reason to refuse."""
+    bench.shape(backend("a", slots=1))
+    bench.blame("a", V.UNFIT, weight=2)
+    bench.holds("a", "m:1")
+    waiting = bench.submit()
+    bench.sleep(15.0)
+    (trial,) = bench.pool.due_trials()
+    bench.lists("a", "m:1")
+    assert waiting.waits
+    trial.permit.settle(Mark.CREDIT)
+    settle(bench, waiting)
+
+
+def test_a_call_nobody_will_be_back_for_is_refused_at_once(bench: Bench) -> None:
+    """Longer away than it may wait, or until an operator acts: 503 with a time to come back."""
+    bench.shape(backend("a", slots=1))
+    bench.blame("a", V.BUSY, retry_after_s=40.0)
+    refused = bench.submit()
+    assert isinstance(refused.error, errors.NoBackend)
+    assert refused.error.retry_after_s == 40.0
+    bench.pool.turn("a", Switch.DRAINING)
+    assert bench.submit().error.retry_after_s == 10.0
+
+
+def test_who_waits_is_told_when_waiting_is_in_vain(bench: Bench) -> None:
+    """At once, not at the end of its limit."""
+    fill(bench)
+    waiting = bench.submit()
+    for name in "ab":
+        assert waiting.waits
+        bench.pool.turn(name, Switch.DRAINING)
+    assert isinstance(waiting.error, errors.NoBackend)
+    assert waiting.error.text == "No backend can serve 'm:1' now (a: draining; b: draining)."
+
+
+def test_a_model_that_is_gone_everywhere_is_not_found(bench: Bench) -> None:
+    """Whoever waited for it hears so."""
+    fill(bench)
+    waiting = bench.submit()
+    bench.lists("a", "n:1")
+    assert waiting.waits
+    bench.lists("b", "n:1")
+    assert isinstance(waiting.error, errors.UnknownModel)
+
+
+def test_a_model_known_only_where_nobody_answers_is_never_not_found(bench: Bench) -> None:
+    """It waits, and then it is a 503 that names the backend."""
+    bench.lists("b", "n:1")
+    bench.check("a", ok=False, count=3, error="404 Not Found")
+    waiting = bench.submit()
+    bench.sleep(20.0)
+    assert isinstance(waiting.error, errors.NoBackend)
+    assert "a: down" in waiting.error.text
+    assert "not found" not in waiting.error.text.lower()
+
+
+def test_calls_alike_in_model_are_not_alike_in_route(bench: Bench) -> None:
+    """One route is gone everywhere: those who need it hear so, the others wait on."""
+    fill(bench)
+    chat, plain = bench.submit(), bench.submit(path="/api/generate")
+    embed = bench.submit(path="/api/embed")
+    for name in "ab":
+        bench.catalog.note_no_route(name, "embed")
+    bench.pool.turn("a", Switch.SERVING)
+    assert isinstance(embed.error, errors.NoBackend)
+    assert chat.waits
+    assert plain.waits
+
+
+def test_a_call_that_was_tried_everywhere_hears_what_happened(bench: Bench) -> None:
+    """Each backend with its text, none of which may read as 'not found'."""
+    attempts = (tried("a", V.FAULT), tried("b", V.MISSING, 2))
+    refused = bench.submit(attempts=attempts, excluded=frozenset("ab"))
+    assert isinstance(refused.error, errors.AttemptsExhausted)
+    assert refused.error.text == (
+        "Every backend that could serve 'm:1' failed: a: was fault; b: was missing"
+    )
+    assert isinstance(bench.submit(excluded=frozenset("ab")).error, errors.NoBackend)
+
+
+def test_a_call_that_was_tried_and_has_nowhere_left_hears_both(bench: Bench) -> None:
+    """What happened, and why the rest is out of use."""
+    bench.pool.turn("b", Switch.DRAINING)
+    refused = bench.submit(attempts=(tried("a"),), excluded=frozenset("a"))
+    assert isinstance(refused.error, errors.NoBackend)
+    assert refused.error.text.endswith("(b: draining). Tried before: a: was fault")
+
+
+def test_a_model_the_rules_keep_from_everybody_is_forbidden(bench: Bench) -> None:
+    """No time to come back, and no invitation to pull."""
+    bench.shape(backend("a", deny=("*",)), backend("b", deny=("*",)))
+    refused = bench.submit()
+    assert isinstance(refused.error, errors.Forbidden)
+    assert refused.error.retry_after_s is None
+
+
+# -- loads -------------------------------------------------------------------------------------
+
+
+def test_a_cold_call_waits_for_its_load(bench: Bench) -> None:
+    """One load for all who want the model; when it is there they are served, cold and warm."""
+    cold, other = bench.submit("n:1"), bench.submit("n:1")
+    (load,) = bench.loads
+    assert (load.backend, load.key, load.ticket) == ("a", key("n:1"), cold.ticket)
+    bench.sleep(3.0)
+    assert len(bench.loads) == 1
+    bench.loaded()
+    assert (cold.lease.why, cold.lease.cold) == ("cold", True)
+    assert other.waits
+    settle(bench, cold)
+    assert other.lease.why == "warm"
+    settle(bench, other)
+    assert at_rest(bench)
+
+
+def test_the_call_a_load_was_for_hears_of_its_failure(bench: Bench) -> None:
+    """As of an attempt of its own, with the backend's answer; the next who waits gets a load."""
+    first, second = bench.submit("n:1", id="1"), bench.submit("n:1", id="2")
+    load = bench.loaded(verdict=V.UNFIT, weight=2, text="invalid file magic")
+    error = first.error
+    assert isinstance(error, LoadFailed)
+    assert error.text == "invalid file magic"
+    assert (error.attempt.number, error.attempt.backend) == (1, load.backend)
+    assert error.attempt.outcome.caused_load
+    assert error.answer is not None
+    assert second.waits
+    (load,) = bench.loads
+    assert (load.backend, load.ticket) == ("b", second.ticket)
+    bench.loaded()
+    settle(bench, second)
+    assert at_rest(bench)
+
+
+def test_a_load_that_fails_without_blame_is_not_repeated_for_the_same_call(bench: Bench) -> None:
+    """The breaker stays closed; what keeps the backend from being asked again is the news."""
+    first = bench.submit("n:1")
+    bench.loaded(verdict=V.UNCLEAR)
+    assert isinstance(first.error, LoadFailed)
+    assert bench.loads == []
+    again = bench.submit("n:1", attempts=(first.error.attempt,), excluded=frozenset("a"), seq=1)
+    assert [load.backend for load in bench.loads] == ["b"]
+    bench.loaded()
+    assert again.lease.why == "failover"
+    settle(bench, again)
+
+
+def test_a_load_may_end_when_nobody_waits_for_it_any_more(bench: Bench) -> None:
+    """Its call left: the load goes on, and its failure is nobody's."""
+    gone = bench.submit("n:1")
+    assert gone.ticket is not None
+    bench.dispatcher.withdraw(gone.ticket)
+    assert bench.pool.loading(key("n:1"))
+    bench.loaded(verdict=V.UNFIT)
+    assert gone.waits
+    assert at_rest(bench)
+
+
+def test_a_call_takes_what_comes_first(bench: Bench) -> None:
+    """While its load is under way the model turns up elsewhere; the load's end is no news."""
+    waiting = bench.submit("n:1")
+    bench.holds("b", "m:1", "n:1")
+    assert waiting.lease.backend.name == "b"
+    bench.loaded(verdict=V.UNFIT, weight=2)
+    assert waiting.errors == []
+    settle(bench, waiting)
+
+
+def test_the_limit_rests_while_a_load_is_under_way(bench: Bench) -> None:
+    """The load's own budget bounds that wait; afterwards the queue's begins anew."""
+    bench.shape(backend("a", slots=1))
+    waiting = bench.submit("n:1")
+    bench.sleep(200.0)
+    assert waiting.waits
+    assert bench.lease("a", "n:1") is not None
+    bench.loaded()
+    assert waiting.waits, "loaded, and taken by somebody else"
+    bench.sleep(19.9)
+    assert waiting.waits
+    bench.sleep(0.1)
+    assert isinstance(waiting.error, errors.QueueTimeout)
+
+
+def test_a_deadline_does_not_rest(bench: Bench) -> None:
+    """The caller's own limit holds through a load, also when it is renewed."""
+    waiting = bench.submit("n:1", deadline=bench.clock() + 30.0)
+    bench.sleep(29.9)
+    assert waiting.waits
+    bench.sleep(0.1)
+    assert isinstance(waiting.error, errors.DeadlineExceeded)
+
+
+@pytest.mark.parametrize("why", ["down", "tried"])
+def test_the_limit_does_not_rest_for_a_load_that_cannot_help(bench: Bench, why: str) -> None:
+    """The backend that loads has died, or the call has failed there before."""
+    bench.lists("b", "m:1")
+    loading = bench.submit("n:1")
+    assert [load.backend for load in bench.loads] == ["a"]
+    if why == "down":
+        bench.check("a", ok=False, count=3)
+        bench.sleep(18.0)
+        assert isinstance(loading.error, errors.NoBackend)
+    else:
+        bench.lists("b", "m:1", "n:1")
+        bench["b"].loading = bench["a"].loading
+        again = bench.submit("n:1", attempts=(tried("b"),), excluded=frozenset("ab"))
+        assert isinstance(again.error, errors.AttemptsExhausted)
+
+
+def test_a_load_elsewhere_renews_no_limit(bench: Bench) -> None:
+    """Those who cannot go there did not wait for it."""
+    bench.pool.turn("b", Switch.DISABLED)
+    bench.submit("n:1")
+    bench.pool.turn("b", Switch.SERVING)
+    bench["b"].loading = bench["a"].loading  # its token is taken: nothing can start there
+    other = bench.submit("n:1", attempts=(tried("a"),), excluded=frozenset("a"))
+    assert other.ticket is not None
+    limit_at = other.ticket.limit_at
+    bench.sleep(5.0)
+    bench.loaded()
+    assert other.ticket.limit_at == limit_at
+
+
+def test_a_load_on_a_backend_that_goes_away_is_not_waited_for(bench: Bench) -> None:
+    """Another is loaded, and the call is served there."""
+    waiting = bench.submit("n:1")
+    bench.pool.turn("a", Switch.DRAINING)
+    assert [load.backend for load in bench.loads] == ["a", "b"]
+    bench.loads.reverse()
+    bench.loaded()
+    assert waiting.lease.backend.name == "b"
+    bench.loaded()
+    settle(bench, waiting)
+    assert at_rest(bench)
+
+
+def test_an_overdue_load_is_not_waited_for(bench: Bench) -> None:
+    """The timer asks for the instant at which another backend is tried."""
+    bench.submit("n:1")
+    limit_s = OVERDUE_FACTOR * load_estimate_s(4 * GB) + OVERDUE_EXTRA_S
+    bench.sleep(limit_s - 0.1)
+    assert len(bench.loads) == 1
+    bench.sleep(0.1)
+    assert [load.backend for load in bench.loads] == ["a", "b"]
+
+
+def test_a_second_copy_is_loaded_when_it_is_worth_it(bench: Bench) -> None:
+    """Every copy full for as long as a load would take: the timer tells, nobody else."""
+    bench.holds("b")
+    first = bench.submit()
+    waiting = bench.submit()
+    bench.sleep(load_estimate_s(4 * GB) - 0.1)
+    assert bench.loads == []
+    bench.sleep(0.1)
+    assert [load.backend for load in bench.loads] == ["b"]
+    bench.loaded()
+    assert waiting.lease.backend.name == "b"
+    settle(bench, first)
+    settle(bench, waiting)
+    assert at_rest(bench)
+
+
+def test_a_token_that_comes_back_wakes_who_waits_for_it(bench: Bench) -> None:
+    """Two cold models, one backend: the second load begins as the first ends."""
+    bench.shape(backend("a", slots=1))
+    bench.lists("a", "m:1", "n:1", "o:1")
+    first, second = bench.submit("n:1"), bench.submit("o:1")
+    assert [load.key for load in bench.loads] == [key("n:1")]
+    bench.loaded()
+    assert [load.key for load in bench.loads] == [key("o:1")]
+    bench.loaded(verdict=V.OVERDUE)
+    assert isinstance(second.error, LoadFailed)
+    settle(bench, first)
+    assert at_rest(bench)
+
+
+# -- in the midst of things --------------------------------------------------------------------
+
+
+def test_a_grant_may_set_off_more_calls(bench: Bench) -> None:
+    """Submitted out of a call-back, they are planned in the same turn."""
+    inner: list[Client] = []
+
+    def granted(lease: Lease) -> None:
+        inner.append(bench.submit(id="inner"))
+        lease.release()
+
+    bench.dispatcher.submit(call(), granted, lambda _: None)
+    assert [client.lease.backend.name for client in inner] == ["b"]
+    settle(bench, inner[0])
+    assert at_rest(bench)
+
+
+def test_a_refusal_may_set_off_more_calls(bench: Bench) -> None:
+    """A shell that tries again at once, while others are being refused."""
+    again: list[Client] = []
+    clients = fill(bench)
+    for _ in range(2):
+        bench.dispatcher.submit(call(), lambda _: None, lambda _: again.append(bench.submit()))
+    bench.sleep(20.0)
+    assert len(again) == 2
+    assert all(client.waits for client in again)
+    for client in clients:
+        settle(bench, client)
+    for client in again:
+        settle(bench, client)
+    assert at_rest(bench)
+
+
+def withdrawing(bench: Bench, victim: Client) -> Callable[[Lease], None]:
+    """A grant at which somebody else leaves."""
+
+    def granted(lease: Lease) -> None:
+        assert victim.ticket is not None
+        bench.dispatcher.withdraw(victim.ticket)
+        lease.release()
+
+    return granted
+
+
+def test_who_leaves_while_others_are_answered_gets_no_lease(bench: Bench) -> None:
+    """Planned in the same pass, and gone when its turn comes: no slot is touched for it."""
+    clients = fill(bench)
+    victim = Client(call(id="victim"))
+    bench.dispatcher.submit(call(), withdrawing(bench, victim), lambda _: None)
+    victim = bench.submit(id="victim")
+    granted = withdrawing(bench, victim)
+    owner = next(iter(bench.dispatcher._owners.values()))
+    owner.on_grant = granted
+    bench.pool.changed = lambda: None
+    for client in clients:
+        settle(bench, client)
+    bench.dispatcher.kick()
+    assert victim.waits
+    assert "victim" not in [event.call_id for event in bench.of(AttemptEnded)]
+    bench.pool.changed = bench.dispatcher.kick
+    assert at_rest(bench)
+    assert bench.scheduler.waiting() == []
+
+
+def test_who_leaves_while_others_are_answered_gets_no_load(bench: Bench) -> None:
+    """The same for a load that nobody waits for any more."""
+    (hog,) = fill(bench, 1)
+    bench.pool.turn("b", Switch.DRAINING)
+    victim = Client(call())
+    ticket = bench.dispatcher.submit(call(), lambda _: None, lambda _: None)
+    bench["a"].loading = None
+    victim = bench.submit("n:1", id="victim")
+    bench.loaded(verdict=V.STOPPED)  # its load is gone: it will be planned anew
+    victim = bench.submit("n:1", id="victim")
+    assert bench.loads
+    bench.loads.clear()
+    bench["a"].loading = None
+    bench.dispatcher._owners[ticket].on_grant = withdrawing(bench, victim)
+    settle(bench, hog)
+    assert bench.loads == []
+    assert at_rest(bench)
+
+
+def test_a_slot_lost_in_the_same_turn_is_waited_for_again(bench: Bench) -> None:
+    """Between plan and lease a call-back closed the backend: the ticket goes back to its place."""
+    clients = fill(bench)
+    facts: list[Fact] = []
+    note = bench.scheduler.note
+    bench.scheduler.note = lambda fact: (facts.append(fact), note(fact))[1]  # type: ignore[func-returns-value, method-assign]
+
+    def closing(lease: Lease) -> None:
+        lease.release()
+        bench.pool.turn("b", Switch.DRAINING)
+
+    bench.pool.changed = lambda: None
+    bench.dispatcher.submit(call(), closing, lambda _: None)
+    unlucky = bench.submit(id="unlucky")
+    for client in clients:
+        settle(bench, client)
+    bench.pool.changed = bench.dispatcher.kick
+    hog = bench.lease("a")
+    assert hog is not None
+    hog.release()
+    assert unlucky.lease.backend.name == "a"
+    refused = [fact for fact in facts if isinstance(fact, CommitRefused)]
+    assert [fact.backend for fact in refused] == ["b"]
+    settle(bench, unlucky)
+    assert at_rest(bench)
+
+
+def test_turns_end_even_if_call_backs_never_do(bench: Bench) -> None:
+    """A call-back that sets off another each time: the rest is left to the timer."""
+    granted = 0
+
+    def again(lease: Lease) -> None:
+        nonlocal granted
+        granted += 1
+        lease.release()
+        if granted < 50:
+            bench.dispatcher.submit(call(), again, lambda _: None)
+
+    bench.dispatcher.submit(call(), again, lambda _: None)
+    assert granted == MAX_PASSES
+    assert bench.wake_at == bench.clock(), "at once, but not in this turn"
+    bench.sleep(0.0)
+    assert granted == 50
+    assert at_rest(bench)
+
+
+def test_everybody_is_answered_when_the_balancer_ends(bench: Bench) -> None:
+    """Waiting calls hear why; leases that are out are not touched."""
+    clients = fill(bench)
+    waiting = [bench.submit(), bench.submit("n:1")]
+    bench.dispatcher.refuse_all(Draining("stopping"))
+    assert [type(client.error) for client in waiting] == [Draining, Draining]
+    assert bench.dispatcher.waiting() == []
+    assert bench.pool.running == 2
+    for client in clients:
+        settle(bench, client)
+
+
+# -- schedulers --------------------------------------------------------------------------------
+
+
+def test_schedulers_can_be_exchanged_under_load(bench: Bench) -> None:
+    """Waiting tickets move over in their order; nobody is answered twice or forgotten."""
+    clients = fill(bench)
+    waiting = [bench.submit(), bench.submit()]
+    bench.dispatcher.exchange(Greedy(POLICIES["round-robin"], bench.pool))
+    assert bench.dispatcher.waiting() == [client.ticket for client in waiting]
+    for client in clients:
+        settle(bench, client)
+    for client in waiting:
+        settle(bench, client)
+    assert at_rest(bench)
+    assert bench.scheduler.waiting() != []  # the old one is not asked any more
+
+
+class Scripted(Greedy):
+    """A scheduler that says what the test says."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(POLICIES["least-loaded"], bench.pool)
+        self.script: list[Effect] = []
+        self.plans = 0
+        self.facts: list[Fact] = []
+
+    def plan(self, now: float) -> list[Effect]:
+        self.plans += 1
+        return list(self.script)
+
+    def note(self, fact: Fact) -> None:
+        self.facts.append(fact)
+
+
+@pytest.fixture
+def scripted(bench: Bench) -> Scripted:
+    """The bench's dispatcher with a scheduler by script."""
+    scheduler = Scripted(bench)
+    bench.dispatcher.exchange(scheduler)
+    return scheduler
+
+
+def test_a_scheduler_may_refuse_and_unload(bench: Bench, scripted: Scripted) -> None:
+    """The whole door is carried out, also what the greedy ones never say."""
+    client = bench.submit()
+    assert client.ticket is not None
+    unload = Unload("a", key("m:1"))
+    scripted.script = [Refuse(client.ticket, errors.QueueTimeout("hopeless")), unload]
+    bench.dispatcher.kick()
+    assert client.error.text == "hopeless"
+    assert bench.unloads == [unload]
+
+
+def test_a_load_whose_token_is_taken_does_not_spin(bench: Bench, scripted: Scripted) -> None:
+    """Asked for again and again by each pass, it is refused once in each, and wakes nobody."""
+    client = bench.submit("n:1")
+    assert client.ticket is not None
+    assert bench.pool.take_token("a", key("m:1"), "somebody else's")
+    scripted.script = [Load(client.ticket, "a", key("n:1"), "why")]
+    plans = scripted.plans
+    bench.dispatcher.kick()
+    assert scripted.plans == plans + 1
+    assert bench.loads == []
+    assert bench.wake_at == client.ticket.limit_at
+
+
+def test_a_commit_that_is_refused_does_not_spin(bench: Bench, scripted: Scripted) -> None:
+    """It is noted back, the ticket waits on, and one kick is one pass."""
+    assert bench.lease("a") is not None
+    client = bench.submit()
+    assert client.ticket is not None
+    scripted.withdraw(client.ticket)  # as a plan does with what it commits
+    scripted.script = [Commit(client.ticket, "a", "warm")]
+    plans = scripted.plans
+    bench.dispatcher.kick()
+    assert scripted.plans == plans + 1
+    assert scripted.facts == [CommitRefused(client.ticket, "a")]
+    assert client.waits
+    assert scripted.waiting() == [client.ticket]
+
+
+def test_the_scheduler_hears_what_came_of_its_plans(bench: Bench, scripted: Scripted) -> None:
+    """Ends of leases and of loads reach whichever scheduler is there."""
+    lease = bench.lease("a")
+    assert lease is not None
+    bench.clock.advance(2.0)
+    lease.settle(outcome())
+    client = bench.submit("n:1")
+    assert client.ticket is not None
+    load = Load(client.ticket, "a", key("n:1"), "why")
+    scripted.script = [load]
+    bench.dispatcher.kick()
+    scripted.script = []
+    bench.loaded()
+    assert scripted.facts == [
+        Ended("a", key("m:1"), 2.0, ok=True),
+        LoadAnswered("a", key("n:1"), ok=True, load_s=1.0),
+    ]
+    bench.dispatcher.refuse_all(Draining("end"))
+
+
+def test_a_ticket_that_waits_has_a_timer(bench: Bench) -> None:
+    """With nobody waiting the timer is off; with somebody it is never later than the limit."""
+    assert bench.wake_at == math.inf
+    clients = fill(bench)
+    waiting = bench.submit()
+    assert bench.wake_at == bench.clock() + 20.0
+    settle(bench, clients[0])
+    assert bench.wake_at == math.inf
+    settle(bench, clients[1])
+    settle(bench, waiting)
+
+
+def test_errors_of_loads_are_errors_of_ours(bench: Bench) -> None:
+    """If a shell lets one through, it is a 503 with a text."""
+    client = bench.submit("n:1")
+    bench.loaded(verdict=V.FAULT)
+    assert isinstance(client.error, BalancerError)
+    assert (client.error.status, client.error.code) == (503, "load_failed")
+
+
+def test_a_load_of_another_variant_does_not_count_as_ours(bench: Bench) -> None:
+    """Limits rest for the very options that are being loaded."""
+    bench.shape(backend("a", slots=1))
+    bench.submit("n:1", options={"num_ctx": 1})
+    other = bench.submit("n:1", options={"num_ctx": 2})
+    found = bench.pool.candidates(other.call, frozenset())
+    assert [c.residency for c in found] == [Residency.ON_DISK]
+    bench.sleep(20.0)
+    assert isinstance(other.error, errors.QueueTimeout)
+    assert canon("n:1") in other.call.key.model
+
+
+def test_a_call_is_what_was_submitted(bench: Bench) -> None:
+    """The lease carries the very call."""
+    wanted: list[Call] = []
+    one = call(id="the one")
+    bench.dispatcher.submit(one, lambda lease: wanted.append(lease.call), lambda _: None)
+    assert wanted == [one]
+
+
+def test_a_shell_may_ask_whether_to_look_elsewhere(bench: Bench) -> None:
+    """Somebody else could serve the call now, or nobody could."""
+    assert bench.dispatcher.is_served_elsewhere(call(), frozenset("a"))
+    bench.pool.turn("b", Switch.DRAINING)
+    assert not bench.dispatcher.is_served_elsewhere(call(), frozenset("a"))

@@ -1,0 +1,1114 @@
+"""Members: who may serve, what is granted, and what follows from how it ended."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+
+from balancer.core.domain import BreakerState, Candidate, Mark, Residency, Switch, Verdict
+from balancer.core.errors import BalancerError
+from balancer.core.events import (
+    AttemptEnded,
+    BreakerMoved,
+    CatalogChanged,
+    CheckEnded,
+    HealthFlipped,
+    LoadEnded,
+    LoadStarted,
+    MemberJoined,
+    MemberLeft,
+    Suspected,
+    SwitchMoved,
+)
+from balancer.core.pool import Lease, PoolSettings, Prospect, ProspectKind, discreet
+from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
+from balancer.core.verdicts import Judgement
+from balancer.core.watchdog import Suspect
+from tests.core.bench import GB, PoolBench, backend, call, canon, key, outcome, resident
+
+V = Verdict
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+M = canon("m:1")
+
+
+@pytest.fixture
+def bench() -> PoolBench:
+    """Backends a and b, up, both with m:1 in memory and n:1 on disk."""
+    bench = PoolBench()
+    bench.shape("a", "b")
+    for name in "ab":
+        bench.up(name, "m:1", "n:1", loaded=["m:1"])
+    return bench
+
+
+def granted(bench: PoolBench, name: str = "a", model: str = "m:1") -> Lease:
+    lease = bench.lease(name, model)
+    assert lease is not None
+    return lease
+
+
+def settle(bench: PoolBench, lease: Lease, verdict: Verdict = V.OK, **more: object) -> None:
+    lease.settle(outcome(verdict, bench.clock(), **more))
+
+
+def prospect(bench: PoolBench, model: str = "m:1", excluded: str = "", **more: str) -> Prospect:
+    return bench.pool.prospect(call(model, **more), frozenset(excluded))
+
+
+def names_of(candidates: list[Candidate]) -> list[str]:
+    return [c.backend for c in candidates]
+
+
+def usable(bench: PoolBench, model: str = "m:1", excluded: str = "") -> str:
+    """The names of the backends that may serve now, run together."""
+    return "".join(names_of(bench.pool.candidates(call(model), frozenset(excluded))))
+
+
+def trip(bench: PoolBench, name: str = "a") -> None:
+    """Open a backend's breaker."""
+    bench.blame(name, V.FAULT, 3)
+    assert bench[name].gate.state is OPEN
+
+
+def trip_model(bench: PoolBench, name: str = "a", model: str = "m:1") -> None:
+    """Open the breaker of a model on a backend; the model is in memory again."""
+    bench.blame(name, V.UNFIT, model=model, weight=2)
+    assert bench[name].models[canon(model)].state is OPEN
+    bench.holds(name, model)
+
+
+# -- shape -------------------------------------------------------------------------------------
+
+
+def test_backends_join_unknown_and_unused() -> None:
+    """A new member is told, and serves nothing before its first check."""
+    bench = PoolBench()
+    assert bench.shape("a", "b") == (["a", "b"], [])
+    assert [event.url for event in bench.of(MemberJoined)] == ["http://a:11434", "http://b:11434"]
+    assert not bench.pool.is_ready()
+    assert bench.changes == 1
+
+
+def test_the_same_backend_keeps_its_memory(bench: PoolBench) -> None:
+    """A reload that changes slots or rules forgets nothing and cuts nothing."""
+    member, lease = bench["a"], granted(bench)
+    trip(bench, "b")
+    assert bench.shape(backend("a", slots=5, deny=("n:1",)), "b") == ([], [])
+    assert bench["a"] is member
+    assert bench["b"].gate.state is OPEN
+    assert bench.pool.running == 1
+    assert usable(bench) == "a"
+    assert usable(bench, "n:1") == "", "the new rule holds at once"
+    assert bench["a"].load.slots(M) == 5
+    settle(bench, lease)
+    assert bench.pool.running == 0
+
+
+def test_a_removed_backend_ends_what_it_runs(bench: PoolBench) -> None:
+    """It is forgotten at once; its calls end in peace and teach nobody anything."""
+    lease, member = granted(bench), bench["a"]
+    assert bench.shape("b") == ([], ["a"])
+    assert [event.backend for event in bench.of(MemberLeft)] == ["a"]
+    assert usable(bench) == "b"
+    assert bench.lease("a") is None
+    lease.moved()
+    settle(bench, lease, V.FAULT)
+    assert member.gate.acquire() is not None
+    assert [event.outcome.verdict for event in bench.of(AttemptEnded)] == [V.FAULT]
+
+
+def test_another_url_is_another_backend(bench: PoolBench) -> None:
+    """The same name elsewhere begins with nothing, and late news of the old one is not its own."""
+    old, member = granted(bench), bench["a"]
+    assert bench.shape(backend("a", url="http://elsewhere:1"), "b") == (["a"], ["a"])
+    assert bench["a"] is not member
+    assert usable(bench) == "b"
+    bench.up("a", "m:1", loaded=["m:1"])
+    new = granted(bench)
+    bench.clock.advance(9.0)
+    old.moved()
+    settle(bench, old, V.FAULT, weight=9)
+    assert bench["a"].load.first_byte_s(M) == 0.0
+    assert bench["a"].load.in_flight() == 1
+    assert bench["a"].gate.state is CLOSED
+    settle(bench, new)
+
+
+def test_a_removed_backends_load_ends_in_silence(bench: PoolBench) -> None:
+    """Its token went with it; the same name with another url starts with a free one."""
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    bench.shape("b")
+    bench.pool.end_load("a", key("n:1"), outcome(V.FAULT))
+    bench.shape("a", "b")
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    assert bench.of(LoadEnded) == []
+
+
+def test_new_settings_reach_checks_and_new_breakers(bench: PoolBench) -> None:
+    """Breakers that exist keep their rules; checks and the watchdog take the new ones over."""
+    bench.pool.configure(PoolSettings(fall=1, first_byte_s=90.0))
+    bench.shape("a", "b")
+    assert bench.pool.watchdog.first_byte_s == 90.0
+    bench.check("a", ok=False)
+    assert usable(bench) == "b"
+
+
+# -- what may serve ----------------------------------------------------------------------------
+
+
+def test_a_candidate_is_told_as_it_is(bench: PoolBench) -> None:
+    """Everything the scheduler may know, for this key."""
+    lease, other = granted(bench), granted(bench, "a", "n:1")
+    bench.clock.advance(0.5)
+    lease.moved()
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    first, second = bench.pool.candidates(call(), frozenset())
+    assert first == Candidate("a", Residency.LOADED, 1, 2, 2, False, 0.5, 4096, 4 * GB)
+    assert second == Candidate("b", Residency.LOADED, 0, 2, 0, True, 0.0, 4096, 4 * GB)
+    assert bench.pool.candidates(call("n:1"), frozenset("b"))[0].residency is Residency.LOADING
+    settle(bench, lease)
+    settle(bench, other)
+
+
+def test_only_streams_teach_the_time_to_first_byte(bench: PoolBench) -> None:
+    """A whole answer's first byte comes with its last."""
+    lease = bench.lease("a", streaming=False)
+    assert lease is not None
+    bench.clock.advance(7.0)
+    lease.moved()
+    lease.moved()
+    assert bench["a"].load.first_byte_s(M) == 0.0
+    settle(bench, lease)
+
+
+def suspect_a(bench: PoolBench) -> None:
+    bench["a"].suspects.add(M)
+
+
+BARS: dict[str, tuple[Callable[[PoolBench], object], str]] = {
+    "not listed": (lambda b: b.lists("a", "n:1"), "b"),
+    "rules": (lambda b: b.shape(backend("a", deny=("m:*",)), "b"), "b"),
+    "not allowed": (lambda b: b.shape(backend("a", allow=("n:1",)), "b"), "b"),
+    "no such route": (lambda b: b.catalog.note_no_route("a", "chat"), "b"),
+    "not enabled": (lambda b: b.shape(backend("a", enabled=False), "b"), "disabled"),
+    "disabled": (lambda b: b.pool.turn("a", Switch.DISABLED), "disabled"),
+    "draining": (lambda b: b.pool.turn("a", Switch.DRAINING), "draining"),
+    "down": (
+        lambda b: b.check("a", ok=False, count=3, error="refused"),
+        "down, refused",
+    ),
+    "breaker": (trip, "breaker open (was fault), next trial in 2 s"),
+    "model's breaker": (trip_model, "breaker of this model open (was unfit), next trial in 1. s"),
+    "suspect": (suspect_a, "silent, a canary is under way"),
+    "busy": (
+        lambda b: b.blame("a", V.BUSY, retry_after_s=2.5),
+        "busy, cooling off for 3 s",
+    ),
+    "misconfigured": (lambda b: b.blame("a", V.MISCONFIGURED), "busy, cooling off for 1 s"),
+}
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_every_bar_keeps_a_backend_out(bench: PoolBench, bar: str) -> None:
+    """Not a candidate, no lease past the scheduler; what is alone so says why."""
+    put_up, told = BARS[bar]
+    assert usable(bench) == "ab"
+    put_up(bench)
+    assert usable(bench) == "b"
+    assert bench.lease("a") is None
+    if told != "b":
+        text = prospect(bench, excluded="b").text
+        assert re.search(rf"\(a: {told.replace('(', '.').replace(')', '.')}\)", text), text
+
+
+def test_an_excluded_backend_is_no_candidate(bench: PoolBench) -> None:
+    """Whoever was tried is not tried again."""
+    assert usable(bench, excluded="a") == "b"
+
+
+def test_a_model_in_memory_with_a_free_slot_is_room(bench: PoolBench) -> None:
+    """On disk is not; full is not."""
+    assert bench.pool.has_room(call())
+    assert not bench.pool.has_room(call("n:1"))
+    leases = [granted(bench, name) for name in "aabb"]
+    assert not bench.pool.has_room(call())
+    for lease in leases:
+        settle(bench, lease)
+
+
+def test_time_alone_is_told_in_advance(bench: PoolBench) -> None:
+    """The end of a cool-off is no event: the dispatcher must ask for the instant."""
+    assert bench.pool.next_change(bench.clock()) == math.inf
+    bench.blame("a", V.BUSY)
+    assert bench.pool.next_change(bench.clock()) == bench.clock() + 1.0
+    assert PoolBench().pool.next_change(0.0) == math.inf
+
+
+# -- prospects ---------------------------------------------------------------------------------
+
+
+def test_a_usable_backend_is_an_open_prospect(bench: PoolBench) -> None:
+    """Nothing more to say."""
+    assert prospect(bench) == Prospect(ProspectKind.OPEN)
+
+
+def test_the_first_to_be_back_sets_the_time(bench: PoolBench) -> None:
+    """Breaker, check or cool-off: whichever backend may serve first; the operator has no time."""
+    trip(bench)
+    bench.pool.turn("b", Switch.DRAINING)
+    away = prospect(bench)
+    assert away.kind is ProspectKind.AWAY
+    assert away.retry_in_s == pytest.approx(bench["a"].gate.retry_in())
+    assert re.fullmatch(
+        r"No backend can serve 'm:1' now \(a: breaker open \(was fault\), next trial in 2 s; "
+        r"b: draining\)\. Retry after [12] s\.",
+        away.text,
+    )
+    bench.pool.turn("a", Switch.DISABLED)
+    away = prospect(bench)
+    assert math.isinf(away.retry_in_s)
+    assert away.text == "No backend can serve 'm:1' now (a: disabled; b: draining)."
+
+
+def test_the_later_of_two_waits_counts(bench: PoolBench) -> None:
+    """Cooling off for a minute and a trial in a second: a minute."""
+    lease = granted(bench)
+    bench.blame("a", V.BUSY, retry_after_s=60.0)
+    settle(bench, lease, V.FAULT, weight=3)
+    assert bench["a"].gate.state is OPEN
+    assert prospect(bench, excluded="b").retry_in_s == pytest.approx(60.0)
+
+
+def test_a_backend_that_is_down_is_back_with_its_next_check(bench: PoolBench) -> None:
+    """That is the earliest anybody can know."""
+    bench.check("a", ok=False, count=3)
+    away = prospect(bench, excluded="b")
+    assert away.retry_in_s == pytest.approx(bench["a"].health.due_in())
+    assert 0 < away.retry_in_s <= 6.0
+
+
+def test_a_trial_under_way_may_end_any_moment(bench: PoolBench) -> None:
+    """Half-open counts as about to be back, not as the longest a trial may take."""
+    trip_model(bench)
+    bench.clock.advance(bench["a"].models[M].retry_in())
+    due = prospect(bench, excluded="b")
+    assert "a trial is due" in due.text
+    (trial,) = bench.pool.due_trials()
+    away = prospect(bench, excluded="b")
+    assert away.retry_in_s == 0.0
+    assert "a trial is under way" in away.text
+    trial.permit.settle(Mark.NEITHER)
+
+
+def test_all_tried_is_exhausted(bench: PoolBench) -> None:
+    """Those who have the model were asked."""
+    assert prospect(bench, excluded="ab").kind is ProspectKind.EXHAUSTED
+
+
+def test_an_unknown_model_is_not_found_and_something_close_is_named(bench: PoolBench) -> None:
+    """Ollama's words, in which its clients look for 'not found'."""
+    bench.lists("b", "llama3.2:1b")
+    unknown = prospect(bench, "llama3.3:1b")
+    assert unknown.kind is ProspectKind.UNKNOWN
+    assert unknown.text == (
+        "model 'llama3.3:1b' not found on any of 2 backends, try pulling it first. "
+        "Closest: llama3.2:1b"
+    )
+    assert prospect(bench, "zzzzzz", path="/api/embed").text.startswith('model "zzzzzz" not found')
+    bench.shape("a")
+    assert prospect(bench, "zzzzzz").text == "model 'zzzzzz' not found, try pulling it first"
+
+
+def test_a_model_known_only_where_nobody_answers_is_away(bench: PoolBench) -> None:
+    """Never 'not found': clients would pull it, or believe it stopped."""
+    bench.lists("b", "n:1")
+    bench.check("a", ok=False, count=3, error="HTTP 404: Not Found")
+    away = prospect(bench)
+    assert away.kind is ProspectKind.AWAY
+    assert "a: down" in away.text
+    assert "not found" not in away.text.lower()
+    bench.clock.advance(86400.0)
+    assert prospect(bench).kind is ProspectKind.UNKNOWN, "a day later it is forgotten"
+
+
+def test_a_damaged_model_is_not_told_as_not_found(bench: PoolBench) -> None:
+    """The backend lists it and denies it: its own words must not come through a 503."""
+    for _ in range(3):
+        lease = granted(bench)
+        settle(bench, lease, V.MISSING, text="model 'm:1' not found")
+        bench.clock.advance(1.0)
+        bench.lists("a", "m:1", "n:1")
+    assert bench["a"].models[M].state is OPEN
+    text = prospect(bench, excluded="b").text
+    assert "model 'm:1' missing" in text
+
+
+def test_rules_that_allow_it_nowhere_are_told_as_such(bench: PoolBench) -> None:
+    """The model is there, and stays where it is: nothing to pull, nothing to wait for."""
+    bench.shape(backend("a", deny=("m:*",)), backend("b", allow=("n:*",)))
+    told = prospect(bench)
+    assert told.kind is ProspectKind.FORBIDDEN
+    assert "not found" not in told.text
+
+
+def test_a_route_that_nobody_has_is_told_as_such(bench: PoolBench) -> None:
+    """The model is there; an older Ollama lacks the route."""
+    for name in "ab":
+        bench.catalog.note_no_route(name, "chat")
+    told = prospect(bench)
+    assert (told.kind, told.retry_in_s) == (ProspectKind.AWAY, math.inf)
+    assert "/api/chat" in told.text
+    assert prospect(bench, path="/api/generate").kind is ProspectKind.OPEN
+
+
+def test_nothing_is_unknown_before_everybody_was_asked() -> None:
+    """A start is no reason for a 404, and no backend at all is none either."""
+    bench = PoolBench()
+    assert prospect(bench).text == "There is no backend yet."
+    bench.shape("a", "b")
+    bench.up("a", "n:1")
+    early = prospect(bench)
+    assert (early.kind, early.retry_in_s) == (ProspectKind.AWAY, 0.5)
+    bench.check("b", ok=False)
+    assert prospect(bench).kind is ProspectKind.UNKNOWN
+
+
+def test_a_list_that_cannot_be_read_settles_the_question(bench: PoolBench) -> None:
+    """Whoever waits for it hears; of a backend that has left nothing is heard."""
+    bench.shape("a", "b", "c")
+    bench.check("c")
+    assert prospect(bench, "zzz").kind is ProspectKind.AWAY
+    before = bench.changes
+    bench.pool.note_failed("c")
+    bench.pool.note_failed("zzz")
+    assert bench.changes == before + 1
+    assert prospect(bench, "zzz").kind is ProspectKind.UNKNOWN
+
+
+def test_discretion_spares_every_spelling() -> None:
+    """Clients look for the words without regard to case."""
+    assert discreet("Not Found: NOT FOUND") == "missing: missing"
+
+
+# -- leases ------------------------------------------------------------------------------------
+
+
+def test_a_lease_takes_a_slot_and_gives_it_back_once(bench: PoolBench) -> None:
+    """Settled a second time it changes nothing and tells nothing."""
+    lease = granted(bench)
+    assert bench["a"].load.counts() == {M: 1}
+    assert bench.pool.running == 1
+    settle(bench, lease)
+    settle(bench, lease, V.FAULT)
+    assert bench["a"].load.counts() == {}
+    assert [event.outcome.verdict for event in bench.of(AttemptEnded)] == [V.OK]
+
+
+def test_slots_are_never_exceeded(bench: PoolBench) -> None:
+    """The third call on two slots gets nothing, whatever the scheduler thought."""
+    leases = [granted(bench), granted(bench)]
+    assert bench.lease("a") is None
+    assert bench.lease("zzz") is None
+    for lease in leases:
+        settle(bench, lease)
+
+
+def test_a_lease_that_was_not_needed_teaches_nothing(bench: PoolBench) -> None:
+    """Given back unsent: no mark, and the attempt says so."""
+    bench.blame("a", V.FAULT, 2)
+    granted(bench).release()
+    (_, _, event) = bench.of(AttemptEnded)
+    assert (event.outcome.verdict, event.outcome.text) == (V.STOPPED, "never sent")
+    bench.blame("a", V.FAULT)
+    assert bench["a"].gate.state is OPEN, "three in a row, the one between counted for nothing"
+
+
+def test_a_lease_that_is_dropped_warns(bench: PoolBench) -> None:
+    """Nobody may forget to settle."""
+    lease = granted(bench)
+    leases = [lease]
+    bench["a"].leases.clear()
+    del lease
+    with pytest.warns(ResourceWarning, match="a lease on a leaked"):
+        leases.clear()
+
+
+def test_a_lease_says_what_it_was_for(bench: PoolBench) -> None:
+    """Number, why and whether a load was waited for go on to whoever holds it."""
+    lease = bench.pool.lease(call(), "a", 3, "cold")
+    assert lease is not None
+    assert (lease.number, lease.why, lease.cold) == (3, "cold", True)
+    lease.release()
+
+
+def test_revoking_asks_the_holder_once_nothing_has_come(bench: PoolBench) -> None:
+    """Without a holder, after a byte, or after the end it is not asked."""
+    heard: list[str] = []
+    lease, begun = granted(bench), granted(bench)
+    lease.revoke(Judgement(V.FAULT, text="nobody listens"))
+    lease.on_revoke = begun.on_revoke = lambda judgement: heard.append(judgement.text)
+    begun.moved()
+    for each in (lease, begun):
+        each.revoke(Judgement(V.FAULT, text="dead"))
+    assert heard == ["dead"]
+    settle(bench, lease)
+    lease.revoke(Judgement(V.FAULT, text="late"))
+    assert heard == ["dead"]
+    settle(bench, begun)
+
+
+def test_the_scheduler_hears_of_first_bytes_and_ends(bench: PoolBench) -> None:
+    """How long each took, and whether it went well."""
+    facts: list[Fact] = []
+    bench.pool.note = facts.append
+    lease = granted(bench)
+    bench.clock.advance(2.0)
+    lease.moved()
+    lease.moved()
+    bench.clock.advance(3.0)
+    settle(bench, lease)
+    bench.blame("b", V.FAULT)
+    assert facts == [
+        FirstByte("a", key("m:1"), 2.0),
+        Ended("a", key("m:1"), 5.0, ok=True),
+        Ended("b", key("m:1"), 0.0, ok=False),
+    ]
+
+
+# -- what follows from an end ------------------------------------------------------------------
+
+
+def test_success_is_learned(bench: PoolBench) -> None:
+    """The model is in memory with these options, cool-offs shorten, trouble is forgotten."""
+    bench.blame("a", V.MISCONFIGURED, text="refuses us: who")
+    assert bench["a"].trouble == "refuses us: who"
+    bench.clock.advance(1.0)
+    lease = granted(bench, "a", "n:1")
+    settle(bench, lease)
+    assert bench["a"].trouble == ""
+    assert bench.pool.candidates(call("n:1"), frozenset("b"))[0].residency is Residency.LOADED
+
+
+def test_faults_in_a_row_open_the_backends_breaker(bench: PoolBench) -> None:
+    """Three, without a success between them; every model there is affected, others are not."""
+    bench.blame("a", V.FAULT, 2)
+    bench.blame("a", V.OK)
+    bench.blame("a", V.FAULT, 2)
+    assert usable(bench) == "ab"
+    bench.blame("a", V.FAULT)
+    assert usable(bench) == usable(bench, "n:1") == "b"
+    (event,) = bench.of(BreakerMoved)
+    assert (event.backend, event.model, event.old, event.new) == ("a", None, CLOSED, OPEN)
+    assert event.reason == "was fault"
+
+
+def test_a_model_that_fails_is_out_there_alone(bench: PoolBench) -> None:
+    """One load failure opens its breaker; what is in memory is asked again."""
+    bench.refreshed.clear()
+    bench.blame("a", V.UNFIT, weight=2)
+    assert usable(bench) == "b"
+    assert usable(bench, "n:1") == "ab"
+    assert bench.refreshed == ["a"]
+    (event,) = bench.of(BreakerMoved)
+    assert event.model == "m:1"
+
+
+def test_several_models_that_fail_are_the_backends_fault(bench: PoolBench) -> None:
+    """Two within a minute; what is older does not count."""
+    bench.blame("a", V.UNFIT, model="m:1")
+    bench.clock.advance(61.0)
+    bench.blame("a", V.UNFIT, model="n:1")
+    bench.blame("a", V.UNFIT, model="m:1", weight=3)
+    assert bench["a"].gate.state is OPEN
+
+
+def test_a_call_that_kills_runners_opens_one_breaker(bench: PoolBench) -> None:
+    """Its second crash is held against nobody."""
+    bench.blame("a", V.UNFIT, weight=2, crash=True)
+    bench.blame("b", V.UNFIT, weight=2, crash=True, repeated_crash=True)
+    assert usable(bench) == "b"
+
+
+def test_a_missing_model_is_forgotten_there(bench: PoolBench) -> None:
+    """The list is read again; a trial of it is not worth a load any more."""
+    bench["a"].asked[M] = key("m:1")
+    bench.refreshed.clear()
+    bench.blame("a", V.MISSING)
+    assert usable(bench) == "b"
+    assert bench.refreshed == ["a"]
+    assert bench["a"].asked == {}
+    assert bench["a"].gate.state is CLOSED
+
+
+def test_a_route_that_is_lacking_is_remembered(bench: PoolBench) -> None:
+    """For that route there, and no other."""
+    bench.blame("a", V.NO_ROUTE)
+    assert usable(bench) == "b"
+    assert prospect(bench, excluded="b", path="/api/generate").kind is ProspectKind.OPEN
+
+
+def test_a_load_that_finds_no_route_says_nothing_of_the_calls(bench: PoolBench) -> None:
+    """Loads go by a route of our choice."""
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    bench.pool.end_load("a", key("n:1"), outcome(V.NO_ROUTE))
+    assert prospect(bench, excluded="b", path="/api/generate").kind is ProspectKind.OPEN
+
+
+@pytest.mark.parametrize("verdict", [V.CALLER, V.UNCLEAR, V.ACCOUNT, V.STALE, V.GONE, V.STOPPED])
+def test_what_is_nobodys_fault_leaves_no_trace(bench: PoolBench, verdict: Verdict) -> None:
+    """However often."""
+    bench.blame("a", verdict, 20)
+    assert usable(bench) == "ab"
+    assert bench.of(BreakerMoved) == []
+
+
+def test_a_ratio_does_not_open_the_last_one(bench: PoolBench) -> None:
+    """Half of ten failed: b could take over, then nobody could."""
+    for name in "ab":
+        for _ in range(5):
+            bench.blame(name, V.OK)
+            bench.blame(name, V.FAULT)
+    assert bench["a"].gate.state is OPEN
+    assert bench["b"].gate.state is CLOSED
+
+
+def test_the_last_one_for_a_model_is_not_opened_for_a_ratio_either(bench: PoolBench) -> None:
+    """Whether the other has the model, may serve it and still trusts it is what counts."""
+
+    def half_bad(name: str) -> BreakerState:
+        for _ in range(6):
+            bench.blame(name, V.OK)
+            bench.blame(name, V.UNFIT)
+            bench.holds(name, "m:1")
+            if bench[name].models[M].state is OPEN:
+                break
+        return bench[name].models[M].state
+
+    trip_model(bench, "b")
+    assert half_bad("a") is CLOSED
+    bench.pool.reset("b")
+    bench.shape("a", backend("b", deny=("m:1",)))
+    assert half_bad("a") is CLOSED
+    bench.shape("a", backend("b", enabled=False))
+    assert half_bad("a") is CLOSED
+    bench.shape("a", "b")
+    assert half_bad("a") is OPEN
+
+
+def test_most_backends_open_at_once_is_our_own_fault() -> None:
+    """The waits do not grow while most of the pool is open; when it is not, they do."""
+    bench = PoolBench()
+    bench.shape("a", "b", "c")
+    for name in "abc":
+        bench.up(name, "m:1", loaded=["m:1"])
+    trip(bench, "a")
+    assert bench["c"].gate.grow
+    trip(bench, "b")
+    assert not bench["c"].gate.grow
+    bench.pool.reset("a")
+    bench.pool.reset("b")
+    trip(bench, "c")
+    assert bench["c"].gate.grow
+
+
+def test_the_only_backend_is_not_most_of_the_pool() -> None:
+    """One of one is no majority that would speak against us."""
+    bench = PoolBench()
+    bench.start("a", "m:1", loaded=["m:1"])
+    trip(bench, "a")
+    assert bench["a"].gate.grow
+
+
+# -- loads -------------------------------------------------------------------------------------
+
+
+def test_a_backend_has_one_load_token(bench: PoolBench) -> None:
+    """Taken by one load, back when that ends, and told both times."""
+    assert bench.pool.take_token("a", key("n:1"), "no copy in memory")
+    assert not bench.pool.take_token("a", key("m:1"), "again")
+    assert not bench.pool.take_token("zzz", key("m:1"), "nobody")
+    assert bench.pool.loading(key("n:1")) == [LoadingNow("a", bench.clock())]
+    bench.clock.advance(4.0)
+    bench.pool.end_load("a", key("n:1"), outcome())
+    assert bench.pool.loading(key("n:1")) == []
+    assert bench.pool.candidates(call("n:1"), frozenset("b"))[0].residency is Residency.LOADED
+    (began,), (ended,) = bench.of(LoadStarted), bench.of(LoadEnded)
+    assert (began.backend, began.model, began.why) == ("a", "n:1", "no copy in memory")
+    assert (ended.ok, ended.load_s) == (True, 4.0)
+
+
+def test_only_the_load_under_way_can_end(bench: PoolBench) -> None:
+    """Another key, no load, no backend: nothing happens."""
+    bench.pool.end_load("a", key("n:1"), outcome())
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    bench.pool.end_load("a", key("m:1"), outcome())
+    bench.pool.end_load("zzz", key("n:1"), outcome())
+    assert bench.of(LoadEnded) == []
+    bench.pool.end_load("a", key("n:1"), outcome())
+    assert len(bench.of(LoadEnded)) == 1
+
+
+def test_a_load_needs_both_breakers_closed(bench: PoolBench) -> None:
+    """No load where no call may go; no permit is lost by asking."""
+    trip_model(bench, "a", "n:1")
+    assert not bench.pool.take_token("a", key("n:1"), "test")
+    assert bench.pool.take_token("a", key("m:1"), "test")
+    trip(bench, "b")
+    assert not bench.pool.take_token("b", key("m:1"), "test")
+
+
+def test_a_trials_load_needs_no_permit(bench: PoolBench) -> None:
+    """The trial holds its own; what it finds is learned, but its marks are the trial's."""
+    trip_model(bench, "a", "n:1")
+    assert bench.pool.take_token("a", key("n:1"), "trial", trial=True)
+    assert not bench.pool.take_token("a", key("n:1"), "trial", trial=True)
+    bench.pool.end_load("a", key("n:1"), outcome(V.UNFIT, weight=9))
+    assert bench["a"].gate.state is CLOSED
+    assert not bench["a"].loading
+
+
+def test_a_failed_load_counts_like_a_call(bench: PoolBench) -> None:
+    """A load failure of weight two opens the model's breaker there."""
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    bench.pool.end_load("a", key("n:1"), outcome(V.UNFIT, weight=2))
+    assert usable(bench, "n:1") == "b"
+    assert not bench.of(LoadEnded)[0].ok
+
+
+def test_nothing_is_planned_between_a_loads_end_and_its_news(bench: PoolBench) -> None:
+    """The pool keeps still, breakers that open included; after a trial's load nobody follows."""
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    before, version = bench.changes, bench.pool.version
+    bench.pool.end_load("a", key("n:1"), outcome(V.UNFIT, weight=2))
+    assert bench.changes == before
+    assert bench.pool.version > version
+    assert bench.pool.take_token("a", key("n:1"), "trial", trial=True)
+    bench.pool.end_load("a", key("n:1"), outcome())
+    assert bench.changes > before
+
+
+# -- checks ------------------------------------------------------------------------------------
+
+
+def test_the_first_check_decides(bench: PoolBench) -> None:
+    """Good: lists are to be read; bad: it is down, and its list is not waited for."""
+    bench.shape("a", "b", "c", "d")
+    bench.refreshed.clear()
+    bench.check("c")
+    bench.check("d", ok=False)
+    assert bench.refreshed == ["c"]
+    assert [(e.backend, e.up) for e in bench.of(HealthFlipped)][-2:] == [("c", True), ("d", False)]
+    assert bench["c"].load.slots(M) == 2, "no slow start at the start"
+    assert bench.of(HealthFlipped)[-2].reason == "Ollama 0.12.0"
+
+
+def test_checks_of_a_backend_that_has_left_change_nothing(bench: PoolBench) -> None:
+    """Late news is no error."""
+    before = len(bench.events)
+    bench.check("zzz")
+    bench.lists("zzz", "m:1")
+    bench.holds("zzz", "m:1")
+    assert len(bench.events) == before
+
+
+def test_a_backend_goes_down_and_comes_back_slowly(bench: PoolBench) -> None:
+    """Three bad checks, two good ones; what was in memory is unknown, and slots grow again."""
+    bench.check("a", ok=False, count=2)
+    assert usable(bench) == "ab"
+    bench.check("a", ok=False)
+    assert usable(bench) == "b"
+    assert bench.catalog.loaded("a") == []
+    bench.check("a")
+    assert usable(bench) == "b"
+    bench.refreshed.clear()
+    bench.check("a")
+    assert usable(bench) == "ab"
+    assert bench.refreshed == ["a"]
+    assert bench["a"].load.slots(M) == 1
+    assert len(bench.of(CheckEnded)) == 7
+    assert bench["a"].gate.state is CLOSED, "checks do not touch the breaker"
+
+
+def test_only_certain_death_takes_calls_away(bench: PoolBench) -> None:
+    """Down but still connecting may be slow; not even a connection is dead: whoever waits goes."""
+    heard: list[Judgement] = []
+    lease, begun = granted(bench), granted(bench)
+    lease.on_revoke = begun.on_revoke = heard.append
+    begun.moved()
+    bench.check("a", ok=False, count=3)
+    assert heard == []
+    bench.check("a", ok=False, connected=False, error="refused")
+    assert heard == [Judgement(V.FAULT, text="is down: refused")]
+    settle(bench, lease, V.FAULT)
+    settle(bench, begun)
+
+
+def test_calls_may_end_while_they_are_taken_away(bench: PoolBench) -> None:
+    """Settling inside the call-back disturbs nobody, breakers that open by it included."""
+    leases = [granted(bench) for _ in range(2)]
+    for lease in leases:
+        lease.on_revoke = lambda _, lease=lease: settle(bench, lease, V.FAULT, weight=2)
+    bench.check("a", ok=False, connected=False, count=3)
+    assert bench.pool.running == 0
+    assert bench["a"].gate.state is OPEN
+
+
+def test_a_good_check_brings_a_trial_forward_once(bench: PoolBench) -> None:
+    """It never closes the breaker."""
+    trip(bench)
+    assert bench["a"].gate.retry_in() > 0
+    bench.check("a")
+    assert bench["a"].gate.state is OPEN
+    assert bench["a"].gate.retry_in() == 0
+
+
+def test_lists_are_told_when_they_change(bench: PoolBench) -> None:
+    """The same again is no news; the last backend to be read for the first time is."""
+    before = len(bench.of(CatalogChanged))
+    changes = bench.changes
+    bench.lists("a", "m:1", "n:1")
+    bench.holds("a", "m:1")
+    assert len(bench.of(CatalogChanged)) == before
+    assert bench.changes == changes
+    bench.lists("a", "m:1")
+    bench.holds("a")
+    assert [(e.models, e.loaded) for e in bench.of(CatalogChanged)][before:] == [
+        (1, ("m:1",)),
+        (1, ()),
+    ]
+    bench.shape("a", "b", "c")
+    changes = bench.changes
+    bench.lists("c")
+    assert bench.changes == changes + 1, "empty as before, but now it is known"
+
+
+# -- trials ------------------------------------------------------------------------------------
+
+
+def due(bench: PoolBench) -> list[tuple[str, str | None]]:
+    """The trials that are due, each given back undecided."""
+    trials = list(bench.pool.due_trials())
+    for trial in trials:
+        trial.permit.settle(Mark.NEITHER)
+    return [(trial.backend, trial.model) for trial in trials]
+
+
+def test_an_open_breaker_is_tried_when_its_time_has_come(bench: PoolBench) -> None:
+    """Not before, one at a time, and only a trial that passes closes it."""
+    trip(bench)
+    assert due(bench) == []
+    bench.clock.advance(60.0)
+    (trial,) = bench.pool.due_trials()
+    assert (trial.backend, trial.model, trial.midstream) == ("a", None, False)
+    assert list(bench.pool.due_trials()) == []
+    assert bench.lease("a") is None, "half-open takes no call"
+    trial.permit.settle(Mark.CREDIT)
+    assert usable(bench) == "ab"
+    assert bench["a"].load.slots(M) == 1, "it starts slowly"
+
+
+def test_cut_streams_ask_for_longer_trials(bench: PoolBench) -> None:
+    """Two in a row must pass, each long enough to be cut."""
+    bench.blame("a", V.BROKEN, 3)
+    bench.clock.advance(60.0)
+    for state in (HALF_OPEN, CLOSED):
+        (trial,) = bench.pool.due_trials()
+        assert trial.midstream
+        trial.permit.settle(Mark.CREDIT)
+        assert bench["a"].gate.state is state
+
+
+def test_a_backend_that_is_away_is_not_tried(bench: PoolBench) -> None:
+    """Down, disabled, or not enabled: there is nothing to learn."""
+    trip(bench)
+    bench.clock.advance(60.0)
+    bench.pool.turn("a", Switch.DISABLED)
+    assert due(bench) == []
+    bench.pool.turn("a", Switch.DRAINING)
+    assert due(bench) == [("a", None)]
+    bench.shape(backend("a", enabled=False), "b")
+    assert due(bench) == []
+    bench.shape("a", "b")
+    bench.check("a", ok=False, count=3)
+    assert due(bench) == []
+
+
+def test_a_model_in_memory_is_tried_at_once(bench: PoolBench) -> None:
+    """A canary is enough; while the backend itself is open its models wait."""
+    trip_model(bench)
+    assert due(bench) == []
+    bench.clock.advance(60.0)
+    bench["a"].gate.trip("test")
+    assert due(bench) == []
+    bench.pool.reset("a")
+    trip_model(bench)
+    bench.clock.advance(60.0)
+    assert due(bench) == [("a", M)]
+
+
+def test_a_model_that_is_not_in_memory_is_tried_if_somebody_asks(bench: PoolBench) -> None:
+    """Since it opened, and only while no other load is under way there."""
+    bench.blame("a", V.UNFIT, weight=2)
+    bench.holds("a")
+    bench.clock.advance(60.0)
+    assert due(bench) == []
+    assert usable(bench) == "b", "asked"
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    assert due(bench) == []
+    bench.pool.end_load("a", key("n:1"), outcome())
+    assert due(bench) == [("a", M)]
+
+
+def test_who_asked_before_it_opened_does_not_count(bench: PoolBench) -> None:
+    """Each opening forgets: nobody may want the model any more."""
+    trip(bench)
+    usable(bench)
+    usable(bench, "n:1")
+    assert list(bench["a"].asked) == [M, canon("n:1")]
+    bench.clock.advance(60.0)
+    (trial,) = bench.pool.due_trials()
+    trial.permit.settle(Mark.BLAME)
+    assert bench["a"].asked == {}
+    bench.pool.reset("a")
+    bench["a"].asked[canon("n:1")] = key("n:1")
+    trip_model(bench)
+    assert list(bench["a"].asked) == [canon("n:1")]
+
+
+def test_a_model_that_is_well_is_not_tried(bench: PoolBench) -> None:
+    """One breaker open, another closed: one trial."""
+    bench.blame("a", V.OK, model="n:1")
+    trip_model(bench)
+    bench.clock.advance(60.0)
+    assert due(bench) == [("a", M)]
+    (_, gate) = bench["a"].models.values()
+    assert gate.state is HALF_OPEN
+
+
+@pytest.mark.parametrize("news", ["", "restarted", "other models in memory"])
+def test_a_restart_or_other_models_in_memory_are_a_fresh_start(bench: PoolBench, news: str) -> None:
+    """What failed may fit now: the next wait is short; the model's own comings are no news."""
+    for _ in range(3):
+        trip_model(bench)
+        bench.clock.advance(60.0)
+        for trial in bench.pool.due_trials():
+            trial.permit.settle(Mark.CREDIT)
+    if news == "restarted":
+        bench.check("a", ok=False, count=3)
+        bench.check("a", count=2)
+        bench.clock.advance(30.0)
+    elif news:
+        bench.holds("a", "m:1", "n:1")
+    bench.holds("a", "m:1")
+    lease = granted(bench)
+    settle(bench, lease, V.UNFIT, weight=2)
+    is_short = bench["a"].models[M].retry_in() <= 15.0
+    assert is_short is bool(news)
+
+
+def test_a_trial_of_a_backend_that_has_left_moves_nothing(bench: PoolBench) -> None:
+    """It was removed while its trial was out."""
+    trip(bench)
+    bench.clock.advance(60.0)
+    (trial,) = bench.pool.due_trials()
+    bench.shape("b")
+    before = bench.changes
+    trial.permit.settle(Mark.CREDIT)
+    assert bench.changes == before
+
+
+def test_trials_survive_what_they_set_in_motion(bench: PoolBench) -> None:
+    """Half-opening one breaker wakes the dispatcher, which may make another one meanwhile."""
+    trip_model(bench)
+    bench.clock.advance(60.0)
+    leases: list[Lease] = []
+    bench.pool.changed = lambda: leases.append(granted(bench, "a", "n:1"))
+    trials = bench.pool.due_trials()
+    assert [trial.model for trial in trials] == [M]
+    assert len(leases) == 1
+    bench.pool.changed = lambda: None
+    settle(bench, leases[0])
+
+
+# -- suspicion ---------------------------------------------------------------------------------
+
+
+def suspicion(bench: PoolBench) -> Suspect:
+    """A call on a that nothing has come of, for so long that it is suspect."""
+    (suspect,) = bench.pool.suspects()
+    assert (suspect.backend, suspect.model) == ("a", M)
+    return suspect
+
+
+def test_silence_sets_a_model_aside(bench: PoolBench) -> None:
+    """Told once, and out of use until told more."""
+    lease = granted(bench)
+    assert bench.pool.suspects() == []
+    bench.clock.advance(25.0)
+    suspicion(bench)
+    assert usable(bench) == "b"
+    assert usable(bench, "n:1") == "ab"
+    assert bench.pool.suspects() == []
+    (event,) = bench.of(Suspected)
+    assert (event.backend, event.model, event.silent_s) == ("a", "m:1", 25.0)
+    settle(bench, lease)
+
+
+def test_an_answered_canary_acquits(bench: PoolBench) -> None:
+    """The model is used again; the call that hangs is left in peace, at first."""
+    lease = granted(bench)
+    lease.on_revoke = lambda judgement: pytest.fail(judgement.text)
+    bench.clock.advance(25.0)
+    bench.pool.acquit(suspicion(bench), answered=True)
+    assert usable(bench) == "ab"
+    assert bench.pool.suspects() == []
+    settle(bench, lease)
+
+
+def test_a_call_that_stays_silent_beside_canaries_is_lost(bench: PoolBench) -> None:
+    """It goes elsewhere, and nobody is blamed; if a load explains the silence it stays."""
+    heard: list[Judgement] = []
+    lease = granted(bench)
+    lease.on_revoke = heard.append
+    bench.clock.advance(25.0)
+    bench.pool.acquit(suspicion(bench), answered=True)
+    bench.clock.advance(25.0)
+    second = suspicion(bench)
+    bench.pool.acquit(second, answered=False)
+    assert heard == []
+    bench.clock.advance(25.0)
+    bench.pool.acquit(suspicion(bench), answered=True)
+    assert [(j.verdict, j.blameless) for j in heard] == [(V.SLOW, True)]
+    settle(bench, lease, V.SLOW, blameless=True, weight=9)
+    assert usable(bench) == "ab"
+
+
+def test_a_stuck_canary_convicts_the_backend(bench: PoolBench) -> None:
+    """Nothing else moves there: its breaker opens, and whoever had no byte goes elsewhere."""
+    heard: list[Judgement] = []
+    lease, other = granted(bench), granted(bench, "a", "n:1")
+    lease.on_revoke = other.on_revoke = heard.append
+    bench.clock.advance(25.0)
+    first, second = bench.pool.suspects()
+    assert not first.others_move
+    bench.pool.convict(first, "stuck")
+    assert bench["a"].gate.state is OPEN
+    assert bench["a"].gate.reason == "stuck"
+    assert heard == [Judgement(V.SLOW, text="stuck")] * 2
+    for each in (lease, other):
+        settle(bench, each, V.SLOW)
+    bench.pool.acquit(second, answered=True)
+    assert usable(bench) == "b"
+
+
+def test_a_stuck_model_beside_others_that_move_is_convicted_alone(bench: PoolBench) -> None:
+    """The model's breaker opens, the backend's does not, however many calls hung there."""
+    heard: list[str] = []
+    bench.shape(backend("a", slots=5), "b")
+    hung = [granted(bench) for _ in range(4)]
+    bench.clock.advance(24.0)
+    well = granted(bench, "a", "n:1")
+    well.moved()
+    bench.clock.advance(1.0)
+    for lease in [*hung, well]:
+        lease.on_revoke = lambda judgement: heard.append(judgement.text)
+    suspect = suspicion(bench)
+    assert suspect.others_move
+    bench.pool.convict(suspect, "stuck")
+    for lease in hung:
+        settle(bench, lease, V.SLOW, text="stuck")
+    assert heard == ["stuck"] * 4
+    assert bench["a"].models[M].state is OPEN
+    assert bench["a"].gate.state is CLOSED
+    assert usable(bench, "n:1") == "ab"
+    settle(bench, well)
+
+
+def test_verdicts_on_a_backend_that_has_left_are_void(bench: PoolBench) -> None:
+    """It was removed while its canary was out."""
+    lease = granted(bench)
+    bench.clock.advance(25.0)
+    suspect = suspicion(bench)
+    bench.shape("b")
+    bench.pool.convict(suspect, "stuck")
+    bench.pool.acquit(suspect, answered=True)
+    assert bench.pool.suspects() == []
+    settle(bench, lease)
+
+
+# -- the operator ------------------------------------------------------------------------------
+
+
+def test_the_operators_switch_outranks_everything(bench: PoolBench) -> None:
+    """Healthy and closed, and still not used; told, and told again on the way back."""
+    lease = granted(bench)
+    bench.pool.turn("a", Switch.DRAINING)
+    assert usable(bench) == "b"
+    assert bench.pool.running == 1, "what runs may end"
+    settle(bench, lease)
+    bench.pool.turn("a", Switch.SERVING)
+    assert usable(bench) == "ab"
+    assert [event.switch for event in bench.of(SwitchMoved)] == [Switch.DRAINING, Switch.SERVING]
+    with pytest.raises(KeyError):
+        bench.pool.turn("zzz", Switch.DISABLED)
+
+
+def test_breakers_can_be_closed_by_hand(bench: PoolBench) -> None:
+    """The backend's and its models', all of them."""
+    trip_model(bench)
+    bench["a"].gate.trip("test")
+    bench.pool.reset("a")
+    assert usable(bench) == "ab"
+    with pytest.raises(KeyError):
+        bench.pool.reset("zzz")
+
+
+# -- seeing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bar", ["not enabled", "disabled", "draining", "down", "breaker"])
+def test_ready_needs_one_backend_that_could_serve(bench: PoolBench, bar: str) -> None:
+    """Each of the facts alone is enough to be of no use."""
+    bench.shape("a")
+    assert bench.pool.is_ready()
+    put_up, _ = BARS[bar]
+    put_up(bench)
+    keep = bench["a"].backend
+    bench.shape(keep)
+    assert not bench.pool.is_ready()
+
+
+def test_a_snapshot_shows_every_member(bench: PoolBench) -> None:
+    """Everything people and metrics ask for, in words they know."""
+    bench.shape("a", "b", "c")
+    lease = granted(bench)
+    trip_model(bench, "a", "n:1")
+    bench.holds("a", "m:1")
+    assert bench.pool.take_token("a", key("m:1", num_ctx=1), "test")
+    bench.check("b", ok=False, count=3, error="refused")
+    a, b, c = bench.pool.snapshot()
+    assert (a.name, a.url, a.up, a.error, a.version) == ("a", "http://a:11434", True, "", "0.12.0")
+    assert (a.switch, a.enabled, a.slots, a.in_flight) == (Switch.SERVING, True, 2, {"m:1": 1})
+    assert [(g.model, g.state) for g in a.breakers] == [
+        (None, CLOSED),
+        ("m:1", CLOSED),
+        ("n:1", OPEN),
+    ]
+    assert (a.loading, a.loading_s) == ("m:1", 2.0)
+    assert (a.available, a.loaded) == (("m:1", "n:1"), ("m:1",))
+    assert a.vram_bytes == resident("m:1")["size_vram"]
+    assert (b.up, b.error, b.loading, b.loading_s) == (False, "refused", None, 0.0)
+    assert (c.up, c.version) == (None, None)
+    settle(bench, lease)
+
+
+def test_a_refusal_of_ours_is_no_event_of_the_pool(bench: PoolBench) -> None:
+    """Asking what waiting may bring changes nothing anybody hears of."""
+    before, changes = len(bench.events), bench.changes
+    prospect(bench)
+    prospect(bench, "zzz")
+    assert (len(bench.events), bench.changes) == (before, changes)
+    assert not issubclass(Prospect, BalancerError)

@@ -1,0 +1,109 @@
+"""Small stand-ins for what surrounds a module of `net`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from balancer.core import routes
+from balancer.core.domain import Backend, Call, PlacementKey, Principal, Purpose, Role
+from balancer.core.pool import Lease
+from balancer.core.verdicts import Failure, Judgement
+
+_CALL = Call(
+    id="r1",
+    route=routes.find("POST", "/api/chat"),
+    model="m",
+    key=PlacementKey("registry.ollama.ai/library/m:latest"),
+    streaming=True,
+    purpose=Purpose.RUN,
+    replayable=True,
+    principal=Principal("anonymous", Role.USER),
+    arrived_at=0.0,
+    deadline=None,
+    body=b"{}",
+)
+
+
+def a_call(path: str = "/api/chat", **more: Any) -> Call:
+    """A call on a route."""
+    return replace(_CALL, route=routes.find("POST", path), **more)
+
+
+class FakeLease:
+    """A lease that only remembers what was done with it."""
+
+    def __init__(self, url: str = "http://127.0.0.1:9", name: str = "a") -> None:
+        self.backend = Backend(name, url)
+        self.on_revoke: Callable[[Judgement], None] | None = None
+        self.moves = 0
+
+    def moved(self) -> None:
+        """One more move."""
+        self.moves += 1
+
+    @property
+    def as_lease(self) -> Lease:
+        """Itself, for whoever wants a real one."""
+        return cast("Lease", self)
+
+
+class Tape:
+    """A sink that writes everything down."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: Sequence[tuple[str, str]] = ()
+        self.pieces: list[bytes] = []
+        self.ends: list[Failure | None] = []
+        self._over = asyncio.Event()
+        self._begun = asyncio.Event()
+
+    @property
+    def body(self) -> bytes:
+        """All that came."""
+        return b"".join(self.pieces)
+
+    @property
+    def failure(self) -> Failure:
+        """How it failed; fails itself if it did not."""
+        (end,) = self.ends
+        assert end is not None
+        return end
+
+    def head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
+        """The answer's head, once."""
+        assert not self.status
+        assert not self.ends
+        self.status, self.headers = status, headers
+
+    def data(self, data: bytes) -> None:
+        """Bytes, after the head and before the end."""
+        assert self.status
+        assert not self.ends
+        assert data
+        self.pieces.append(data)
+        self._begun.set()
+
+    def end(self) -> None:
+        """The end."""
+        self._end(None)
+
+    def fail(self, failure: Failure) -> None:
+        """The other end."""
+        self._end(failure)
+
+    def _end(self, how: Failure | None) -> None:
+        self.ends.append(how)
+        self._over.set()
+        self._begun.set()
+
+    async def over(self) -> None:
+        """Wait for the end."""
+        await self._over.wait()
+
+    async def begun(self) -> None:
+        """Wait for the first bytes of the body, or the end."""
+        await self._begun.wait()
