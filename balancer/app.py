@@ -137,6 +137,7 @@ class Balancer:
         self._servers: list[asyncio.Server] = []
         self._stopping: asyncio.Future[Stop] = loop.create_future()
         self._now = asyncio.Event()
+        self._over = asyncio.Event()
         self._leaving = False
         self._refusing = False
         self.addresses: tuple[str, ...] = ()
@@ -264,7 +265,10 @@ class Balancer:
 
     async def wait(self) -> None:
         """Until `stop` was called and everything has ended."""
-        await self._drain(await self._stopping)
+        stop = await self._stopping
+        if not self._leaving:
+            await self._drain(stop)
+        await self._over.wait()
 
     async def close(self) -> None:
         """Stop at once."""
@@ -282,6 +286,7 @@ class Balancer:
         self._refusing = True
         await self._unless_now(self._idle(), self.config.server.drain_timeout_s)
         cut = len(self.front.running)
+        self.proxy.stopping = True
         self.dispatcher.refuse_all(Draining("The balancer is stopping.", retry_after_s=5.0))
         await self.exchanges.close()
         with suppress(TimeoutError):
@@ -291,6 +296,7 @@ class Balancer:
         await self.tasks.close()
         await self.upstream.close()
         self.bus(Stopped(self._clock(), cut))
+        self._over.set()
 
     async def _unless_now(self, wanted: object, limit_s: float) -> None:
         """Wait for *wanted* or the limit, whichever is first, or for a second stop."""

@@ -61,11 +61,12 @@ class Recorder:
 
 @dataclass(slots=True)
 class Rig:
-    """What a test holds in its hands."""
+    """What a test holds in its hands. The next reload reads `config`, by dotted key."""
 
     fleet: Fleet
     balancer: Balancer
     events: Recorder
+    config: dict[str, object]
 
     @property
     def url(self) -> str:
@@ -186,8 +187,12 @@ async def running(
             "server.listen": ["127.0.0.1:0"],
             "backends": [{"name": name, "url": url, **backend} for name, url in places],
         }
-        loaded = load("", {}, overrides={**told, **config, **overrides})
-        rig = Rig(fleet, Balancer(loaded, seed=1, subscribers=[events]), events)
+        wanted = {**told, **config, **overrides}
+        loaded = load("", {}, overrides=wanted)
+        balancer = Balancer(
+            loaded, read=lambda: load("", {}, overrides=wanted), seed=1, subscribers=[events]
+        )
+        rig = Rig(fleet, balancer, events, wanted)
         await rig.balancer.start()
         try:
             await rig.watching()

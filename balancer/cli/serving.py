@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
+from balancer import __version__
 from balancer.app import Balancer, Stop, bind
 from balancer.cli import client, start
 from balancer.cli.exits import CommandError, ExitCode
@@ -127,6 +128,8 @@ async def _serve(source: Source, config: Config, sockets: Sequence[socket.socket
         writer = Writer(balancer)
         if on_terminal:
             writer.hold()
+        else:
+            writer.log.info("starting", version=__version__, config_file=source.told)
         balancer.bus.subscribe(writer)
         try:
             await balancer.start()

@@ -75,8 +75,10 @@ def relayed(status: int, text: str, dialect: Dialect) -> bytes:
 
 
 def retry_headers(error: BalancerError) -> tuple[tuple[str, str], ...]:
-    """What tells a client when, or whether, to try again."""
+    """What tells a client how, when, or whether to try again."""
     headers: list[tuple[str, str]] = []
+    if error.status == 401:
+        headers.append(("WWW-Authenticate", "Bearer"))
     if error.retry_after_s is not None or isinstance(error, Unavailable):
         wait_s = min(60.0, max(1.0, error.retry_after_s or 1.0))
         headers.append(("Retry-After", str(math.ceil(wait_s))))

@@ -267,9 +267,13 @@ class Pool:
         self.watchdog = Watchdog(clock, settings.first_byte_s)
 
     def configure(self, settings: PoolSettings) -> None:
-        """Take new settings over; `reshape` follows. Breakers that exist keep their rules."""
+        """Take new settings over, also for the breakers that exist; `reshape` follows."""
         self.settings = settings
         self.watchdog.first_byte_s = settings.first_byte_s
+        for member in self.members.values():
+            _set_rules(member.gate, settings.host)
+            for gate in member.models.values():
+                _set_rules(gate, settings.model)
 
     # -- shape ---------------------------------------------------------------------------------
 
@@ -313,14 +317,11 @@ class Pool:
             self._emit(BreakerMoved(self.now(), name, shown, old, new, reason, retry_in_s))
             self._moved_gate(name, model, new)
 
-        rule = Rule(
-            settings.in_a_row, settings.window_s, minimum=settings.minimum, ratio=settings.ratio
-        )
         return Gate(
             name if model is None else f"{name}/{model}",
             self.now,
             self._rng,
-            rule,
+            _rule(settings),
             backoff_s=settings.backoff_s,
             backoff_max_s=settings.backoff_max_s,
             half_open_max_s=settings.half_open_max_s,
@@ -922,6 +923,19 @@ def discreet(text: str) -> str:
 def _trial_in(gate: Gate) -> float:
     """Seconds until a trial may close it; 0 while one is under way: it may end any moment."""
     return 0.0 if gate.state is BreakerState.HALF_OPEN else gate.retry_in()
+
+
+def _rule(settings: GateSettings) -> Rule:
+    return Rule(
+        settings.in_a_row, settings.window_s, minimum=settings.minimum, ratio=settings.ratio
+    )
+
+
+def _set_rules(gate: Gate, settings: GateSettings) -> None:
+    """A wait that has begun stays as it is."""
+    gate.rule = _rule(settings)
+    gate.backoff_s, gate.backoff_max_s = settings.backoff_s, settings.backoff_max_s
+    gate.half_open_max_s = settings.half_open_max_s
 
 
 def _next_trial(gate: Gate) -> str:

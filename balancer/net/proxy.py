@@ -43,6 +43,7 @@ from balancer.core.errors import (
     BalancerError,
     CutStream,
     DeadlineExceeded,
+    Draining,
     Forbidden,
     Unavailable,
 )
@@ -50,7 +51,7 @@ from balancer.core.framing import Ending, Splitter, json_terminal, splitter
 from balancer.core.pool import Lease
 from balancer.core.retry import Budget, again, excluded, repeats_crash
 from balancer.core.routes import EMBEDDING
-from balancer.core.verdicts import FailureKind, Judgement
+from balancer.core.verdicts import Failure, FailureKind, Judgement
 from balancer.net.attempt import Attempt
 from balancer.net.server import Exchange, read_body
 from balancer.net.upstream import Upstream
@@ -129,6 +130,9 @@ class Proxy:
     Args:
         unload: Answers a call that unloads a model, which goes to every backend that has it.
         token: Ours in ``Via``.
+
+    Attributes:
+        stopping: From now on a backend's connection that ends was ended by us.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class Proxy:
         self._unload = unload
         self._token = token
         self._replay_bytes = 0
+        self.stopping = False
 
     async def handle(self, exchange: Exchange) -> web.StreamResponse:
         """Answer one inference call."""
@@ -224,6 +229,8 @@ class Proxy:
         self._budget.note_call()
         course = _Course(call)
         while True:
+            if self.stopping:
+                raise Draining("The balancer is stopping.", retry_after_s=5.0)
             try:
                 lease = await self._acquire(exchange, course)
             except LoadFailed as failed:
@@ -332,10 +339,7 @@ class Proxy:
         if attempt.revoked is not None:
             return attempt.revoked, None, Usage()
         if attempt.failure is not None and (attempt.status in (0, 200)):
-            failed = verdicts.of_failure(
-                attempt.failure, committed=False, received=attempt.received
-            )
-            return failed, None, Usage()
+            return self._failed(attempt.failure, attempt, committed=False), None, Usage()
         body = attempt.take()
         answer = Answer(attempt.status, attempt.content_type, body)
         if attempt.status != 200:
@@ -351,6 +355,11 @@ class Proxy:
         if not body or not ending.whole:
             return Judgement(Verdict.FAULT, text="sent an answer that is not whole"), None, Usage()
         return Judgement(Verdict.OK), answer, ending.usage
+
+    def _failed(self, failure: Failure, attempt: Attempt, *, committed: bool) -> Judgement:
+        if self.stopping:
+            return _STOPPING
+        return verdicts.of_failure(failure, committed=committed, received=attempt.received)
 
     @staticmethod
     def _judge_opened(attempt: Attempt, answer: Answer) -> tuple[Judgement, Answer | None, Usage]:
@@ -402,6 +411,8 @@ class Proxy:
     async def _give_up(self, exchange: Exchange, course: _Course) -> web.StreamResponse:
         """Relay the last answer of a backend; where there was none, 503 and what was tried."""
         last = course.tried[-1].outcome
+        if last.verdict is Verdict.STOPPED:
+            raise Draining("The balancer is stopping.", retry_after_s=5.0)
         exchange.outcome = "upstream_error" if last.verdict is not Verdict.CALLER else "rejected"
         exchange.error = last.text
         if course.answer is not None:
@@ -478,8 +489,7 @@ class Proxy:
     ) -> tuple[Judgement, Ending | None, bytes]:
         """Judge the end of a stream: the verdict, what it told, and the bytes still held."""
         if attempt.failure is not None:
-            failed = verdicts.of_failure(attempt.failure, committed=True, received=attempt.received)
-            return failed, None, b""
+            return self._failed(attempt.failure, attempt, committed=True), None, b""
         if split is None:
             return Judgement(Verdict.OK), None, b""
         last = split.flush()
@@ -511,8 +521,10 @@ class Proxy:
         verdict = judgement.verdict
         cut = verdict in (Verdict.BROKEN, Verdict.STALLED, Verdict.STOPPED)
         silent = verdict is Verdict.UNFINISHED and exchange.dialect is not Dialect.OLLAMA
+        stopped = "shed" if self.stopping else "timeout"
         if verdict is not Verdict.OK:
-            exchange.outcome, exchange.error = "upstream_error", judgement.text
+            exchange.outcome = stopped if verdict is Verdict.STOPPED else "upstream_error"
+            exchange.error = judgement.text
         told = cut or silent
         if told and (split is None or half):
             # No record fits behind half a record: a broken body is what tells the client.
@@ -524,7 +536,8 @@ class Proxy:
                 exchange.bytes_out += len(last)
                 await _write(response, last)
             if told:
-                error = CutStream(f"backend {exchange.backend} {judgement.text}")
+                who = "the answer" if verdict is Verdict.STOPPED else f"backend {exchange.backend}"
+                error = CutStream(f"{who} {judgement.text}")
                 framing = Framing.SSE if exchange.dialect is not Dialect.OLLAMA else Framing.NDJSON
                 record = trailer(error, exchange.dialect, framing, exchange.id)
                 if record is not None:
@@ -541,6 +554,7 @@ def _in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:
 
 
 _STOPPED: Final = Judgement(Verdict.STOPPED, text="was stopped: the call's time limit has passed")
+_STOPPING: Final = Judgement(Verdict.STOPPED, text="was stopped: the balancer is stopping")
 
 
 def _is_overdue(call: Call, now: float) -> bool:

@@ -195,6 +195,12 @@ class Front:
             raise asyncio.CancelledError from None
         except Exception as error:  # noqa: BLE001 - a bug of ours must not take the client's answer
             self._emit(Mishap(self._clock(), "request", f"{type(error).__name__}: {error}"))
+            exchange.outcome = "upstream_error"
+            if isinstance(request, _Request) and request.begun:
+                # Another head inside an answer would pass for a part of it.
+                if request.transport is not None:
+                    request.transport.abort()
+                raise asyncio.CancelledError from None
             response = self._refused(exchange, BalancerError("internal error of the balancer"))
         finally:
             self.running.discard(exchange)
@@ -265,7 +271,7 @@ class Front:
             for stem, methods in self._prefixed:
                 rest = spelling[len(stem) :]
                 whole = "/" not in rest or stem == "/v1/models/"
-                if spelling.startswith(stem) and rest and whole and not rest.startswith("/"):
+                if spelling.startswith(stem) and rest and whole and rest == rest.strip("/"):
                     return methods, rest
         return {}, ""
 
@@ -357,7 +363,7 @@ class Front:
                 bytes_in=exchange.bytes_in,
                 bytes_out=exchange.bytes_out,
                 usage=exchange.usage,
-                phase=exchange.phase,
+                phase=exchange.phase if exchange.outcome == "client_abort" else "",
                 error=exchange.error,
                 inference=route is not None and route.kind is Kind.ONE,
                 streaming=exchange.streaming,
@@ -519,9 +525,18 @@ class _Connection(RequestHandler):
 
 
 class _Request(web.BaseRequest):
-    """A request whose answer goes out without the headers that aiohttp adds by itself."""
+    """
+    A request whose answer goes out without the headers that aiohttp adds by itself.
+
+    Attributes:
+        begun: The answer's head has gone out.
+    """
+
+    ATTRS = web.BaseRequest.ATTRS | {"begun"}
+    begun = False
 
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        self.begun = True
         response.headers.popall("Server", None)
         if response.content_length == 0 and response.headers.get("Content-Type", "").startswith(
             "application/octet-stream"

@@ -239,7 +239,7 @@ class Demo:
                 if outcome.verdict is Verdict.OK:
                     tally.done[backend] += 1
                     tally.has_served_again |= tally.is_back and backend == FLAKY
-                else:
+                elif outcome.verdict not in (Verdict.GONE, Verdict.STOPPED):
                     self._say(f"an attempt on {backend} failed: {outcome.text}")
             case LeaseGranted(attempt=attempt, backend=backend) if attempt > 1:
                 tally.failovers += 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import unused_port
 
+from balancer import __version__
 from balancer.cli.exits import ExitCode
 from balancer.cli.serving import lift_file_limit
 from balancer.sim.host import SimModel
@@ -40,6 +41,7 @@ async def stop(process: Process) -> int:
 async def test_it_serves_and_stops(sim: SimOllama, spawn: Spawn) -> None:
     """A call is answered; INT ends it with code 0; the log is JSON, one line per call."""
     process = await spawn("-b", sim.url, "-l", "127.0.0.1:0", stdout=asyncio.subprocess.DEVNULL)
+    assert (await process.told("starting"))["version"] == __version__
     port = await process.port()
     reply = await ask(port, "POST", "/api/generate", GENERATE)
     assert reply.status == 200

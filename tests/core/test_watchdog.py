@@ -165,6 +165,24 @@ def test_a_good_canary_starts_the_clock_again(bench: Bench) -> None:
     assert bench.suspect_after() == 20
 
 
+def test_a_call_is_lost_after_twice_its_time(bench: Bench) -> None:
+    """Waiting for double its own allowance it is given up; clearing the group does not save it."""
+    lost = bench.call()
+    bench.call(prompt=2500)
+    bench.dog.moved(bench.call())
+    bench.clock.advance(20)
+    late = bench.call()
+    bench.dog.cleared("a", LLAMA)
+    bench.clock.advance(19.9)
+    assert bench.dog.lost("a", LLAMA) == []
+    bench.clock.advance(0.1)
+    assert bench.dog.lost("a", LLAMA) == [lost]
+    bench.dog.ended(lost)
+    bench.clock.advance(20)
+    assert bench.dog.lost("a", LLAMA) == [late]
+    assert bench.dog.lost("a", PHI) == []
+
+
 # -- allowances --------------------------------------------------------------------------------
 
 

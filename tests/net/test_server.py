@@ -1,0 +1,451 @@
+"""The front by itself: one way in, one event per request, and what we rely on in aiohttp."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+from aiohttp.web_protocol import RequestHandler
+
+from balancer.core.domain import Admitted, Dialect, Kind, Principal, Role
+from balancer.core.errors import BadRequest, Forbidden
+from balancer.core.events import CallEnded, Event, Mishap
+from balancer.net import server as subject
+from balancer.net.server import Exchange, Front, check_parser, listen, make_server, read_body
+from tests.e2e.stage import virtual
+from tests.sim.wire import Reply, Wire
+
+pytestmark = pytest.mark.usefixtures("quiet")
+Answer = Callable[[Exchange], Awaitable[web.StreamResponse]]
+HOST = b"Host: localhost\r\n"
+
+
+class FakeDoor:
+    """Lets everybody in, as a user, but for those who ask to be refused."""
+
+    guarded = 0
+
+    def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
+        """There is none."""
+        return None
+
+    def admit(self, request: web.BaseRequest, now: float) -> Admitted:
+        """Welcome, unless told otherwise."""
+        if "X-Refuse" in request.headers:
+            raise Forbidden(request.headers["X-Refuse"])
+        return Admitted(Principal("somebody", Role.USER), "192.0.2.1", (("Vary", "Origin"),))
+
+    def require(self, principal: Principal, role: Role) -> None:
+        """An admin's right must be one's own."""
+        if role is Role.ADMIN and principal.role is not Role.ADMIN:
+            raise Forbidden("not an admin")
+
+    def guard(self, request: web.BaseRequest, principal: Principal, *, metrics: bool) -> None:
+        """Count."""
+        self.guarded += 1
+
+
+async def hello(_: Exchange) -> web.StreamResponse:
+    """A short answer."""
+    return web.Response(body=b"hello", content_type="text/plain")
+
+
+@dataclass
+class Stage:
+    """A listening front with handlers of the test's own."""
+
+    port: int
+    front: Front
+    door: FakeDoor
+    events: list[Event]
+
+    @property
+    def ended(self) -> list[CallEnded]:
+        """What was told of requests."""
+        return [event for event in self.events if isinstance(event, CallEnded)]
+
+    async def begin(self, path: str, method: str = "GET", headers: bytes = b"") -> Wire:
+        """Send one request without a body."""
+        wire = await Wire.connect(self.port)
+        line = f"{method} {path} HTTP/1.1\r\n".encode()
+        wire.writer.write(line + HOST + headers + b"\r\n")
+        return wire
+
+    async def ask(self, path: str, method: str = "GET", headers: bytes = b"") -> Reply:
+        """The same, and read the answer."""
+        wire = await self.begin(path, method, headers)
+        try:
+            return await wire.reply(method)
+        finally:
+            wire.close()
+
+
+@asynccontextmanager
+async def staged(
+    handler: Answer = hello,
+    *,
+    pages: Mapping[tuple[str, str], Answer] = MappingProxyType({}),
+    is_draining: Callable[[], bool] = lambda: False,
+    **more: Any,
+) -> AsyncIterator[Stage]:
+    """A front on a free port; *handler* answers every route."""
+    door, events = FakeDoor(), list[Event]()
+    front = Front(
+        dict.fromkeys(Kind, handler),
+        pages,
+        frozenset({"/_balancer/live"}),
+        door,
+        events.append,
+        asyncio.get_running_loop().time,
+        is_draining,
+        "token-1",
+        **more,
+    )
+    server = make_server(front, keepalive_s=75.0, head_timeout_s=10.0, max_header=64 * 1024)
+    sock = socket.create_server(("127.0.0.1", 0))
+    listening = await listen(server, sock)
+    try:
+        yield Stage(sock.getsockname()[1], front, door, events)
+    finally:
+        listening.close()
+        await server.shutdown(0.1)
+        assert not front.running
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+# -- one event per request ------------------------------------------------------------------------
+
+
+async def test_a_request_is_told_once_with_who_what_and_how_much() -> None:
+    """Whoever asked, by what name, which route, and the bytes of the answer."""
+    async with staged() as stage:
+        await stage.ask("/api/tags?secret=1", headers=b"User-Agent: test/1\r\n")
+        (told,) = stage.ended
+        assert (told.method, told.path, told.endpoint) == ("GET", "/api/tags", "tags")
+        assert (told.client, told.key, told.user_agent) == ("192.0.2.1", "somebody", "test/1")
+        assert (told.status, told.outcome, told.bytes_out) == (200, "ok", 5)
+        assert not told.inference
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "outcome", "endpoint"),
+    [
+        ("/nope", b"", 404, "rejected", "other"),
+        ("/api/chat", b"", 405, "rejected", "other"),
+        ("/api/tags", b"X-Refuse: no\r\n", 403, "rejected", "other"),
+        ("/api/a//b", b"", 400, "rejected", "other"),
+        ("/api/status", b"", 403, "rejected", "cloud_status"),
+    ],
+)
+async def test_a_refusal_is_told_too(
+    path: str, headers: bytes, status: int, outcome: str, endpoint: str
+) -> None:
+    """With its reason, as one event."""
+    async with staged() as stage:
+        assert (await stage.ask(path, headers=headers)).status == status
+        (told,) = stage.ended
+        assert (told.status, told.outcome, told.endpoint) == (status, outcome, endpoint)
+
+
+async def test_a_refusal_without_a_text_has_no_body() -> None:
+    """As Ollama's 403."""
+    async with staged() as stage:
+        reply = await stage.ask("/", headers=b"X-Refuse:\r\n")
+        assert (reply.status, reply.body, reply.get("content-type")) == (403, b"", None)
+        assert reply.get("content-length") == "0"
+
+
+async def test_a_bug_is_a_mishap_and_a_legible_500() -> None:
+    """The text of the error stays with us; the request id tells where to look."""
+
+    async def buggy(_: Exchange) -> web.StreamResponse:
+        raise LookupError("inside knowledge")
+
+    async with staged(buggy) as stage:
+        reply = await stage.ask("/v1/models", headers=b"X-Request-Id: r-7\r\n")
+        assert reply.status == 500
+        assert json.loads(reply.body)["error"]["message"] == (
+            "internal error of the balancer [req r-7]"
+        )
+        (mishap,) = [event for event in stage.events if isinstance(event, Mishap)]
+        assert (mishap.where, mishap.error) == ("request", "LookupError: inside knowledge")
+        assert [told.outcome for told in stage.ended] == ["upstream_error"]
+
+
+async def test_a_bug_inside_an_answer_cuts_it() -> None:
+    """A second head would pass for a part of the first answer, so nothing more is written."""
+
+    async def buggy(exchange: Exchange) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(exchange.request)
+        await response.write(b"half")
+        raise LookupError("oops")
+
+    async with staged(buggy) as stage:
+        reply = await stage.ask("/")
+        assert reply.status == 200
+        assert reply.ended in ("cut", "reset")
+        assert b"internal error" not in reply.body
+        assert len([event for event in stage.events if isinstance(event, Mishap)]) == 1
+        assert [told.outcome for told in stage.ended] == ["upstream_error"]
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+async def test_a_client_that_leaves_ends_its_handler(how: str) -> None:
+    """At once, and it is told as a client that left; a half-close counts as leaving."""
+    log: list[str] = []
+
+    async def patient(_: Exchange) -> web.StreamResponse:
+        log.append("began")
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            log.append("ended")
+        return web.Response()
+
+    async with staged(patient) as stage:
+        wire = await stage.begin("/")
+        await until(lambda: log == ["began"])
+        match how:
+            case "close":
+                wire.close()
+            case "reset":
+                wire.writer.transport.abort()
+            case _:
+                wire.writer.write_eof()
+        await until(lambda: log == ["began", "ended"])
+        await until(lambda: bool(stage.ended))
+        (told,) = stage.ended
+        assert (told.status, told.outcome) == (499, "client_abort")
+        wire.close()
+
+
+# -- who gets in, and where -----------------------------------------------------------------------
+
+
+async def test_the_open_pages_ask_nobody() -> None:
+    """A probe is answered before the door; the other pages are guarded."""
+    pages = {("GET", path): hello for path in ("/_balancer/live", "/_balancer/status", "/metrics")}
+    async with staged(pages=pages) as stage:
+        refused = b"X-Refuse: no\r\n"
+        assert (await stage.ask("/_balancer/live", headers=refused)).status == 200
+        assert (await stage.ask("/_balancer/status", headers=refused)).status == 403
+        assert (await stage.ask("/metrics", headers=refused)).status == 403
+        assert stage.door.guarded == 0
+        for path in ("/_balancer/status", "/metrics", "/_balancer/nope"):
+            await stage.ask(path)
+        assert stage.door.guarded == 3
+        endpoints = [told.endpoint for told in stage.ended]
+        assert endpoints[-3:] == ["balancer", "metrics", "balancer"]
+
+
+async def test_a_draining_balancer_refuses_and_closes() -> None:
+    """503 with a time to come back; what is no route is told as ever."""
+    async with staged(is_draining=lambda: True) as stage:
+        reply = await stage.ask("/api/tags")
+        assert (reply.status, reply.get("connection")) == (503, "close")
+        assert reply.get("retry-after") == "5"
+        assert (await stage.ask("/nope")).status == 404
+
+
+async def test_a_handler_is_found_by_operation_then_by_kind() -> None:
+    """And hears which route it is, and what stood in its path."""
+    heard: list[tuple[str, str, Dialect]] = []
+
+    async def note(exchange: Exchange) -> web.StreamResponse:
+        assert exchange.route is not None
+        heard.append((exchange.route.operation, exchange.argument, exchange.dialect))
+        return web.Response()
+
+    async with staged(note) as stage:
+        for path in (
+            "/v1/models/hf.co%2Fa%2Fb:Q4",
+            "/v1/models/a/b",
+            "/v1/models/x/",
+            "/v1/models/",
+        ):
+            assert (await stage.ask(path)).status == 200
+    assert heard == [
+        ("model", "hf.co/a/b:Q4", Dialect.OPENAI),
+        ("model", "a/b", Dialect.OPENAI),
+        ("model", "x", Dialect.OPENAI),
+        ("models", "", Dialect.OPENAI),
+    ]
+
+
+# -- headers --------------------------------------------------------------------------------------
+
+
+async def test_every_answer_carries_the_request_id_and_no_server() -> None:
+    """Refusals too; CORS headers and those of the operator come with it."""
+    async with staged(extra_headers={"X-Extra": "1"}) as stage:
+        for path, status in (("/api/nope", 404), ("/api/a//b", 400), ("/api/status", 403)):
+            reply = await stage.ask(path, headers=b"X-Request-Id: abc\r\n")
+            assert (reply.status, reply.get("x-request-id")) == (status, "abc")
+            assert reply.get("server") is None
+            assert reply.get("x-extra") == "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (b"abc-DEF_0.9:x", True),
+        (b"x" * 128, True),
+        (b"x" * 129, False),
+        (b"a b", False),
+        (b'a"b', False),
+        (b"a\tb", False),
+        (b"\xc3\xa9", False),
+        (b"", False),
+    ],
+)
+async def test_a_request_id_is_taken_over_if_it_is_harmless(given: bytes, kept: bool) -> None:
+    """It ends up in logs and headers; anything else gets one of ours."""
+    async with staged(new_id=lambda: "ours") as stage:
+        reply = await stage.ask("/nope", headers=b"X-Request-Id: " + given + b"\r\n")
+        assert reply.get("x-request-id") == (given.decode() if kept else "ours")
+        assert stage.ended[0].request_id == reply.get("x-request-id")
+
+
+async def test_two_requests_on_one_connection_are_two_exchanges() -> None:
+    """Also when they come at once; each is told, in order."""
+    async with staged() as stage:
+        wire = await Wire.connect(stage.port)
+        get = b"GET %s HTTP/1.1\r\n" + HOST + b"\r\n"
+        wire.writer.write(get % b"/nope" + get % b"/api/tags")
+        assert [(await wire.reply()).status for _ in range(2)] == [404, 200]
+        wire.close()
+        assert [told.path for told in stage.ended] == ["/nope", "/api/tags"]
+
+
+async def test_nothing_behind_an_unclear_request_is_read() -> None:
+    """A second request in the same bytes may be what somebody smuggled."""
+    async with staged() as stage:
+        wire = await Wire.connect(stage.port)
+        wire.writer.write(
+            b"POST /api/chat HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n"
+            b"0\r\n\r\nGET /api/tags HTTP/1.1\r\n" + HOST + b"\r\n"
+        )
+        assert (await wire.reply()).status == 400
+        assert await wire.reader.read() == b""
+        wire.close()
+        assert len(stage.ended) == 1
+
+
+# -- bodies ---------------------------------------------------------------------------------------
+
+
+async def echo(exchange: Exchange) -> web.StreamResponse:
+    """What came."""
+    clock = asyncio.get_running_loop().time
+    return web.Response(body=await read_body(exchange, 100, clock), content_type="text/plain")
+
+
+async def test_a_client_that_waits_is_told_to_go_on() -> None:
+    """`100 Continue` is sent when the body is wanted, not before: see also the 413."""
+    async with staged(echo) as stage:
+        headers = b"Content-Length: 5\r\nExpect: 100-Continue\r\n"
+        wire = await stage.begin("/api/chat", "POST", headers)
+        assert await wire.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        wire.writer.write(b"hello")
+        reply = await wire.reply()
+        wire.close()
+        assert (reply.status, reply.body) == (200, b"hello")
+
+
+async def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
+    """The rest is read away for a moment: a reset would destroy the answer on its way."""
+    async with staged(echo) as stage:
+        headers = b"Content-Length: 4000000\r\n"
+        wire = await stage.begin("/api/chat", "POST", headers)
+        for _ in range(40):
+            wire.writer.write(b"x" * 100_000)
+        reply = await wire.reply()
+        wire.close()
+        assert (reply.status, reply.ended) == (413, "clean")
+
+
+@virtual
+async def test_a_body_that_becomes_nonsense_is_no_bug_of_ours() -> None:
+    """Chunks that stop making sense are a body that does not go on."""
+    async with staged(echo) as stage:
+        wire = await stage.begin("/api/chat", "POST", b"Transfer-Encoding: chunked\r\n")
+        await asyncio.sleep(1)
+        wire.writer.write(b"5\r\nhello\r\nzz\r\n")
+        reply = await wire.reply()
+        wire.close()
+        assert 400 <= reply.status < 500
+        assert not [event for event in stage.events if isinstance(event, Mishap)]
+
+
+# -- what we rely on ------------------------------------------------------------------------------
+
+
+def test_the_parser_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts what a proxy must not pass on; with the one in C nothing is said."""
+    check_parser()
+    monkeypatch.setattr(subject, "HttpRequestParser", HttpRequestParserPy)
+    with pytest.raises(RuntimeError, match="binary wheel"):
+        check_parser()
+    assert HttpRequestParser is not HttpRequestParserPy
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (RequestHandler, "_messages"),
+        (RequestHandler, "_current_request"),
+        (RequestHandler, "_loop"),
+    ],
+)
+def test_private_names_of_a_connection_are_still_there(owner: type, name: str) -> None:
+    """The timer of the head looks at these: if they go, heads have no limit or all have."""
+    assert any(name in getattr(cls, "__slots__", ()) for cls in owner.__mro__)
+
+
+def test_hooks_are_still_called_as_we_override_them() -> None:
+    """A method that aiohttp no longer calls, or calls with other arguments, would do nothing."""
+    assert list(inspect.signature(web.BaseRequest._prepare_hook).parameters) == ["self", "response"]
+    wanted = list(inspect.signature(RequestHandler.handle_error).parameters)
+    assert list(inspect.signature(subject._Connection.handle_error).parameters) == wanted
+    for name in ("connection_made", "data_received", "connection_lost"):
+        assert callable(getattr(RequestHandler, name))
+
+
+async def test_the_server_hands_its_settings_to_each_connection() -> None:
+    """`_kwargs` of aiohttp's server hold them."""
+    front: Any = type("Front", (), {"handle": staticmethod(hello)})
+    server = make_server(front, keepalive_s=75.0, head_timeout_s=3.0, max_header=1000)
+    connection = server()
+    assert isinstance(connection, subject._Connection)
+    assert (connection.keepalive_timeout, connection.head_timeout_s) == (75.0, 3.0)
+    assert (connection.max_field_size, connection.max_headers) == (1000, 128)
+    assert server.handler_cancellation
+
+
+async def test_a_refusal_raised_late_keeps_its_shape() -> None:
+    """A handler may refuse at any time before it answers."""
+
+    async def refuse(_: Exchange) -> web.StreamResponse:
+        raise BadRequest("no <b>way</b>")
+
+    async with staged(refuse) as stage:
+        native, openai = await stage.ask("/api/tags"), await stage.ask("/v1/models")
+        assert native.body == b'{"error":"no \\u003cb\\u003eway\\u003c/b\\u003e"}'
+        assert json.loads(openai.body)["error"]["type"] == "invalid_request_error"
