@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
+from unittest.mock import Mock
 
+import aiohttp
 import pytest
 from aiohttp.http_exceptions import HttpProcessingError
+from aioresponses import aioresponses
 
 from tests.rig import Rig, running
 
@@ -34,6 +37,21 @@ async def start(quiet: None) -> AsyncIterator[Start]:
 async def rig(start: Start) -> Rig:
     """Three hosts and a balancer."""
     return await start()
+
+
+class _Response(aiohttp.ClientResponse):
+    """What aioresponses makes; since 3.14 aiohttp wants one argument more than it gives."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, stream_writer=Mock(), **given)
+
+
+@pytest.fixture
+def control_plane(monkeypatch: pytest.MonkeyPatch) -> Iterator[aioresponses]:
+    """Answers to whatever a session asks, without a socket; for whole answers only."""
+    monkeypatch.setattr("aioresponses.core.ClientResponse", _Response)
+    with aioresponses() as answers:
+        yield answers
 
 
 @pytest.fixture

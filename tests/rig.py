@@ -51,9 +51,9 @@ class Recorder:
         """All events of one kind."""
         return [event for event in self.events if isinstance(event, kind)]
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something that comes with an event; fails after ten seconds."""
-        async with asyncio.timeout(LIMIT_S):
+    async def until(self, condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+        """Wait for something that comes with an event; fails after *limit_s*."""
+        async with asyncio.timeout(limit_s):
             while not condition():
                 self._news.clear()
                 await self._news.wait()
@@ -99,9 +99,9 @@ class Rig:
         """What became of each request so far."""
         return self.events.of(CallEnded)
 
-    async def ended(self, count: int = 1) -> list[CallEnded]:
+    async def ended(self, count: int = 1, limit_s: float = LIMIT_S) -> list[CallEnded]:
         """The same, once so many have ended."""
-        await self.events.until(lambda: len(self.calls()) >= count)
+        await self.events.until(lambda: len(self.calls()) >= count, limit_s)
         return self.calls()
 
     def inference(self) -> list[Seen]:
@@ -113,14 +113,14 @@ class Rig:
         """Inference of clients that hosts saw."""
         return [one for one in self.inference() if "Via" in dict(one.headers)]
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        return not (
-            self.balancer.front.running
-            or self.balancer.pool.running
-            or self.balancer.dispatcher.waiting()
-        )
+    async def idle(self) -> None:
+        """Wait until nothing runs and nothing waits; fails if that does not come."""
+        front, pool, waits = self.balancer.front, self.balancer.pool, self.balancer.dispatcher
+        try:
+            await self.events.until(lambda: not (front.running or pool.running or waits.waiting()))
+        except TimeoutError:
+            left = (len(front.running), pool.running, len(waits.waiting()))
+            raise AssertionError(f"requests, leases, waiting calls left over: {left}") from None
 
     async def watching(self) -> None:
         """Wait until every host has answered, or failed, and what it lists is known."""
@@ -197,7 +197,7 @@ async def running(
         try:
             await rig.watching()
             yield rig
-            await events.until(lambda: rig.is_idle)
+            await rig.idle()
         finally:
             await rig.balancer.close()
             gc.collect()  # what leaked must warn in the test that leaked it

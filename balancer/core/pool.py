@@ -389,7 +389,7 @@ class Pool:
             backend=member.name,
             residency=self.residency(member, call.key),
             in_flight=member.load.in_flight(model),
-            slots=member.load.slots(model),
+            slots=_slots(member, model),
             host_in_flight=member.load.in_flight(),
             load_token=member.loading is None,
             first_byte_s=member.load.first_byte_s(model),
@@ -516,6 +516,8 @@ class Pool:
     def next_change(self, now: float) -> float:
         """When a wait by the clock ends that no event will tell of; inf: none does."""
         waits = [m.load.next_change_s() for m in self.members.values()]
+        rules = [m.gate.rule for m in self.members.values() if m.gate.one_at_a_time]
+        waits += [rule.window_s / rule.buckets for rule in rules]
         return now + min(waits, default=math.inf)
 
     # -- grants --------------------------------------------------------------------------------
@@ -526,7 +528,7 @@ class Pool:
         if member is None or self._bar(member, call, frozenset()) is not None:
             return None
         model = call.key.model
-        is_full = member.load.in_flight(model) >= member.load.slots(model)
+        is_full = member.load.in_flight(model) >= _slots(member, model)
         permits = None if is_full else self._permits(member, model)
         if permits is None:
             return None
@@ -535,8 +537,9 @@ class Pool:
         lease = Lease(member.backend, call, number, why, now, cold, self, permits)
         member.load.enter(model)
         member.leases[lease] = None
+        answer_tokens = 0 if call.embedding else call.output_tokens
         self.watchdog.began(
-            id(lease), backend, model, call.prompt_tokens, call.streaming, call.output_tokens
+            id(lease), backend, model, call.prompt_tokens, call.streaming, answer_tokens
         )
         return lease
 
@@ -643,7 +646,7 @@ class Pool:
         if permits is not None:
             # Where streams were cut, two trials must pass, and run long enough to be cut.
             successes = 2 if verdict in (Verdict.BROKEN, Verdict.STALLED) else 1
-            permits[0].settle(host_mark, outcome.weight, outcome.text, successes)
+            permits[0].settle(host_mark, 1, outcome.text, successes)
             permits[1].settle(model_mark, outcome.weight, outcome.text, successes)
 
     def _note_unfit(self, member: Member, model: str) -> bool:
@@ -766,6 +769,8 @@ class Pool:
                 if {*change.appeared, *change.vanished} - {model}:
                     gate.forget_growth()
             self._told_catalog(name)
+        else:
+            self.changed()  # what was too old to believe may be believed again
 
     def _told_catalog(self, name: str) -> None:
         loaded = tuple(names.display(model) for model in self.catalog.loaded(name))
@@ -842,10 +847,13 @@ class Pool:
         gate.trip(text)
         judgement = Judgement(Verdict.SLOW, text=text)
         for lease in list(member.leases):
-            if not suspect.others_move or lease.call.key.model == suspect.model:
+            key = lease.call.key
+            if not suspect.others_move or key.model == suspect.model:
+                member.asked[key.model] = key  # what a trial may ask for
                 lease.others_move = suspect.others_move
                 lease.revoke(judgement)
         member.suspects.discard(suspect.model)
+        self.watchdog.cleared(suspect.backend, suspect.model)
         self._touch()
 
     # -- the operator --------------------------------------------------------------------------
@@ -923,6 +931,11 @@ def discreet(text: str) -> str:
 def _trial_in(gate: Gate) -> float:
     """Seconds until a trial may close it; 0 while one is under way: it may end any moment."""
     return 0.0 if gate.state is BreakerState.HALF_OPEN else gate.retry_in()
+
+
+def _slots(member: Member, model: str) -> int:
+    """Believed slots; one where only being the last one standing keeps the breaker closed."""
+    return 1 if member.gate.one_at_a_time else member.load.slots(model)
 
 
 def _rule(settings: GateSettings) -> Rule:

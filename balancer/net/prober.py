@@ -32,6 +32,7 @@ from balancer.core.domain import (
     Outcome,
     PlacementKey,
     Purpose,
+    Residency,
     Verdict,
 )
 from balancer.core.events import Emit, TrialEnded
@@ -153,8 +154,9 @@ class Prober:
                 result = await self.check(name)
                 self._pool.observe(name, result)
                 check_at = self._clock() + member.health.due_in()
-            if member.health.up:
-                await self._read_lists(name, due)
+            if member.health.up and not member.health.last_error:
+                if not await self._read_lists(name, due):
+                    check_at = self._clock()
             else:
                 later = self._clock() + self.settings.loaded_interval_s
                 due.models_at = due.loaded_at = later
@@ -178,27 +180,34 @@ class Prober:
             return CheckResult(False, latency_s, error=verdicts.line(told))
         return CheckResult(True, latency_s, version=version)
 
-    async def _read_lists(self, name: str, due: _Due) -> None:
+    async def _read_lists(self, name: str, due: _Due) -> bool:
+        """Read what is due; False: it was not told, so that a check should look after it."""
         now = self._clock()
         if due.loaded_at <= now:
             due.loaded_at = now + self.settings.loaded_interval_s
             rows = await self._rows(name, "/api/ps")
-            if rows is not None:
-                self._pool.note_ps(name, rows, now)
+            if rows is None:
+                return self._untold(name)
+            self._pool.note_ps(name, rows, now)
         if due.models_at <= now:
             due.models_at = now + self.settings.models_interval_s
             rows = await self._rows(name, "/api/tags")
-            if rows is not None:
-                self._pool.note_tags(name, rows, now)
-                await self._read_shows(name)
-            elif not self._catalog.settled():
-                self._pool.note_failed(name)
+            if rows is None:
+                return self._untold(name)
+            self._pool.note_tags(name, rows, now)
+            await self._read_shows(name)
+        return True
 
-    async def _rows(self, name: str, path: str) -> list[Any] | None:
+    def _untold(self, name: str) -> bool:
+        if not self._catalog.settled():
+            self._pool.note_failed(name)
+        return False
+
+    async def _rows(self, name: str, path: str, limit_s: float | None = None) -> list[Any] | None:
         """The rows of a list; None: it was not answered, which proves nothing."""
         try:
             status, _, body = await self._ask(
-                name, "GET", path, limit_s=4 * self.settings.timeout_s
+                name, "GET", path, limit_s=limit_s or 4 * self.settings.timeout_s
             )
         except UpstreamError:
             return None
@@ -262,11 +271,20 @@ class Prober:
             self._kick()
 
     def _canary_model(self, trial: Trial) -> PlacementKey | None:
-        """A model in memory whose options are known; the tried one, or any for the backend."""
+        """
+        A model in memory whose options are known; the tried one, or any for the backend.
+
+        Where somebody else has loaded it, those of calls count that would be served as it is.
+        """
+        member = self._pool.members.get(trial.backend)
+        asked = member.asked if member is not None else {}
         loaded = [trial.model] if trial.model is not None else self._catalog.loaded(trial.backend)
         for model in loaded:
             key = self._catalog.resident_options(trial.backend, model)
             if key is not None:
+                return key
+            key = asked.get(model)
+            if key is not None and self._catalog.residency(trial.backend, key) is Residency.LOADED:
                 return key
         return None
 
@@ -309,18 +327,19 @@ class Prober:
 
     async def _question(self, suspect: Suspect) -> None:
         """Nothing moves there: is a load under way, is it slow, or is it stuck?"""
-        text = f"silent for {suspect.silent_s:.0f} s, and a canary was not answered"
-        rows = await self._rows(suspect.backend, "/api/ps")
+        silent = f"silent for {suspect.silent_s:.0f} s"
+        rows = await self._rows(suspect.backend, "/api/ps", self.settings.timeout_s)
+        if rows is None:
+            check = await self.check(suspect.backend)
+            if not check.ok:
+                self._pool.convict(suspect, f"{silent}, {check.error}")
+                return
+            rows = await self._rows(suspect.backend, "/api/ps")  # alive; it may be busy loading
         if rows is not None:
             self._pool.note_ps(suspect.backend, rows, self._clock())
             if self._catalog.resident(suspect.backend, suspect.model) is None:
                 # It is being loaded, which the load budget bounds.
                 self._pool.acquit(suspect, answered=False)
-                return
-        if rows is None and self._is_up(suspect.backend):
-            check = await self.check(suspect.backend)
-            if not check.ok:
-                self._pool.convict(suspect, f"silent for {suspect.silent_s:.0f} s, {check.error}")
                 return
         key = self._catalog.resident_options(suspect.backend, suspect.model)
         if key is None:
@@ -331,11 +350,7 @@ class Prober:
         if judgement.verdict in (Verdict.OK, Verdict.BUSY, Verdict.CALLER, Verdict.UNCLEAR):
             self._pool.acquit(suspect, answered=judgement.verdict is Verdict.OK)
         else:
-            self._pool.convict(suspect, text)
-
-    def _is_up(self, backend: str) -> bool:
-        member = self._pool.members.get(backend)
-        return member is not None and bool(member.health.up)
+            self._pool.convict(suspect, f"{silent}, and a canary was not answered")
 
     def _options_in_use(self, suspect: Suspect) -> PlacementKey | None:
         """The options of a call of ours that waits there: those the runner has or will have."""

@@ -209,7 +209,8 @@ class Proxy:
     def _forwarded(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
         """The client's headers that go up, and ours."""
         headers = exchange.request.headers
-        named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+        lines = ",".join(headers.getall("Connection", []))
+        named = {name.strip().lower() for name in lines.split(",")}
         kept = [
             (name, value)
             for name, value in headers.items()
@@ -218,7 +219,8 @@ class Proxy:
         kept += [
             ("Accept-Encoding", "identity"),
             ("X-Forwarded-For", exchange.client),
-            ("Via", f"1.1 {self._token}"),
+            # Behind the others: two balancers in a circle must each see that they were there.
+            ("Via", ", ".join([*headers.getall("Via", []), f"1.1 {self._token}"])),
             ("X-Request-Id", exchange.id),
         ]
         return tuple(kept)

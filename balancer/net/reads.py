@@ -179,16 +179,11 @@ class Reads:
 
 
 def _unloaded(call: Call, stamp: str) -> bytes:
-    """What Ollama answers to an unload, per route."""
+    """What Ollama answers to an unload, which only these two routes know."""
+    empty: dict[str, object] = {"response": ""}
     if call.route.operation == "chat":
-        message = {"role": "assistant", "content": ""}
-        told: dict[str, object] = {"model": call.model, "created_at": stamp, "message": message}
-    elif call.route.operation == "generate":
-        told = {"model": call.model, "created_at": stamp, "response": ""}
-    elif call.route.operation == "embed":
-        return compact({"model": call.model, "embeddings": []})
-    else:
-        return compact({"embedding": []})
+        empty = {"message": {"role": "assistant", "content": ""}}
+    told = {"model": call.model, "created_at": stamp, **empty}
     return compact(told | {"done": True, "done_reason": "unload"})
 
 

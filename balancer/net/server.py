@@ -248,7 +248,7 @@ class Front:
         return response
 
     def _check_route(self, exchange: Exchange, route: Route) -> None:
-        if self._token in exchange.request.headers.get("Via", ""):
+        if any(self._token in via for via in exchange.request.headers.getall("Via", [])):
             raise Loop(
                 "This balancer forwarded the request to itself; one of its backends is its own "
                 "address. If OLLAMA_HOST is set for the service, unset it there."
@@ -340,6 +340,7 @@ class Front:
     def _tell(self, exchange: Exchange) -> None:
         now = self._clock()
         route = exchange.route
+        outcome = exchange.outcome or ("ok" if exchange.status < 400 else "rejected")
         self._emit(
             CallEnded(
                 at=now,
@@ -348,7 +349,7 @@ class Front:
                 path=exchange.path,
                 endpoint=exchange.endpoint,
                 status=exchange.status,
-                outcome=exchange.outcome or ("ok" if exchange.status < 400 else "rejected"),
+                outcome=outcome,
                 duration_s=now - exchange.started_at,
                 client=exchange.client,
                 user_agent=exchange.request.headers.get("User-Agent", ""),
@@ -538,10 +539,6 @@ class _Request(web.BaseRequest):
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         self.begun = True
         response.headers.popall("Server", None)
-        if response.content_length == 0 and response.headers.get("Content-Type", "").startswith(
-            "application/octet-stream"
-        ):
-            del response.headers["Content-Type"]
 
 
 def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> _Request:

@@ -31,6 +31,7 @@ from balancer.core.verdicts import Failure, FailureKind
 from balancer.net.tasks import Tasks
 
 READ_BYTES: Final = 64 * 1024
+RESOLVE_S: Final = 3.0  # for a name, on top of the time to connect
 MAX_INTERIM_FIELD: Final = 16 * 1024
 SKIPPED_DEFAULTS: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
 
@@ -164,8 +165,7 @@ class ClientUpstream:
         Raises:
             UpstreamError: It was not answered, or not in *limit_s* seconds.
         """
-        timeout = ClientTimeout(total=None, sock_connect=target.connect_s)
-        sent = [("Accept-Encoding", "identity"), *headers, *target.headers]
+        sent = [("Accept-Encoding", "identity"), *headers]
         if body is not None:
             sent.append(("Content-Type", "application/json"))
         try:
@@ -175,8 +175,8 @@ class ClientUpstream:
                     method,
                     URL(target.url + path, encoded=True),
                     data=body,
-                    headers=sent,
-                    timeout=timeout,
+                    headers=_joined(sent, target),
+                    timeout=_timeout(target),
                     ssl=target.tls,
                     server_hostname=target.server_name,
                     allow_redirects=False,
@@ -222,6 +222,19 @@ def session(connector: TCPConnector) -> aiohttp.ClientSession:
     # and that is ours.
     made._retry_connection = False  # noqa: SLF001 - the only switch there is
     return made
+
+
+def _timeout(target: Target) -> ClientTimeout:
+    """Limits on getting a connection; none on what goes over it."""
+    connect_s = target.connect_s
+    whole_s = None if connect_s is None else connect_s + RESOLVE_S
+    return ClientTimeout(total=None, connect=whole_s, sock_connect=connect_s)
+
+
+def _joined(sent: Sequence[tuple[str, str]], target: Target) -> list[tuple[str, str]]:
+    """Headers with the backend's own, which stand instead of a caller's of the same name."""
+    own = {name.lower() for name, _ in target.headers}
+    return [*((name, value) for name, value in sent if name.lower() not in own), *target.headers]
 
 
 class _Exchange:
@@ -282,8 +295,8 @@ class _Exchange:
             call.route.method,
             url,
             data=self._body(),
-            headers=[*call.headers, ("Content-Length", str(len(call.body))), *target.headers],
-            timeout=ClientTimeout(total=None, sock_connect=target.connect_s),
+            headers=_joined([*call.headers, ("Content-Length", str(len(call.body)))], target),
+            timeout=_timeout(target),
             ssl=target.tls,
             server_hostname=target.server_name,
             allow_redirects=False,

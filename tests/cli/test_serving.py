@@ -107,6 +107,24 @@ async def test_term_drains_and_a_second_one_does_not_wait(sim: SimOllama, spawn:
     assert (await process.ended())[0] == ExitCode.OK
 
 
+async def test_a_second_interrupt_cuts_what_runs(sim: SimOllama, spawn: Spawn) -> None:
+    """The first waits for the running call, the second ends it with an error; code 130."""
+    sim.faults.hang_inference()
+    process = await spawn("-b", sim.url, "-l", "127.0.0.1:0")
+    port = await process.port()
+    while (await ask(port, "GET", "/_balancer/ready")).status != 200:
+        await asyncio.sleep(0.01)
+    call = asyncio.ensure_future(ask(port, "POST", "/api/generate", GENERATE))  # noqa: TID251 - ours
+    while not sim.requests or sim.requests[-1].path != "/api/generate":
+        await asyncio.sleep(0.01)
+    process.process.send_signal(signal.SIGINT)
+    await process.told("shutdown_drain")
+    assert not call.done()
+    process.process.send_signal(signal.SIGINT)
+    assert (await call).status == 503
+    assert (await process.ended())[0] == ExitCode.INTERRUPTED
+
+
 async def test_on_a_terminal(sim: SimOllama, spawn: Spawn) -> None:
     """It greets with the start screen and stops on TERM without lingering."""
     master, slave = os.openpty()

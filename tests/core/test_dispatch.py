@@ -165,6 +165,17 @@ def test_a_cool_off_ends_without_any_event(bench: Bench) -> None:
     settle(bench, waiting)
 
 
+def test_what_is_believed_again_is_used(bench: Bench) -> None:
+    """Memory was not read for too long and no load could begin; the same reading again is news."""
+    bench.shape(backend("a", slots=1))
+    bench.clock.advance(60.0)
+    assert bench.pool.take_token("a", key("n:1"), "somebody else's")
+    waiting = bench.submit()
+    assert waiting.waits
+    bench.holds("a", "m:1")
+    settle(bench, waiting)
+
+
 def test_slots_that_grow_with_time_are_used_as_they_come(bench: Bench) -> None:
     """After a recovery one slot, after half a minute all; nobody waits for an event."""
     bench.shape(backend("a", slots=3))

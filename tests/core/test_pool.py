@@ -23,7 +23,7 @@ from balancer.core.events import (
     Suspected,
     SwitchMoved,
 )
-from balancer.core.pool import Lease, PoolSettings, Prospect, ProspectKind, discreet
+from balancer.core.pool import GateSettings, Lease, PoolSettings, Prospect, ProspectKind, discreet
 from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import Judgement
 from balancer.core.watchdog import Suspect
@@ -147,13 +147,24 @@ def test_a_removed_backends_load_ends_in_silence(bench: PoolBench) -> None:
     assert bench.of(LoadEnded) == []
 
 
-def test_new_settings_reach_checks_and_new_breakers(bench: PoolBench) -> None:
-    """Breakers that exist keep their rules; checks and the watchdog take the new ones over."""
-    bench.pool.configure(PoolSettings(fall=1, first_byte_s=90.0))
+def test_new_settings_reach_everybody(bench: PoolBench) -> None:
+    """Checks, the watchdog, and the rules of breakers, those that exist included."""
+    bench.blame("a", V.OK)
+    settings = PoolSettings(
+        host=GateSettings(2, 1.0, 60.0, 30.0, 10),
+        model=GateSettings(1, 10.0, 600.0, 120.0, 6),
+        fall=1,
+        first_byte_s=90.0,
+    )
+    bench.pool.configure(settings)
     bench.shape("a", "b")
     assert bench.pool.watchdog.first_byte_s == 90.0
+    bench.blame("a", V.UNFIT)
+    assert bench["a"].models[M].state is OPEN
+    bench.blame("b", V.FAULT, 2)
+    assert bench["b"].gate.state is OPEN
     bench.check("a", ok=False)
-    assert usable(bench) == "b"
+    assert usable(bench, "n:1") == ""
 
 
 # -- what may serve ----------------------------------------------------------------------------
@@ -275,10 +286,8 @@ def test_the_first_to_be_back_sets_the_time(bench: PoolBench) -> None:
 
 def test_the_later_of_two_waits_counts(bench: PoolBench) -> None:
     """Cooling off for a minute and a trial in a second: a minute."""
-    lease = granted(bench)
     bench.blame("a", V.BUSY, retry_after_s=60.0)
-    settle(bench, lease, V.FAULT, weight=3)
-    assert bench["a"].gate.state is OPEN
+    bench["a"].gate.trip("test")
     assert prospect(bench, excluded="b").retry_in_s == pytest.approx(60.0)
 
 
@@ -517,12 +526,21 @@ def test_a_model_that_fails_is_out_there_alone(bench: PoolBench) -> None:
 
 
 def test_several_models_that_fail_are_the_backends_fault(bench: PoolBench) -> None:
-    """Two within a minute; what is older does not count."""
+    """Two within a minute, until three such failures: no weight of a model's counts for it."""
     bench.blame("a", V.UNFIT, model="m:1")
-    bench.clock.advance(61.0)
     bench.blame("a", V.UNFIT, model="n:1")
-    bench.blame("a", V.UNFIT, model="m:1", weight=3)
+    bench.blame("a", V.UNFIT, model="m:1", weight=9)
+    assert bench["a"].gate.state is CLOSED
+    bench.blame("a", V.UNFIT, model="n:1")
     assert bench["a"].gate.state is OPEN
+
+
+def test_models_that_fail_now_and_then_are_not(bench: PoolBench) -> None:
+    """Each alone in its minute is its own fault."""
+    for model in ("m:1", "n:1", "m:1", "n:1"):
+        bench.blame("a", V.UNFIT, model=model)
+        bench.clock.advance(61.0)
+    assert bench["a"].gate.state is CLOSED
 
 
 def test_a_call_that_kills_runners_opens_one_breaker(bench: PoolBench) -> None:
@@ -573,6 +591,24 @@ def test_a_ratio_does_not_open_the_last_one(bench: PoolBench) -> None:
             bench.blame(name, V.FAULT)
     assert bench["a"].gate.state is OPEN
     assert bench["b"].gate.state is CLOSED
+
+
+def test_the_last_one_takes_it_slow_until_it_is_better(bench: PoolBench) -> None:
+    """Kept closed only because nobody else is there: one call at a time; time alone ends it."""
+    bench.shape("a")
+    for _ in range(5):
+        bench.blame("a", V.OK)
+        bench.blame("a", V.FAULT)
+    lease = granted(bench)
+    assert bench.lease("a") is None
+    assert bench.pool.candidates(call(), frozenset())[0].slots == 1
+    turns = 0
+    while bench.pool.candidates(call(), frozenset())[0].slots == 1:
+        turns += 1
+        bench.clock.now = bench.pool.next_change(bench.clock())
+    assert turns == 10
+    assert bench.pool.next_change(bench.clock()) == math.inf
+    settle(bench, lease)
 
 
 def test_the_last_one_for_a_model_is_not_opened_for_a_ratio_either(bench: PoolBench) -> None:
@@ -748,9 +784,9 @@ def test_only_certain_death_takes_calls_away(bench: PoolBench) -> None:
 
 def test_calls_may_end_while_they_are_taken_away(bench: PoolBench) -> None:
     """Settling inside the call-back disturbs nobody, breakers that open by it included."""
-    leases = [granted(bench) for _ in range(2)]
-    for lease in leases:
-        lease.on_revoke = lambda _, lease=lease: settle(bench, lease, V.FAULT, weight=2)
+    bench.shape(backend("a", slots=3), "b")
+    for lease in [granted(bench) for _ in range(3)]:
+        lease.on_revoke = lambda _, lease=lease: settle(bench, lease, V.FAULT)
     bench.check("a", ok=False, connected=False, count=3)
     assert bench.pool.running == 0
     assert bench["a"].gate.state is OPEN
@@ -770,9 +806,9 @@ def test_lists_are_told_when_they_change(bench: PoolBench) -> None:
     before = len(bench.of(CatalogChanged))
     changes = bench.changes
     bench.lists("a", "m:1", "n:1")
+    assert bench.changes == changes
     bench.holds("a", "m:1")
     assert len(bench.of(CatalogChanged)) == before
-    assert bench.changes == changes
     bench.lists("a", "m:1")
     bench.holds("a")
     assert [(e.models, e.loaded) for e in bench.of(CatalogChanged)][before:] == [

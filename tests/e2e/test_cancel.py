@@ -78,7 +78,7 @@ async def test_two_hundred_aborts_reach_the_hosts() -> None:
         assert {call.phase for call in calls} == {"before_first_token", "streaming"}
         assert {verdict for _, verdict in verdicts(rig)} == {"gone"}
         assert moves(rig) == []
-        assert rig.is_idle
+        await rig.idle()
         assert [host.host.running for host in rig.fleet] == [0, 0, 0]
         assert all(m.load.in_flight() == 0 for m in rig.balancer.pool.members.values())
         assert is_whole(await rig.ask("POST", "/api/chat", CHAT), "/api/chat")
@@ -168,7 +168,10 @@ async def test_a_client_that_leaves_between_two_tries() -> None:
 TERMINAL = {
     "chat, streamed": [b'{"message":{"content":"a"},"done":false}\n', b'{"done":true}\n'],
     "generate, streamed": [b'{"response":"a","done":false}\n', b'{"done":true,"response":""}\n'],
-    "v1 chat, streamed": [b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n', b"data: [DONE]\n\n"],
+    "v1 chat, streamed": [
+        b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n',
+        b"data: [DONE]\n\n",
+    ],
     "v1 completions, streamed": [b'data: {"choices":[{"text":"a"}]}\n\n', b"data: [DONE]\n\n"],
 }
 

@@ -131,7 +131,7 @@ async def test_a_model_that_embeds_is_loaded_by_embedding(route: str) -> None:
 @virtual
 async def test_a_load_beyond_its_budget() -> None:
     """It is given up when the budget is spent, and another host loads; one such blames no breaker."""
-    async with running(2, models=models(5.0), **{"timeouts.load": "30s"}) as rig:
+    async with running(2, models=models(5.0), config={"timeouts.load": "30s"}) as rig:
         rig.fleet["a"].faults.slow_load(20.0)
         began = now()
         reply = await rig.ask("POST", "/api/chat", CHAT)
@@ -150,7 +150,7 @@ async def test_a_load_beyond_its_budget() -> None:
 @virtual
 async def test_a_load_beyond_its_budget_everywhere() -> None:
     """Two loads are tried, then 503 says what was; a third host is left alone."""
-    async with running(3, models=models(100.0), **{"timeouts.load": "30s"}) as rig:
+    async with running(3, models=models(100.0), config={"timeouts.load": "30s"}) as rig:
         reply = await rig.ask("POST", "/api/chat", CHAT)
         assert reply.status == 503
         assert error_of(reply).count("did not finish in its time budget") == 2
@@ -215,7 +215,7 @@ async def test_a_load_that_fails_by_its_callers_mistake() -> None:
 @virtual
 async def test_a_slow_load_is_never_cut(stream: bool) -> None:
     """Longer than any patience and than the queue's limit: nobody is suspected, all are served."""
-    async with running(2, models=models(200.0), **{"queue.max_wait": "40s"}) as rig:
+    async with running(2, models=models(200.0), config={"queue.max_wait": "40s"}) as rig:
         first = await Asking.of(rig, "/api/chat", CHAT | {"stream": stream})
         await asyncio.sleep(190.0)
         second = await Asking.of(rig, "/api/chat", CHAT | {"stream": stream})
@@ -277,7 +277,10 @@ async def test_an_unload_reaches_every_copy(path: str, body: dict[str, Any]) -> 
         assert (reply.status, told["done"], told["done_reason"]) == (200, True, "unload")
         assert reply.get("x-balancer-backend") == "a,c"
         assert rig.loaded() == {"a": [], "b": ["other"], "c": []}
-        assert json.loads((await rig.ask("GET", "/api/ps")).body)["models"][0]["name"] == "other:latest"
+        assert (
+            json.loads((await rig.ask("GET", "/api/ps")).body)["models"][0]["name"]
+            == "other:latest"
+        )
 
 
 @virtual

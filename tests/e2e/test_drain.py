@@ -63,7 +63,9 @@ async def test_a_drain_in_order() -> None:
         async with stopping(rig, lag_s=5.0) as done:
             await asyncio.sleep(1.0)
             assert await ready(rig) == (503, "draining")
-            late = await Asking.of(rig, "/api/chat", CHAT)  # a load balancer has not heard of it yet
+            late = await Asking.of(
+                rig, "/api/chat", CHAT
+            )  # a load balancer has not heard of it yet
             await asyncio.sleep(5.0)
             with pytest.raises(ConnectionRefusedError):
                 await rig.connect()

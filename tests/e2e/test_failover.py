@@ -222,7 +222,7 @@ async def test_a_stream_without_its_last_record(route: str) -> None:
 async def test_when_all_are_dead_the_text_names_them(route: str) -> None:
     """503 with Retry-After, each host and what it did; never 502."""
     path, body = ROUTES[route]
-    async with running(3, models=models(), **{"queue.max_wait": "3s"}) as rig:
+    async with running(3, models=models(), config={"queue.max_wait": "3s"}) as rig:
         for host in rig.fleet:
             await rig.warm(host.name, body["model"])
         for host in rig.fleet:
@@ -437,7 +437,7 @@ async def test_an_unknown_model_is_404_at_once(route: str) -> None:
 @virtual
 async def test_a_model_on_a_host_that_is_away(away: tuple[Any, ...]) -> None:
     """It stays listed, at once while its host hangs; calls get 503 that never says "not found"."""
-    async with running(2, models=models(), **{"queue.max_wait": "3s"}) as rig:
+    async with running(2, models=models(), config={"queue.max_wait": "3s"}) as rig:
         await gained(rig, "b", "rare:latest")
         await rig.watching()
         rig.fleet["b"].faults.apply(*away)

@@ -334,6 +334,19 @@ async def test_two_requests_on_one_connection_are_two_exchanges() -> None:
         assert [told.path for told in stage.ended] == ["/nope", "/api/tags"]
 
 
+async def test_an_offer_of_http_2_is_passed_over() -> None:
+    """Java's client makes one with its first request; body and connection stay in use."""
+    async with staged(echo) as stage:
+        headers = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+        wire = await stage.begin("/api/chat", "POST", headers + b"Content-Length: 5\r\n")
+        wire.writer.write(b"hello")
+        first = await wire.reply()
+        wire.writer.write(b"GET /api/tags HTTP/1.1\r\n" + HOST + b"\r\n")
+        second = await wire.reply()
+        wire.close()
+        assert (first.status, first.body, second.status) == (200, b"hello", 200)
+
+
 async def test_nothing_behind_an_unclear_request_is_read() -> None:
     """A second request in the same bytes may be what somebody smuggled."""
     async with staged() as stage:

@@ -174,6 +174,20 @@ async def test_what_goes_up() -> None:
         }
 
 
+async def test_the_backends_own_headers_replace_a_callers() -> None:
+    """Whoever reads only the first of two must read the configured one."""
+    async with staged(decode_tps=1e5) as stage:
+        target = Target(stage.host.url, headers=(("X-Key", "ours"), ("User-Agent", "us")))
+        theirs = (("x-key", "theirs"), ("User-Agent", "them"), ("X-Other", "kept"))
+        await stage.told(target, body=CHAT, headers=theirs)
+        await stage.upstream.ask(target, "GET", "/api/tags", limit_s=5.0, headers=theirs)
+        for seen in stage.host.requests:
+            got = [(name, value) for name, value in seen.headers if name.lower() != "host"]
+            assert [value for name, value in got if name.lower() == "x-key"] == ["ours"]
+            assert [value for name, value in got if name == "User-Agent"] == ["us"]
+            assert ("X-Other", "kept") in got
+
+
 async def test_a_path_prefix_of_the_backend_is_kept() -> None:
     """A backend may sit below a path of a web server."""
     async with staged() as stage:
@@ -299,6 +313,23 @@ async def test_a_host_that_takes_no_connections_is_given_up_soon() -> None:
             with pytest.raises(UpstreamError) as error:
                 await stage.upstream.ask(Target(url, connect_s=2.0), "GET", "/", limit_s=60.0)
             assert error.value.failure.kind is FailureKind.CONNECT_TIMEOUT
+
+
+@virtual
+async def test_a_name_that_nobody_resolves_is_given_up_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A resolver that hangs must not hold a call for longer than a host that does."""
+
+    async def hang(*_: object, **__: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async with staged() as stage:
+        monkeypatch.setattr(stage.upstream._session.connector, "_resolve_host", hang)
+        began = asyncio.get_running_loop().time()
+        tape = await stage.told(Target("http://gpu0.lan:1", connect_s=2.0), body=CHAT)
+        assert tape.failure.kind is FailureKind.CONNECT_TIMEOUT
+        assert asyncio.get_running_loop().time() - began <= 6.0
 
 
 class full_listener:  # noqa: N801 - used as a function

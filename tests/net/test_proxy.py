@@ -1,0 +1,459 @@
+"""Inference calls: what goes up, what comes back, and who gives what back when somebody leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import pytest
+
+from balancer.core.domain import Outcome, Verdict
+from balancer.sim.host import SimModel
+from tests.conftest import Start
+from tests.e2e.stage import CHAT, Asking, error_of, models, now, records, verdicts, virtual
+from tests.rig import running
+
+pytestmark = pytest.mark.usefixtures("quiet")
+NDJSON = [("Content-Type", "application/x-ndjson")]
+LINE = b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false}\n'
+DONE = b'{"model":"m","message":{"role":"assistant","content":""},"done":true,"eval_count":1}\n'
+GENERATE = {"model": "m", "prompt": "hi", "stream": False}
+V1 = ("/v1/chat/completions", CHAT | {"stream": True})
+ONE = {"slots": 1}
+
+
+# -- headers --------------------------------------------------------------------------------------
+
+
+async def test_only_what_may_goes_up(start: Start) -> None:
+    """Neither a client's credentials nor what concerns its connection; the backend's own do."""
+    auth = {"type": "bearer", "token": "for-the-backend-only"}
+    rig = await start(
+        1,
+        models=models(0.0),
+        backend={"auth": auth, "headers": {"X-Team": "blue"}},
+        config={"auth.anonymous": "always"},  # who comes through a proxy is not known
+    )
+    reply = await rig.ask(
+        "POST",
+        "/api/generate",
+        GENERATE | {"options": {"num_predict": 1}},
+        Authorization="Bearer the-client's-own",
+        X_Api_Key="the-client's-own",
+        Cookie="session=1",
+        Origin="http://localhost:3000",
+        Access_Control_Request_Method="POST",
+        Connection="keep-alive, X-Hop\r\nConnection: x-HOP-2",
+        Keep_Alive="timeout=5",
+        X_Hop="1",
+        X_Hop_2="1",
+        X_Team="the client's own",
+        TE="trailers",
+        Trailer="X-Sum",
+        Proxy_Authorization="Basic eA==",
+        Proxy_Connection="keep-alive",
+        Accept_Encoding="gzip",
+        Forwarded="for=203.0.113.9",
+        X_Forwarded_Host="evil",
+        X_Forwarded_Prefix="/evil",
+        X_Real_IP="203.0.113.9",
+        X_Request_Timeout="60",
+        User_Agent="test/1",
+        Accept="application/json",
+        Content_Type="application/json",
+        traceparent="00-1-2-01",
+        X_Stainless_Lang="python",
+    )
+    assert reply.status == 200
+    (seen,) = rig.forwarded()
+    up = dict(seen.headers)
+    via = up.pop("Via")
+    assert up == {
+        "Host": rig.fleet["a"].url.removeprefix("http://"),
+        "User-Agent": "test/1",
+        "Accept": "application/json",
+        "Content-Type": "application/json",
+        "traceparent": "00-1-2-01",
+        "X-Stainless-Lang": "python",
+        "Accept-Encoding": "identity",
+        "X-Forwarded-For": "127.0.0.1",
+        "X-Request-Id": reply.get("x-request-id"),
+        "Content-Length": str(len(seen.body)),
+        "X-Team": "blue",
+        "Authorization": "Bearer for-the-backend-only",
+        "Connection": "close",
+    }
+    assert via.startswith("1.1 ollama-balancer-")
+
+
+async def test_our_questions_carry_the_backends_credentials_too(start: Start) -> None:
+    """Checks, lists and loads would be refused without them."""
+    rig = await start(1, backend={"auth": {"type": "header", "name": "X-Key", "value": "up"}})
+    await rig.ask("POST", "/api/chat", {"model": "llama3.2", "messages": []})
+    assert {dict(seen.headers).get("X-Key") for seen in rig.fleet["a"].requests} == {"up"}
+
+
+@pytest.mark.parametrize(
+    ("trusted", "client"), [([], "127.0.0.1"), (["127.0.0.0/8"], "203.0.113.9")]
+)
+async def test_where_a_client_is_is_believed_only_of_our_proxies(
+    start: Start, trusted: list[str], client: str
+) -> None:
+    """X-Forwarded-For is written anew, from what a trusted proxy said or from the connection."""
+    config = {"server.trusted_proxies": trusted, "auth.anonymous": "always"}
+    rig = await start(1, config=config)
+    body = {"model": "llama3.2", "prompt": "x", "stream": False}
+    reply = await rig.ask("POST", "/api/generate", body, X_Forwarded_For="6.6.6.6, 203.0.113.9")
+    assert reply.status == 200
+    (seen,) = rig.forwarded()
+    assert [v for k, v in seen.headers if k == "X-Forwarded-For"] == [client]
+    assert rig.calls()[-1].client == client
+
+
+async def test_a_trace_of_the_way_is_kept(start: Start) -> None:
+    """Two balancers in a circle must each find their own mark, so that of others stays."""
+    rig = await start(1)
+    body = {"model": "llama3.2", "prompt": "x", "stream": False}
+    await rig.ask("POST", "/api/generate", body, Via="1.0 first, 1.1 ollama-balancer-other")
+    via = dict(rig.forwarded()[-1].headers)["Via"]
+    assert via.startswith("1.0 first, 1.1 ollama-balancer-other, 1.1 ollama-balancer-")
+    for lines in ({"Via": via}, {"VIA": "1.1 x\r\nVia: " + via}):
+        assert (await rig.ask("POST", "/api/generate", body, **lines)).status == 508
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_only_what_may_comes_back(start: Start, stream: bool) -> None:
+    """The type of the answer and how to cache it; the rest of a backend's headers stays there."""
+    rig = await start(1, models=models(0.0))
+    await rig.warm("a", "m")
+    headers = [
+        ("Content-Type", "application/x-ndjson" if stream else "application/json"),
+        ("Cache-Control", "no-cache"),
+        ("Server", "Evil/1.0"),
+        ("Set-Cookie", "a=b"),
+        ("X-Powered-By", "x"),
+        ("Access-Control-Allow-Origin", "*"),
+        ("Connection", "keep-alive"),
+        ("Strict-Transport-Security", "max-age=1"),
+        ("X-Request-Id", "theirs"),
+    ]
+    framing: Any = "chunked" if stream else "length"
+    rig.fleet["a"].script("/api/chat", headers=headers, segments=[DONE], framing=framing)
+    reply = await rig.ask("POST", "/api/chat", CHAT | {"stream": stream}, X_Request_Id="ours")
+    kept = {name for name, _ in reply.headers}
+    framed = {"Transfer-Encoding", "X-Accel-Buffering"} if stream else {"Content-Length"}
+    cached = {"Cache-Control"} if stream else set()
+    assert kept == framed | cached | {
+        "Content-Type",
+        "X-Request-Id",
+        "X-Balancer-Backend",
+        "X-Balancer-Attempts",
+        "X-Balancer-Route",
+        "X-Balancer-Queue-Ms",
+        "Date",
+    }
+    assert (reply.get("x-request-id"), reply.get("x-balancer-backend")) == ("ours", "a")
+
+
+async def test_a_redirect_is_a_fault_of_the_backend(start: Start) -> None:
+    """It is not followed, nobody sees it, and another backend answers."""
+    rig = await start(2, models=models(0.0))
+    await rig.warm("a", "m")
+    where = [("Location", "http://evil.example/")]
+    rig.fleet["a"].script("/api/chat", status=307, headers=where)
+    reply = await rig.ask("POST", "/api/chat", CHAT | {"options": {"num_predict": 1}})
+    assert (reply.status, reply.get("location")) == (200, None)
+    assert verdicts(rig) == [("a", "misconfigured"), ("b", "ok")]
+
+
+# -- what is told of a call -----------------------------------------------------------------------
+
+
+@virtual
+async def test_a_call_is_told_with_its_times_and_counts() -> None:
+    """When the first byte went out, what it cost, which backend, and why that one."""
+    async with running(2, models=models()) as rig:
+        body = CHAT | {"options": {"num_predict": 5}}
+        reply = await rig.ask("POST", "/api/chat", body)
+        (told,) = rig.calls()
+        assert (told.model, told.backend, told.why) == ("m", "a", "cold")
+        assert (told.status, told.outcome, told.phase) == (200, "ok", "")
+        assert (told.streaming, told.inference, told.attempts) == (True, True, 1)
+        assert told.usage.tokens_out == 5
+        assert told.bytes_out == len(reply.body)
+        assert told.bytes_in == len(json.dumps(body))
+        assert told.queue_s == pytest.approx(2.0, abs=0.2)
+        assert told.first_byte_s is not None
+        assert told.queue_s < told.first_byte_s < told.duration_s
+        assert reply.get("x-balancer-queue-ms") == str(round(told.queue_s * 1000))
+
+
+# -- leaving --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaves_first", [False, True])
+@virtual
+async def test_a_grant_that_comes_as_its_client_leaves_is_given_back(leaves_first: bool) -> None:
+    """In whichever order the two happen within one turn of the loop, no slot stays taken."""
+    async with running(1, models=models(), backend=ONE) as rig:
+        await rig.warm("a", "m")
+        first = await Asking.of(rig, "/api/chat", CHAT)
+        await first.head()
+        second = await Asking.of(rig, "/api/chat", CHAT)
+        await rig.events.until(lambda: bool(rig.balancer.dispatcher.waiting()))
+        (lease,) = rig.balancer.pool.members["a"].leases
+        waiting = next(each for each in rig.balancer.front.running if not each.status)
+        if leaves_first:
+            waiting.request.task.cancel()
+            lease.settle(gone())
+        else:
+            lease.settle(gone())
+            assert rig.balancer.pool.running == 1, "granted in the same turn"
+            waiting.request.task.cancel()
+        await rig.ended()
+        assert rig.balancer.pool.running == 0
+        assert [told.phase for told in rig.calls()] == ["queued"]
+        assert len(rig.forwarded()) == 1, "the second call never went up"
+        for one in (first, second):
+            one.hang_up()
+
+
+def gone() -> Outcome:
+    """The end of an attempt whose client has left."""
+    return Outcome(Verdict.GONE, now(), now())
+
+
+@pytest.mark.parametrize("phase", ["queued", "before_first_token", "streaming"])
+@virtual
+async def test_leaving_costs_a_backend_nothing_but_the_call(phase: str) -> None:
+    """The slot is free at once, the host hears of it, and nobody is blamed."""
+    async with running(1, models=models(), backend=ONE) as rig:
+        await rig.warm("a", "m")
+        others = [await Asking.of(rig, "/api/chat", CHAT)] if phase == "queued" else []
+        for other in others:
+            await other.head()
+        if phase == "before_first_token":
+            rig.fleet["a"].faults.hang_inference()
+        leaving = await Asking.of(rig, "/api/chat", CHAT)
+        if phase == "queued":
+            await rig.events.until(lambda: bool(rig.balancer.dispatcher.waiting()))
+        elif phase == "before_first_token":
+            await asyncio.sleep(5)
+        else:
+            await leaving.head()
+            await leaving.record()
+        leaving.hang_up()
+        await rig.ended()
+        (told,) = rig.calls()
+        assert (told.outcome, told.phase) == ("client_abort", phase)
+        assert rig.balancer.pool.running == len(others)
+        assert not rig.balancer.dispatcher.waiting()
+        assert {b.state.value for v in rig.balancer.pool.snapshot() for b in v.breakers} == {
+            "closed"
+        }
+        if phase != "queued":
+            await asyncio.sleep(0.5)
+            assert rig.forwarded()[-1].ending == "client-gone"
+        for other in others:
+            other.hang_up()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "last"),
+    [
+        ("/api/chat", CHAT, NDJSON, [LINE, DONE]),
+        (*V1, [("Content-Type", "text/event-stream")], [b'data: {"a":1}\n\n', b"data: [DONE]\n\n"]),
+    ],
+)
+@virtual
+async def test_leaving_after_the_last_record_is_no_leaving(
+    path: str, body: Any, headers: Any, last: list[bytes]
+) -> None:
+    """Some clients hang up as soon as they have all: that is a success, of the backend too."""
+    async with running(1, models=models()) as rig:
+        await rig.warm("a", "m")
+        late: tuple[float, bytes] = (30.0, b"")  # the end of the body
+        rig.fleet["a"].script(path, headers=headers, segments=[*last, late], framing="chunked")
+        asking = await Asking.of(rig, path, body)
+        await asking.head()
+        while not asking.reply.body.endswith(last[-1]):
+            await asking.record()
+        asking.hang_up()
+        (told,) = await rig.ended()
+        assert (told.outcome, told.status, told.phase) == ("ok", 200, "")
+        assert verdicts(rig) == [("a", "ok")]
+
+
+@virtual
+async def test_a_client_that_stops_reading_is_given_up() -> None:
+    """After a minute without progress its slot is needed by others."""
+    chunks = (b'{"message":{"content":"' + b"x" * 1_000_000 + b'"},"done":false}\n',) * 60
+    endless = SimModel("m", chunks=chunks, decode_tps=1e6)
+    async with running(1, models=[endless]) as rig:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop, began = asyncio.get_running_loop(), now()
+            await loop.sock_connect(sock, ("127.0.0.1", rig.port))
+            body = json.dumps(CHAT).encode()
+            length = f"Content-Length: {len(body)}\r\n\r\n".encode()
+            head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n"
+            await loop.sock_sendall(sock, head + length + body)
+            (told,) = await rig.ended(limit_s=120.0)
+        assert now() - began == pytest.approx(60.0, abs=5.0)
+        assert (told.outcome, told.phase) == ("client_abort", "streaming")
+        assert verdicts(rig) == [("a", "gone")]
+        assert told.bytes_out < 40_000_000, "the backend was held back"
+        await asyncio.sleep(1)
+        assert rig.forwarded()[-1].ending == "client-gone"
+
+
+# -- limits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "body"), [("/api/chat", CHAT), V1])
+@virtual
+async def test_silence_in_a_stream_ends_it_with_an_error(path: str, body: Any) -> None:
+    """After `timeouts.idle` the client is told, and the host need not go on."""
+    async with running(1, models=models(0.0), config={"timeouts.idle": "20s"}) as rig:
+        rig.fleet["a"].faults.stall(2)
+        began = now()
+        reply = await rig.ask("POST", path, body)
+        assert 20.0 < now() - began < 23.0
+        assert (reply.status, reply.ended) == (200, "clean")
+        told = records(reply)
+        assert len(told) == 3
+        assert "stopped in the middle of the answer" in str(told[-1]["error"])
+        assert verdicts(rig) == [("a", "stalled")]
+        await asyncio.sleep(0.5)
+        assert rig.forwarded()[-1].ending == "client-gone"
+
+
+@pytest.mark.parametrize("how", ["X-Request-Timeout", "Request-Timeout", "timeouts.total"])
+@virtual
+async def test_a_time_limit_before_the_first_record_is_a_504(how: str) -> None:
+    """Of the client or of the operator; nobody is blamed for it."""
+    config = {how: "7s"} if how == "timeouts.total" else {}
+    async with running(1, models=models(0.0), config=config) as rig:
+        await rig.warm("a", "m")
+        rig.fleet["a"].faults.hang_inference()
+        began = now()
+        headers = {} if config else {how: "7"}
+        reply = await rig.ask("POST", "/api/chat", CHAT, **headers)
+        assert now() - began == pytest.approx(7.0, abs=0.1)
+        assert (reply.status, "time limit" in error_of(reply)) == (504, True)
+        assert [told.outcome for told in rig.calls()] == ["timeout"]
+        assert verdicts(rig) == [("a", "gone")]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/api/chat", CHAT), V1])
+@virtual
+async def test_a_time_limit_in_a_stream_ends_it_with_an_error(path: str, body: Any) -> None:
+    """What came is kept, and the end is told as what it is."""
+    async with running(1, models=models(0.0)) as rig:
+        await rig.warm("a", "m")
+        began = now()
+        reply = await rig.ask("POST", path, body, X_Request_Timeout="1.5")
+        assert now() - began == pytest.approx(1.5, abs=0.1)
+        assert (reply.status, reply.ended) == (200, "clean")
+        told = records(reply)
+        assert len(told) > 10
+        assert "time limit" in str(told[-1]["error"])
+        assert "[DONE]" not in told
+        assert rig.balancer.pool.running == 0
+
+
+@virtual
+async def test_a_time_limit_counts_the_wait_for_a_slot() -> None:
+    """A call whose time has passed in the queue never goes up."""
+    async with running(1, models=models(0.0), backend=ONE) as rig:
+        await rig.warm("a", "m")
+        rig.fleet["a"].faults.slow(10.0)
+        first = await Asking.of(rig, "/api/chat", CHAT)
+        await first.head()
+        began = now()
+        reply = await rig.ask("POST", "/api/chat", CHAT, X_Request_Timeout="3")
+        assert (reply.status, round(now() - began)) == (504, 3)
+        assert len(rig.forwarded()) == 1
+        first.hang_up()
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "0", "nan", "", "1e999"])
+async def test_a_time_limit_that_is_none_is_ignored(start: Start, text: str) -> None:
+    """Nonsense in a header is no reason to refuse a call."""
+    rig = await start(1)
+    body = {"model": "llama3.2", "prompt": "x", "stream": False}
+    assert (await rig.ask("POST", "/api/generate", body, X_Request_Timeout=text)).status == 200
+
+
+async def test_without_memory_to_repeat_a_call_it_is_not_repeated(start: Start) -> None:
+    """Beyond `server.replay_memory` a call goes up once, and what that gives is the answer."""
+    rig = await start(2, config={"server.replay_memory": "1KiB"})
+    await rig.warm("a", "llama3.2")
+    rig.fleet["a"].faults.reset_head()
+    body = {"model": "llama3.2", "prompt": "x", "stream": False}
+    assert (await rig.ask("POST", "/api/generate", body | {"prompt": "x" * 2000})).status == 503
+    assert len(rig.forwarded()) == 1
+    assert (await rig.ask("POST", "/api/generate", body)).status == 200
+
+
+@virtual
+async def test_a_full_queue_refuses_before_the_body_is_sent() -> None:
+    """Who waits for `100 Continue` need not send megabytes to hear of it."""
+    config = {"queue.max_depth": 1}
+    async with running(1, models=models(0.0), backend=ONE, config=config) as rig:
+        await rig.warm("a", "m")
+        busy = [await Asking.of(rig, "/api/chat", CHAT)]
+        await busy[0].head()
+        busy.append(await Asking.of(rig, "/api/chat", CHAT))
+        await rig.events.until(lambda: bool(rig.balancer.dispatcher.waiting()))
+        reply = await rig.raw(
+            b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n"
+            b"Expect: 100-continue\r\n\r\n"
+        )
+        assert (reply.status, reply.interim) == (503, [])
+        assert 1 <= int(reply.get("retry-after") or 0) <= 60
+        assert "queue.max_depth" in error_of(reply)
+        for one in busy:
+            one.hang_up()
+
+
+@pytest.mark.parametrize("fault", ["cut", "reset"])
+async def test_a_document_cut_after_its_beginning_was_sent_is_cut_for_the_client(
+    start: Start, fault: str
+) -> None:
+    """No record of ours fits into half a document, so the body must not end well."""
+    rig = await start(1, models=models(0.0))
+    await rig.warm("a", "e")
+    ending: Any = fault
+    rig.fleet["a"].script(
+        "/api/embed",
+        segments=[b'{"embeddings":[[', *[b"0.125," * 200_000] * 9, (0.05, b"0]")],
+        framing="chunked",
+        ending=ending,
+    )
+    reply = await rig.ask("POST", "/api/embed", {"model": "e", "input": "x"})
+    assert reply.status == 200
+    assert reply.ended in ("cut", "reset")
+    assert [told.outcome for told in await rig.ended()] == ["upstream_error"]
+
+
+async def test_a_user_may_not_unload(start: Start) -> None:
+    """What empties the memory of all hosts needs the role admin; the call itself does not."""
+    keys = [
+        {"name": "u", "role": "user", "key": "0123456789abcdef-user"},
+        {"name": "o", "role": "admin", "key": "0123456789abcdef-admin"},
+    ]
+    rig = await start(1, config={"auth.keys": keys, "auth.anonymous": "never"})
+    await rig.warm("a", "llama3.2")
+    unload = {"model": "llama3.2", "keep_alive": 0}
+    user = {"Authorization": "Bearer 0123456789abcdef-user"}
+    run = {"model": "llama3.2", "prompt": "x", "stream": False}
+    assert (await rig.ask("POST", "/api/generate", run)).status == 401
+    assert (await rig.ask("POST", "/api/generate", run, **user)).status == 200
+    assert (await rig.ask("POST", "/api/generate", unload, **user)).status == 403
+    assert rig.loaded() == {"a": ["llama3.2"]}
+    admin = await rig.ask("POST", "/api/generate", unload, X_Api_Key="0123456789abcdef-admin")
+    assert (admin.status, rig.loaded()) == (200, {"a": []})
