@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help run demo test lint docs clean
+.PHONY: help run demo test lint docs faults cancel clean
 
 help:
 	@echo 'make run    serve; ARGS="-b gpu1 -b gpu2" for your hosts'
@@ -12,6 +12,8 @@ help:
 	@echo 'make test   all tests; ARGS="-k name" for some'
 	@echo 'make lint   format, lint and types'
 	@echo 'make docs   write docs/metrics.md and docs/verdicts.md anew'
+	@echo 'make faults the fault table on real processes, about 45 minutes; ARGS="killed frozen" for some'
+	@echo 'make cancel how soon a host sees that a client has gone'
 	@echo 'make clean  remove .venv and caches'
 
 run: $(READY)
@@ -30,6 +32,12 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+
+faults: $(READY)
+	$(BIN)/python bench/faults.py $(ARGS)
+
+cancel: $(READY)
+	$(BIN)/python bench/cancel.py $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

@@ -13,6 +13,7 @@ from processes import Rig, quantile
 
 
 async def abort(session: aiohttp.ClientSession, url: str, kind: int) -> float:
+    """Call and leave; the instant of leaving. Kinds: 0 early, 1 in the stream, 2 a whole answer."""
     loop = asyncio.get_running_loop()
     body = {"model": "warm-a", "prompt": "go on for ever", "stream": kind != 2}
     body["options"] = {"num_predict": 100_000}
@@ -34,6 +35,7 @@ async def abort(session: aiohttp.ClientSession, url: str, kind: int) -> float:
 
 
 async def main() -> int:
+    """Abort so many calls, and compare with what the hosts saw."""
     aborts = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     async with Rig() as rig:
         left: list[float] = []

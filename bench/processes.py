@@ -29,6 +29,7 @@ class SimHost:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
+        """Start it, on the port it had before if it had one."""
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -45,26 +46,33 @@ class SimHost:
         self.port = int(self.url.rpartition(":")[2])
 
     def tell(self, *words: Any) -> None:
-        assert self._process is not None and self._process.stdin is not None
+        """Call a method of its faults, with arguments."""
+        assert self._process is not None
+        assert self._process.stdin is not None
         line = "\t".join([str(words[0]), *(json.dumps(word) for word in words[1:])])
         self._process.stdin.write(line.encode() + b"\n")
 
     async def stats(self) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
+        """What it counted."""
+        assert self._process is not None
+        assert self._process.stdout is not None
         self.tell("stats")
         found: dict[str, Any] = json.loads(await self._process.stdout.readline())
         return found
 
     def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
         assert self._process is not None
         self._process.send_signal(number)
 
     async def kill(self) -> None:
+        """End it without a word."""
         assert self._process is not None
         self._process.kill()
         await self._process.wait()
 
     async def stop(self) -> None:
+        """End it if it still runs."""
         if self._process is not None and self._process.returncode is None:
             self.send(signal.SIGCONT)
             await self.kill()
@@ -120,6 +128,7 @@ class Rig:
 
     @property
     def log(self) -> str:
+        """What the balancer wrote."""
         return Path(self._log.name).read_text()
 
     async def _until_ready(self) -> None:
@@ -136,6 +145,7 @@ class Rig:
         raise RuntimeError(f"the balancer did not come up: {self.log}")
 
     async def status(self) -> dict[str, Any]:
+        """Its status document."""
         async with (
             aiohttp.ClientSession() as session,
             session.get(f"{self.url}/_balancer/status") as response,

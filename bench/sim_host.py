@@ -16,6 +16,7 @@ from balancer.sim.storm import models
 
 
 async def main() -> None:
+    """Serve until the input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--name", default="a")
     parser.add_argument("--port", type=int, default=0)

@@ -260,6 +260,7 @@ class Outcome:
         blank_model: The empty error chunk of /v1 came before the end.
         retry_after_s: What a busy backend asked for.
         blameless: Whatever the verdict, the backend has shown since that it is well.
+        unreached: Not even a connection came about.
     """
 
     verdict: Verdict
@@ -278,6 +279,7 @@ class Outcome:
     blank_model: bool = False
     retry_after_s: float | None = None
     blameless: bool = False
+    unreached: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,7 @@ class Judgement:
         crash: A runner died, or a load ran out of memory: the call itself may be deadly.
         text: One line for people.
         blameless: As in `Facts`.
+        unreached: As in `Outcome`.
     """
 
     verdict: Verdict
@@ -214,6 +215,7 @@ class Judgement:
     crash: bool = False
     text: str = ""
     blameless: bool = False
+    unreached: bool = False
 
 
 LOAD_FAILURES: Final = (
@@ -388,11 +390,12 @@ def of_failure(failure: Failure, *, committed: bool, received: int) -> Judgement
         return Judgement(verdict, crash=crash, text=failure.text)
     if kind is FailureKind.RESET and failure.reused and not received:
         return Judgement(Verdict.STALE, text=failure.text)
+    unreached = kind in (FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT)
     if kind in (FailureKind.CONNECT_TIMEOUT, FailureKind.IDLE, FailureKind.SEND_STALL):
-        return Judgement(Verdict.SLOW, text=failure.text)
+        return Judgement(Verdict.SLOW, text=failure.text, unreached=unreached)
     if kind is FailureKind.OVERDUE:
         return Judgement(Verdict.OVERDUE, text=failure.text)
-    return Judgement(Verdict.FAULT, crash=crash, text=failure.text)
+    return Judgement(Verdict.FAULT, crash=crash, text=failure.text, unreached=unreached)
 
 
 def document() -> str:

@@ -418,7 +418,8 @@ class Prober:
             weight=judgement.weight,
             text=judgement.text,
             crash=judgement.crash,
-            caused_load=True,
+            caused_load=not judgement.unreached,
+            unreached=judgement.unreached,
         )
 
     def unload(self, unload: Unload) -> None:

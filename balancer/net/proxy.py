@@ -51,14 +51,13 @@ from balancer.core.framing import Ending, Splitter, json_terminal, splitter
 from balancer.core.pool import Lease
 from balancer.core.retry import Budget, again, excluded, repeats_crash
 from balancer.core.routes import EMBEDDING
-from balancer.core.verdicts import Failure, FailureKind, Judgement
+from balancer.core.verdicts import Failure, Judgement
 from balancer.net.attempt import Attempt
 from balancer.net.server import Exchange, read_body
 from balancer.net.upstream import Upstream
 
 WRITE_STALL_S: Final = 60.0
 MAX_DEADLINE_S: Final = 3600.0
-UNSENT: Final = frozenset({FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT})
 RELAYED: Final = frozenset({"content-type", "cache-control"})
 # Hop-by-hop, ours to set, or credentials: none of these goes up.
 WITHHELD: Final = frozenset(
@@ -236,7 +235,8 @@ class Proxy:
             try:
                 lease = await self._acquire(exchange, course)
             except LoadFailed as failed:
-                course.add(failed.attempt, _in_dialect(failed.answer, exchange.dialect))
+                answer = _in_dialect(failed.answer, exchange.dialect)
+                course.add(failed.attempt, answer, unsent=True)
                 exchange.attempts = len(course.tried)
                 exchange.backend = failed.attempt.backend
                 if not self._again(course):
@@ -311,8 +311,8 @@ class Proxy:
                 exchange.usage = usage
                 exchange.first_byte_s = self._clock() - exchange.started_at
                 return await self._whole(exchange, answer)
-            unsent = attempt.failure is not None and attempt.failure.kind in UNSENT
-            course.add(Tried(lease.number, lease.backend.name, outcome), answer, unsent=unsent)
+            tried = Tried(lease.number, lease.backend.name, outcome)
+            course.add(tried, answer, unsent=outcome.unreached)
             return None
         except BaseException:
             # The client left, a deadline passed, or we have a bug: nobody is to blame.
@@ -330,7 +330,7 @@ class Proxy:
         that could be relayed is not kept waiting for that.
         """
         keep_away = excluded(course.tried)
-        waits = course.unsent and course.answer is None
+        waits = course.tried[-1].outcome.unreached and course.answer is None
         if waits and not self._dispatcher.is_served_elsewhere(course.call, keep_away):
             keep_away -= {course.tried[-1].backend}
         course.excluded = keep_away
@@ -389,6 +389,7 @@ class Proxy:
             text=judgement.text,
             crash=judgement.crash,
             blameless=judgement.blameless,
+            unreached=judgement.unreached,
             repeated_crash=judgement.crash and repeats_crash(course.tried),
             retry_after_s=_retry_after(attempt.headers) if attempt.status in (429, 503) else None,
         )

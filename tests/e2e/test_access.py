@@ -49,7 +49,7 @@ def refusal(reply: Reply, path: str) -> str:
 @virtual
 async def test_no_key_no_entry(path: str, sent: dict[str, str]) -> None:
     """None or a wrong one: 401 in the dialect of the path, and no host hears of it."""
-    async with running(1, models=models(0.0), **LOCKED) as rig:
+    async with running(1, models=models(0.0), config=LOCKED) as rig:
         method = "GET" if path == "/api/tags" else "POST"
         reply = await rig.ask(method, path, CHAT if method == "POST" else None, **sent)
         assert reply.status == 401
@@ -68,7 +68,7 @@ async def test_no_key_no_entry(path: str, sent: dict[str, str]) -> None:
 async def test_a_key_opens(route: str, sent: dict[str, str]) -> None:
     """As a bearer or as x-api-key; its name is told, itself never goes to a host."""
     path, body = ROUTES[route]
-    async with running(1, models=models(0.0), **LOCKED) as rig:
+    async with running(1, models=models(0.0), config=LOCKED) as rig:
         assert is_whole(await rig.ask("POST", path, body, **sent), path)
         assert rig.calls()[0].key == "webui"
         (seen,) = rig.forwarded()
@@ -79,7 +79,7 @@ async def test_a_key_opens(route: str, sent: dict[str, str]) -> None:
 @virtual
 async def test_a_role_is_needed() -> None:
     """A user's key calls and reads; it neither reloads, looks behind the scenes nor unloads."""
-    async with running(1, models=models(0.0), **LOCKED) as rig:
+    async with running(1, models=models(0.0), config=LOCKED) as rig:
         asked: list[tuple[str, str, Any]] = [
             ("POST", "/_balancer/reload", {}),
             ("GET", "/_balancer/status", None),
@@ -117,7 +117,7 @@ async def test_this_machine_is_the_admin() -> None:
 
 @virtual
 async def test_behind_a_proxy_nobody_is_local() -> None:
-    """A forwarded call comes from elsewhere: no entry, unless the proxy is trusted to say whence."""
+    """A forwarded call comes from elsewhere: no entry, unless a trusted proxy says whence."""
     forwarded = {"X_Forwarded_For": "203.0.113.7"}
     async with running(1, models=models(0.0)) as rig:
         refused = await rig.ask("POST", "/api/chat", CHAT, **forwarded)
@@ -128,7 +128,7 @@ async def test_behind_a_proxy_nobody_is_local() -> None:
         "server.trusted_proxies": ["127.0.0.0/8"],
         "auth.anonymous": ["203.0.113.0/24"],
     }
-    async with running(1, models=models(0.0), **trusting) as rig:
+    async with running(1, models=models(0.0), config=trusting) as rig:
         reply = await rig.ask("POST", "/api/chat", CHAT, **forwarded)
         assert is_whole(reply, "/api/chat")
         assert rig.calls()[0].client == "203.0.113.7"
@@ -146,7 +146,7 @@ async def test_behind_a_proxy_nobody_is_local() -> None:
 @virtual
 async def test_open_pages_answer_anybody(path: str, sent: dict[str, str]) -> None:
     """Whoever asks, from wherever: probes have no keys."""
-    async with running(1, models=models(0.0), **LOCKED) as rig:
+    async with running(1, models=models(0.0), config=LOCKED) as rig:
         assert (await rig.ask("GET", path, None, **sent)).status == 200
 
 
@@ -154,7 +154,7 @@ async def test_open_pages_answer_anybody(path: str, sent: dict[str, str]) -> Non
 async def test_the_metrics_guard() -> None:
     """From where they may be reached they need no key; from elsewhere a key does not help."""
     more = LOCKED | {"server.trusted_proxies": ["127.0.0.0/8"], "auth.anonymous": "loopback"}
-    async with running(1, models=models(0.0), **more) as rig:
+    async with running(1, models=models(0.0), config=more) as rig:
         assert (await rig.ask("GET", "/metrics")).status == 200
         far = {"X_Forwarded_For": "203.0.113.7"}
         refused = await rig.ask("GET", "/metrics", None, **far, **bearer(ADMIN))
@@ -166,7 +166,7 @@ async def test_the_metrics_guard() -> None:
 @virtual
 async def test_a_scraper_needs_no_key() -> None:
     """Where everybody needs a key, the metrics still answer within admin.allowed_cidrs."""
-    async with running(1, models=models(0.0), **LOCKED) as rig:
+    async with running(1, models=models(0.0), config=LOCKED) as rig:
         assert (await rig.ask("GET", "/metrics")).status == 200
 
 
@@ -198,7 +198,7 @@ async def test_a_page_cannot_make_a_browser_steer() -> None:
 )
 @virtual
 async def test_a_rebound_name_is_refused(host: str, status: int) -> None:
-    """Without a key only names that no foreign page could point at us; an empty 403, as Ollama's."""
+    """Without a key only names that no foreign page could point at us; else an empty 403."""
     async with running(1, models=models(0.0)) as rig:
         reply = await asked_as(rig, host)
         assert reply.status == status
@@ -208,7 +208,7 @@ async def test_a_rebound_name_is_refused(host: str, status: int) -> None:
 @virtual
 async def test_a_key_opens_under_any_name() -> None:
     """A foreign page has no key to send."""
-    async with running(1, models=models(0.0), **LOCKED) as rig:
+    async with running(1, models=models(0.0), config=LOCKED) as rig:
         head = f"GET /api/tags HTTP/1.1\r\nHost: ai.example\r\nx-api-key: {USER}\r\n\r\n"
         assert (await rig.raw(head.encode())).status == 200
 
@@ -221,7 +221,7 @@ async def asked_as(rig: Rig, host: str) -> Reply:
 @virtual
 async def test_guessing_is_slowed_down() -> None:
     """After ten wrong keys the address rests for a minute, even with the right one."""
-    async with running(1, models=models(0.0), **LOCKED) as rig:
+    async with running(1, models=models(0.0), config=LOCKED) as rig:
         for number in range(10):
             assert (
                 await rig.ask("GET", "/api/tags", None, **bearer(f"guess-{number}"))

@@ -130,7 +130,7 @@ async def test_a_model_that_embeds_is_loaded_by_embedding(route: str) -> None:
 
 @virtual
 async def test_a_load_beyond_its_budget() -> None:
-    """It is given up when the budget is spent, and another host loads; one such blames no breaker."""
+    """It is given up when the budget is spent, and another host loads; one opens no breaker."""
     async with running(2, models=models(5.0), config={"timeouts.load": "30s"}) as rig:
         rig.fleet["a"].faults.slow_load(20.0)
         began = now()

@@ -51,7 +51,7 @@ async def ready(rig: Rig) -> tuple[int, Any]:
 
 @virtual
 async def test_a_drain_in_order() -> None:
-    """Not ready while still serving; then closed, refusing on kept connections; all runs end well."""
+    """Not ready while it serves; then closed, refusing on kept connections; what runs ends well."""
     async with running(1, models=models(0.0, **SLOW), **PATIENT) as rig:
         await rig.warm("a", "m")
         kept = await rig.connect()
@@ -124,7 +124,7 @@ async def test_what_is_cut_is_told_so(route: str, how: str) -> None:
     """An error record ends the stream, in its dialect; the host is left at once, and not blamed."""
     path, body = ROUTES[route]
     limit = {"server.drain_timeout": "3s" if how == "drain timeout" else "5m"}
-    async with running(1, models=models(0.0, **SLOW), **limit) as rig:
+    async with running(1, models=models(0.0, **SLOW), config=limit) as rig:
         await rig.warm("a", "m")
         asking = await Asking.of(rig, path, body)
         await asking.head()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from balancer.core.events import AttemptEnded, BreakerMoved
+from balancer.core.events import AttemptEnded
 from balancer.sim.host import SimModel
 from tests.e2e.stage import (
     CHAT,
@@ -21,7 +21,6 @@ from tests.e2e.stage import (
     moves,
     now,
     records,
-    said,
     verdicts,
     virtual,
 )
@@ -101,6 +100,31 @@ async def test_trouble_before_the_first_record_is_not_noticed(route: str, death:
         reply = await rig.ask("POST", path, body)
         assert is_whole(reply, path)
         assert verdicts(rig) == [("a", verdict), ("b", "ok")]
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+@virtual
+async def test_the_only_host_restarts(is_warm: bool) -> None:
+    """Calls outlast half a minute without any host, be the model in memory or still to load."""
+    async with running(1, models=models()) as rig:
+        if is_warm:
+            await rig.warm("a", "m")
+        rig.fleet["a"].faults.refuse()
+        asyncio.get_running_loop().call_later(30.0, rig.fleet["a"].faults.heal)
+        assert is_whole(await rig.ask("POST", "/api/chat", CHAT), "/api/chat")
+        assert rig.calls()[0].duration_s < 50.0
+
+
+@virtual
+async def test_what_cannot_be_repeated_is_not() -> None:
+    """Without memory to keep a request, it is sent once; what was never sent may go elsewhere."""
+    async with running(2, models=models(), config={"server.replay_memory": 1}) as rig:
+        rig.fleet["a"].faults.fail("m", NO_GPU)
+        cold = await rig.ask("POST", "/api/chat", CHAT)
+        assert (is_whole(cold, "/api/chat"), cold.get("x-balancer-backend")) == (True, "b")
+        rig.fleet["b"].faults.reset_head(times=1)
+        assert (await rig.ask("POST", "/api/chat", CHAT)).status == 503
+        assert verdicts(rig) == [("b", "ok"), ("b", "fault")]
 
 
 # -- in the stream ------------------------------------------------------------------------------
@@ -230,9 +254,9 @@ async def test_when_all_are_dead_the_text_names_them(route: str) -> None:
         reply = await rig.ask("POST", path, body)
         assert reply.status == 503
         assert int(reply.get("retry-after") or 0) >= 1
-        for host in "abc":
-            assert f"{host}: cannot connect: connection refused" in error_of(reply)
-        assert set(verdicts(rig)) == {(host, "fault") for host in "abc"}
+        for name in "abc":
+            assert f"{name}: cannot connect: connection refused" in error_of(reply)
+        assert set(verdicts(rig)) == {(name, "fault") for name in "abc"}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -312,7 +336,7 @@ async def test_a_callers_mistake_touches_nothing(status: int) -> None:
 async def test_a_query_of_death_stops_after_two(kind: str) -> None:
     """Two runners die of it, the last answer is relayed, and only the first host is blamed."""
     limits = {"breaker.model.in_a_row": 1, "breaker.host.in_a_row": 1}
-    async with running(4, models=models(), **limits) as rig:
+    async with running(4, models=models(), config=limits) as rig:
         for host in rig.fleet:
             await rig.warm(host.name, "m")
             host.faults.apply(
@@ -392,7 +416,7 @@ async def test_a_model_that_cannot_load_on_one_host() -> None:
             await asyncio.sleep(10.0)
         assert moves(rig)[-1] == ("a", "m:latest", "closed")
         assert "m" in rig.loaded()["a"]
-        assert all("a" != backend for backend, model, _ in moves(rig) if model is None)
+        assert all(backend != "a" for backend, model, _ in moves(rig) if model is None)
 
 
 @virtual

@@ -23,7 +23,7 @@ from balancer.core.events import (
     LoadEnded,
 )
 from balancer.ops.log import LogWriter, configure
-from tests.e2e.stage import CHAT, Asking, is_whole, models, now, virtual
+from tests.e2e.stage import CHAT, Asking, is_whole, models, virtual
 from tests.rig import Rig, running
 from tests.sim.wire import Reply
 

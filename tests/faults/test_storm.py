@@ -11,7 +11,6 @@ from balancer.sim.storm import Course, Damage, courses, ride, weather
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quiet")]
 
-SHORT = {"seconds": 20.0, "hits": 5, "most": 3, "rate": 10.0}
 QUICK = (
     "killed",
     "reset in the stream",
@@ -25,7 +24,8 @@ LONG = ("hanging", "frozen")
 
 def ridden(kind: str, seed: int) -> Damage:
     """A short storm in virtual time, and what it did."""
-    return run(ride(kind, replace(courses.get(kind, Course()), seed=seed, **SHORT)))
+    course = courses.get(kind, Course())
+    return run(ride(kind, replace(course, seconds=20.0, hits=5, most=3, rate=10.0, seed=seed)))
 
 
 def assert_unharmed(damage: Damage) -> None:
