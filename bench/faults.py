@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from processes import Rig, SimHost
 
-from balancer.sim.storm import HEADER, MODELS, Course, Steps, courses, weather
+from balancer.sim.storm import HEADER, MODELS, Course, Steps, courses, warm_up, weather
 from balancer.sim.traffic import Traffic
 
 WANTED: Sequence[str] = (
@@ -69,7 +69,9 @@ async def storm(name: str) -> bool:
             await asyncio.sleep(course.on_s)
             await heal(victim, name)
             healed = loop.time()
-            await asyncio.sleep(course.off_s)
+            await asyncio.sleep(course.off_s / 2)
+            await warm_up([victim.url], MODELS[:2])  # as somebody's use would, sooner or later
+            await asyncio.sleep(course.off_s / 2)
             heals.append((healed, loop.time()))
             hits = sum((await rig.failures(backend)).values())
             if hits >= course.hits and loop.time() - began >= course.seconds:

@@ -193,6 +193,8 @@ class ClientUpstream:
         except TimeoutError as error:
             kind_ = FailureKind.CONNECT_TIMEOUT if "onnect" in str(error) else FailureKind.OVERDUE
             raise UpstreamError(Failure(kind_, accepted=True)) from error
+        except aiohttp.ClientPayloadError as error:
+            raise UpstreamError(_payload_failure(error)) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UpstreamError(_failure(error, headed=False, sent=True)) from error
 

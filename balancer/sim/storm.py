@@ -71,13 +71,19 @@ class Course:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
+# What opens a breaker at once is met by few calls each time, so there must be more of them.
+BUSY: Final = Course(rate=60.0)
 # Silence takes long to tell from patience, so these last longer.
 LONG: Final = Course(on_s=45.0, off_s=15.0, most=6)
 courses: Final[Mapping[str, Course]] = {
     "frozen": LONG,
     "hanging": LONG,
-    "inference hanging": LONG,
-    "stalled stream": replace(LONG, overrides={"timeouts.idle": "20s"}),
+    "inference hanging": replace(LONG, rate=60.0),
+    "stalled stream": replace(LONG, rate=60.0, overrides={"timeouts.idle": "20s"}),
+    "reset in the stream": BUSY,
+    "cut stream": BUSY,
+    "500 for one model, loading": BUSY,
+    "slow load": BUSY,
 }
 MODELS: Final = ("warm-a", "warm-b", "cold")
 HARMLESS: Final = frozenset({"ok", "gone", "caller"})

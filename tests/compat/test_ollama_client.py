@@ -258,7 +258,7 @@ async def test_an_unknown_model_is_told(
 
 async def test_no_host_left_is_told(start: Start, call: Call) -> None:
     """When every host that has the model is gone, the error is a 503 that names them."""
-    rig = await start(2, models=models())
+    rig = await start(2, models=models(), config={"queue.max_wait": "0.2s"})
     for host in rig.fleet:
         host.faults.refuse()
     with pytest.raises(ollama.ResponseError) as told:

@@ -253,7 +253,7 @@ async def test_an_unknown_model_is_told(
 
 async def test_no_host_left_is_told(start: Start, call: Call) -> None:
     """When every host that has the model is gone: a 503 that says when to come back."""
-    rig = await start(2, models=models())
+    rig = await start(2, models=models(), config={"queue.max_wait": "0.2s"})
     for host in rig.fleet:
         host.faults.refuse()
     with pytest.raises(openai.InternalServerError) as told:

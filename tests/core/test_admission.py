@@ -58,6 +58,8 @@ def test_looking_leaves_no_trace(admission: Admission) -> None:
     """Names that callers make up are not remembered."""
     for number in range(100):
         admission.check(f"made-up-{number}")
+        admission.entered(f"made-up-{number}")
+        admission.left(f"made-up-{number}")
     assert admission.depths() == {}
     assert len(admission._waiting) == 0
 

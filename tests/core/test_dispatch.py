@@ -336,6 +336,18 @@ def test_a_model_known_only_where_nobody_answers_is_never_not_found(bench: Bench
     assert "not found" not in waiting.error.text.lower()
 
 
+def test_who_waits_is_looked_at_again_only_after_a_change(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timer that rings changes nobody's prospects."""
+    fill(bench)
+    waiting = bench.submit()
+    monkeypatch.setattr(bench.pool, "prospect", lambda *_: pytest.fail("asked again"))
+    bench.dispatcher.kick()
+    bench.sleep(10.0)
+    assert waiting.waits
+
+
 def test_calls_alike_in_model_are_not_alike_in_route(bench: Bench) -> None:
     """One route is gone everywhere: those who need it hear so, the others wait on."""
     fill(bench)
@@ -451,7 +463,7 @@ def test_the_limit_rests_while_a_load_is_under_way(bench: Bench) -> None:
     """The load's own budget bounds that wait; afterwards the queue's begins anew."""
     bench.shape(backend("a", slots=1))
     waiting = bench.submit("n:1")
-    bench.sleep(200.0)
+    bench.sleep(190.0)
     assert waiting.waits
     assert bench.lease("a", "n:1") is not None
     bench.loaded()

@@ -432,7 +432,9 @@ def test_round_robin_takes_turns_whatever_the_load() -> None:
 
 def test_round_robin_loads_whose_turn_it_is() -> None:
     """A cold backend gets its turn by a load, one per model, and one per backend, in a pass."""
-    bench = Bench(candidate("a"), candidate("b", ON_DISK), policy="round-robin")
+    bench = Bench(
+        candidate("a"), candidate("b", ON_DISK), candidate("c", ON_DISK), policy="round-robin"
+    )
     first = bench.ticket()
     assert bench.plan() == [Commit(first, "a", "warm")]
     second, third = bench.ticket(), bench.ticket()

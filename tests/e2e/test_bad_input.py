@@ -154,7 +154,7 @@ async def test_other_spellings_that_mean_one_thing_are_served(shared: Rig) -> No
     spellings = [
         b"GET /api/version/ HTTP/1.1\r\n" + HOST,
         b"GET /api/%76ersion HTTP/1.1\r\n" + HOST,
-        b"GET http://localhost/api/version?x#HTTP/1.1\r\n".replace(b"#", b" ") + HOST,
+        b"GET http://localhost/api/version?x HTTP/1.1\r\n" + HOST,
         b"GET HTTP://LOCALHOST/api/version HTTP/1.1\r\n" + HOST,
         b"GET /api/version HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: h2c\r\n",
         b"GET /api/version HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n",

@@ -236,3 +236,38 @@ async def test_a_client_that_stops_reading_is_let_go() -> None:
         assert verdicts(rig) == [("a", "gone")]
         assert 60.0 <= told.duration_s < 80.0
         asking.hang_up()
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+@pytest.mark.parametrize("where", ["queue", "load", "first byte", "stream"])
+@virtual
+async def test_a_calls_own_time_limit(where: str, path: str) -> None:
+    """It ends the call wherever it is: 504, or an error record; the host is left, unblamed."""
+    load_s = 10.0 if where == "load" else 0.0
+    async with running(1, models=models(load_s, speed=0.3), backend={"slots": 1}) as rig:
+        if where != "load":
+            await rig.warm("a", "m")
+        others = []
+        if where == "queue":
+            others.append(await Asking.of(rig, path, CHAT | {"stream": True}))
+            await others[0].head()
+        if where == "first byte":
+            rig.fleet["a"].faults.hang_inference()
+        asking = await Asking.of(rig, path, CHAT | {"stream": True}, X_Request_Timeout="4.5")
+        began = now()
+        await asking.head()
+        reply = await asking.rest()
+        asking.close()
+        assert now() - began == pytest.approx(4.5, abs=0.01)
+        assert (reply.status, reply.ended) == (200 if where == "stream" else 504, "clean")
+        assert b"time limit has passed" in reply.body or b"deadline has passed" in reply.body
+        assert (b'"error"' in reply.body, b"[DONE]" in reply.body) == (True, False)
+        for each in others:
+            each.hang_up()
+        told = (await rig.ended())[0]
+        assert (told.outcome, told.status) == ("timeout", reply.status)
+        await asyncio.sleep(LIMIT_S)
+        gone = [seen.ending for seen in rig.forwarded()]
+        assert set(gone) <= {"client-gone"}
+        assert len(gone) == (0 if where == "load" else 1)
+        assert moves(rig) == []

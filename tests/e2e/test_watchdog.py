@@ -263,3 +263,23 @@ async def test_nothing_new_is_sent_to_a_suspect() -> None:
             await each.head()
             assert is_whole(await each.rest(), "/api/chat")
             each.close()
+
+
+@virtual
+async def test_a_host_confirmed_dead() -> None:
+    """No connection to be had three times over: what waits there goes elsewhere at once."""
+    async with running(2, models=models(0.0)) as rig:
+        for host in "ab":
+            await rig.warm(host, "m")
+        await asyncio.sleep(1.0)
+        rig.fleet["a"].faults.hang_inference()
+        asking = await Asking.of(rig, "/api/chat", CHAT | {"stream": False})
+        await asyncio.sleep(0.1)
+        rig.fleet["a"].faults.refuse()
+        head = await asking.head()
+        assert head.get("x-balancer-backend") == "b"
+        assert is_whole(await asking.rest(), "/api/chat")
+        asking.close()
+        assert rig.calls()[0].duration_s < 20.0
+        assert verdicts(rig) == [("a", "fault"), ("b", "ok")]
+        assert rig.events.of(Suspected) == []
