@@ -243,6 +243,7 @@ class Pool:
     Args:
         changed: Told after anything that may let a waiting call start; the dispatcher's kick.
         refresh: Told the name of a backend whose lists should be read again soon.
+        abandon: Told the name of a backend that is dead: a load under way there ends.
         note: Told the scheduler's facts about leases.
     """
 
@@ -261,6 +262,7 @@ class Pool:
         self._emit = emit
         self.changed: Callable[[], None] = lambda: None
         self.refresh: Callable[[str], None] = lambda _: None
+        self.abandon: Callable[[str], None] = lambda _: None
         self.note: Callable[[Fact], None] = lambda _: None
         self.version = 0
         self.members: dict[str, Member] = {}
@@ -725,6 +727,7 @@ class Pool:
             dead = Judgement(Verdict.FAULT, text=f"is down: {member.health.last_error}")
             for lease in list(member.leases):
                 lease.revoke(dead)
+            self.abandon(name)
         if flip is not None:
             self._touch()
 

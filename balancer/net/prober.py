@@ -49,10 +49,11 @@ CANARY_TOKENS: Final = 8
 CANARY_TOKENS_MIDSTREAM: Final = 32
 UNDECIDED_S: Final = 5.0
 UNLOAD_S: Final = 30.0
-# What a trial may end in that decides it; of the rest it has learned nothing.
-DECISIVE: Final = frozenset(
-    {Verdict.OK, Verdict.UNFIT, Verdict.OVERDUE, Verdict.FAULT, Verdict.SLOW}
-)
+# What a trial may end in that speaks against what is tried. A backend that answers, if only with
+# a refusal, is well as a backend; a model's own failure says nothing of the backend.
+AGAINST_BACKEND: Final = frozenset({Verdict.FAULT, Verdict.SLOW, Verdict.OVERDUE})
+AGAINST_MODEL: Final = AGAINST_BACKEND | {Verdict.UNFIT}
+ANSWERED: Final = frozenset({Verdict.CALLER, Verdict.MISSING, Verdict.UNCLEAR, Verdict.BUSY})
 LISTS_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -102,9 +103,11 @@ class Prober:
         self._emit = emit
         self._due: dict[str, _Due] = {}
         self._keepers: dict[str, asyncio.Task[Any]] = {}
+        self._urls: dict[str, str] = {}
         self._loads: dict[str, asyncio.Task[Any]] = {}
         self.dispatcher: Dispatcher | None = None
         pool.refresh = self.refresh
+        pool.abandon = self.abandon
 
     def start(self) -> None:
         """Begin to watch; `follow` tells whom."""
@@ -112,15 +115,17 @@ class Prober:
 
     def follow(self) -> None:
         """Take over the pool's present members."""
-        for name in set(self._keepers) - set(self._pool.members):
-            self._keepers.pop(name).cancel()
-            self._due.pop(name, None)
-            load = self._loads.pop(name, None)
-            if load is not None:
-                load.cancel()
+        members = self._pool.members
+        for name, url in list(self._urls.items()):
+            if name not in members or members[name].backend.url != url:
+                self._keepers.pop(name).cancel()
+                self._due.pop(name)
+                del self._urls[name]
+                self.abandon(name)
         now = self._clock()
-        for name in self._pool.members:
+        for name in members:
             if name not in self._keepers:
+                self._urls[name] = members[name].backend.url
                 self._due[name] = _Due(now, now, asyncio.Event())
                 self._keepers[name] = self._tasks.spawn(self._keep(name), f"checks of {name}")
 
@@ -252,18 +257,19 @@ class Prober:
                 kind = "canary"
                 tokens = CANARY_TOKENS_MIDSTREAM if trial.midstream else CANARY_TOKENS
                 judgement = await self._canary(trial.backend, resident, tokens)
+                if judgement.verdict is Verdict.UNFIT:  # the next trial takes another model
+                    self._catalog.note_unloaded(trial.backend, resident.model)
             elif wanted is not None:
                 kind = "load"
                 judgement = await self._trial_load(trial, wanted)
             elif trial.model is None:
                 # Nothing is in memory and nobody asks for anything: being alive must do.
                 judgement = Judgement(Verdict.OK)
-            if judgement.verdict not in DECISIVE:
+            if _mark(trial, judgement) is Mark.NEITHER:
                 await asyncio.sleep(UNDECIDED_S)  # the permit is kept: no second trial meanwhile
         finally:
-            ok = judgement.verdict is Verdict.OK
-            blamed = judgement.verdict in DECISIVE and not ok
-            mark = Mark.CREDIT if ok else Mark.BLAME if blamed else Mark.NEITHER
+            mark = _mark(trial, judgement)
+            ok = mark is Mark.CREDIT
             trial.permit.settle(mark, 1, judgement.text)
             model = None if trial.model is None else names.display(trial.model)
             now = self._clock()
@@ -326,7 +332,15 @@ class Prober:
         return judgement
 
     async def _question(self, suspect: Suspect) -> None:
-        """Nothing moves there: is a load under way, is it slow, or is it stuck?"""
+        """Nothing moves there: find out why, and never leave the model set aside."""
+        try:
+            await self._look_into(suspect)
+        except BaseException:
+            self._pool.acquit(suspect, answered=False)
+            raise
+
+    async def _look_into(self, suspect: Suspect) -> None:
+        """Is a load under way, is it slow, or is it stuck?"""
         silent = f"silent for {suspect.silent_s:.0f} s"
         rows = await self._rows(suspect.backend, "/api/ps", self.settings.timeout_s)
         if rows is None:
@@ -367,12 +381,21 @@ class Prober:
             self._load(load), f"load of {load.key.model} on {load.backend}"
         )
 
+    def abandon(self, name: str) -> None:
+        """The backend is dead or has left: its load ends, and whoever waited for it hears."""
+        load = self._loads.pop(name, None)
+        if load is not None:
+            load.cancel()
+
     async def _load(self, load: Load) -> None:
         began = self._clock()
         call = load.ticket.call
-        judgement, answer = await self._run_load(
-            load.backend, load.key, _keep_alive(call), embed=call.embedding
-        )
+        try:
+            judgement, answer = await self._run_load(
+                load.backend, load.key, _keep_alive(call), embed=call.embedding
+            )
+        except asyncio.CancelledError:  # by `abandon`, or because we stop
+            judgement, answer = Judgement(Verdict.FAULT, text="went away while it loaded"), None
         load_s = self._clock() - began
         attempt = None
         if judgement.verdict is not Verdict.OK:
@@ -492,6 +515,15 @@ class Prober:
     def _kick(self) -> None:
         if self.dispatcher is not None:
             self.dispatcher.kick()
+
+
+def _mark(trial: Trial, judgement: Judgement) -> Mark:
+    """What a trial's end tells the breaker it was the trial of."""
+    verdict = judgement.verdict
+    if verdict is Verdict.OK or (trial.model is None and verdict in ANSWERED):
+        return Mark.CREDIT
+    against = AGAINST_BACKEND if trial.model is None else AGAINST_MODEL
+    return Mark.BLAME if verdict in against else Mark.NEITHER
 
 
 def _field(body: bytes, name: str) -> Any:

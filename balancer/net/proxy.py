@@ -48,7 +48,7 @@ from balancer.core.errors import (
     Unavailable,
 )
 from balancer.core.framing import Ending, Splitter, json_terminal, splitter
-from balancer.core.pool import Lease
+from balancer.core.pool import Lease, discreet
 from balancer.core.retry import Budget, again, excluded, repeats_crash
 from balancer.core.routes import EMBEDDING
 from balancer.core.verdicts import Failure, Judgement
@@ -118,8 +118,17 @@ class _Course:
 
     def add(self, tried: Tried, answer: Answer | None, *, unsent: bool = False) -> None:
         self.tried += (tried,)
-        self.answer = answer or self.answer
+        if answer is not None:
+            self.answer = answer
+        elif tried.outcome.verdict is not Verdict.STALE and self._only_missing():
+            # "Not found" here is not the whole truth once another that has the model has failed.
+            self.answer = None
         self.unsent = unsent
+
+    def _only_missing(self) -> bool:
+        """Whether all answers so far said that the model is not there."""
+        answered = [t for t in self.tried if t.outcome.status is not None]
+        return all(t.outcome.verdict is Verdict.MISSING for t in answered)
 
 
 class Proxy:
@@ -420,7 +429,7 @@ class Proxy:
         exchange.error = last.text
         if course.answer is not None:
             return await self._whole(exchange, course.answer)
-        tried = "; ".join(f"{each.backend}: {each.outcome.text}" for each in course.tried)
+        tried = "; ".join(f"{each.backend}: {discreet(each.outcome.text)}" for each in course.tried)
         raise AttemptsExhausted(
             f"{course.call.model!r} could not be served: {tried}", retry_after_s=5.0
         )

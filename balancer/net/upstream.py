@@ -32,6 +32,8 @@ from balancer.net.tasks import Tasks
 
 READ_BYTES: Final = 64 * 1024
 RESOLVE_S: Final = 3.0  # for a name, on top of the time to connect
+SEND_STALL_S: Final = 30.0
+SEND_BYTES_PER_S: Final = 1e6  # slower than any network that a model is served over
 MAX_INTERIM_FIELD: Final = 16 * 1024
 SKIPPED_DEFAULTS: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
 
@@ -255,7 +257,7 @@ class _Exchange:
         self._headed = False
         self._last = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._is_idle = False
+        self._stopped_for: FailureKind | None = None
         self.task: asyncio.Task[Any] | None = None
 
     def pause(self) -> None:
@@ -275,8 +277,8 @@ class _Exchange:
         try:
             await self._exchange()
         except asyncio.CancelledError:
-            if self._is_idle:
-                self._fail(Failure(FailureKind.IDLE, accepted=True))
+            if self._stopped_for is not None:
+                self._fail(Failure(self._stopped_for, accepted=self._sent))
                 return
             self._fail(Failure(FailureKind.CUT, "the balancer stopped"))
             raise
@@ -324,8 +326,14 @@ class _Exchange:
 
     async def _body(self) -> AsyncIterator[bytes]:
         """The body in one piece; asked for only once the connection stands."""
-        yield self._call.body
-        self._sent = True
+        loop = asyncio.get_running_loop()
+        limit_s = SEND_STALL_S + len(self._call.body) / SEND_BYTES_PER_S
+        stall = loop.call_later(limit_s, self._stop_for, FailureKind.SEND_STALL)
+        try:
+            yield self._call.body
+            self._sent = True
+        finally:
+            stall.cancel()
 
     def _push_head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
         if self._sink is not None:
@@ -352,8 +360,13 @@ class _Exchange:
         left_s = self._last + limit_s - loop.time()
         if left_s > 0:
             self._idle_timer = loop.call_later(left_s, self._check_idle)
-        elif self.task is not None:
-            self._is_idle = True
+        else:
+            self._stop_for(FailureKind.IDLE)
+
+    def _stop_for(self, kind: FailureKind) -> None:
+        """Our own limit was passed."""
+        if self.task is not None and self._stopped_for is None:
+            self._stopped_for = kind
             self.task.cancel()
 
 

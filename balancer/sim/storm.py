@@ -72,14 +72,16 @@ class Course:
 
 
 # What opens a breaker at once is met by few calls each time, so there must be more of them.
-BUSY: Final = Course(rate=60.0)
+BUSY: Final = Course(rate=60.0, overrides={"queue.max_depth_per_model": 256})
 # Silence takes long to tell from patience, so these last longer.
 LONG: Final = Course(on_s=45.0, off_s=15.0, most=6)
 courses: Final[Mapping[str, Course]] = {
     "frozen": LONG,
     "hanging": LONG,
-    "inference hanging": replace(LONG, rate=60.0),
-    "stalled stream": replace(LONG, rate=60.0, overrides={"timeouts.idle": "20s"}),
+    "inference hanging": replace(LONG, rate=60.0, overrides=BUSY.overrides),
+    "stalled stream": replace(
+        LONG, rate=60.0, overrides={**BUSY.overrides, "timeouts.idle": "20s"}
+    ),
     "reset in the stream": BUSY,
     "cut stream": BUSY,
     "500 for one model, loading": BUSY,

@@ -332,6 +332,20 @@ async def test_a_name_that_nobody_resolves_is_given_up_soon(
         assert asyncio.get_running_loop().time() - began <= 6.0
 
 
+@virtual
+async def test_a_host_that_stops_reading_the_request_is_given_up() -> None:
+    """A large prompt that a frozen host does not take is not sent for ever."""
+    async with staged() as stage:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts in the kernel, reads nothing
+            url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            tape = await stage.told(Target(url), body=b"x" * 20_000_000)
+            assert tape.failure.kind is FailureKind.SEND_STALL
+            assert not tape.failure.accepted
+            assert 30.0 <= loop.time() - began <= 60.0
+
+
 class full_listener:  # noqa: N801 - used as a function
     """An address that accepts no connection any more, because nobody takes those that wait."""
 
