@@ -70,7 +70,7 @@ class Bus:
 
 
 class Timer:
-    """The one timer of the dispatcher: kept at the earliest instant asked for."""
+    """The one timer of the dispatcher, set anew after every pass."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -336,7 +336,8 @@ class Balancer:
 
         Calls that run keep the settings they began with.
         """
-        reached = targets(config)  # may fail on a bad certificate: then nothing has changed
+        # These may fail, on a bad certificate or key: then nothing has changed.
+        reached, rules = targets(config), access(config)
         self.config = config
         self.upstream.targets = reached
         self.pool.configure(pool_settings(config))
@@ -349,7 +350,7 @@ class Balancer:
         self.proxy.settings = proxy_settings(config)
         self.reads.version_policy = config.models.version
         self.budget.ratio = config.retry.budget_ratio
-        self.door.access = access(config)
+        self.door.access = rules
         self.dispatcher.kick()
 
 
@@ -377,12 +378,13 @@ def pool_settings(config: Config) -> PoolSettings:
     usual = PoolSettings()
     load_s = config.timeouts.load_s or 3600.0
     return PoolSettings(
-        host=_gate(config.breaker.host, usual.host, 60.0),
+        host=_gate(config.breaker.host, usual.host, load_s + 60.0),
         model=_gate(config.breaker.model, usual.model, load_s + 60.0),
         interval_s=config.health.interval_s,
         fall=config.health.fall,
         rise=config.health.rise,
         first_byte_s=config.timeouts.first_byte_s or 3600.0,
+        load_s=load_s,
     )
 
 

@@ -599,6 +599,10 @@ class Catalog:
         entry = self._view().entries.get(canonical)
         return names.display(canonical) if entry is None else entry.best.display
 
+    def was_read(self, backend: str) -> bool:
+        """Whether its list of models was ever read."""
+        return self._shelf(backend).read
+
     def settled(self) -> bool:
         """Whether every backend has answered or failed once; before, no model is unknown."""
         return all(shelf.settled for shelf in self._shelves.values())

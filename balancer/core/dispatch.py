@@ -11,7 +11,7 @@ Laws:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -169,6 +169,11 @@ class Dispatcher:
         """Whether a backend that is not *excluded* could serve *call* now."""
         return self._pool.prospect(call, excluded).kind is ProspectKind.OPEN
 
+    def is_warm_elsewhere(self, call: Call, excluded: frozenset[str]) -> bool:
+        """Whether a backend that is not *excluded* has the model in memory."""
+        candidates = self._pool.candidates(call, excluded)
+        return any(c.residency is Residency.LOADED for c in candidates)
+
     def withdraw(self, ticket: Ticket) -> None:
         """The owner is gone; idempotent."""
         if self._finish(ticket, TicketState.WITHDRAWN) is not None:
@@ -219,7 +224,8 @@ class Dispatcher:
         self._scheduler.note(fact)
 
     def _pass(self, now: float) -> None:
-        self._expire(now)
+        # What may not wait at all still gets a slot that is free: so some expire after the plan.
+        self._expire([t for t in self._owners if t.limit_at < now or _is_late(t, now)], now)
         if self._pool.version != self._seen_version:
             self._seen_version = self._pool.version
             self._review()
@@ -236,6 +242,7 @@ class Dispatcher:
                     self._refuse(ticket, error)
                 case _:
                     wake = min(wake, effect.at)
+        self._expire([t for t in self._owners if t.limit_at <= now], now)
         limits = [ticket.limit_at for ticket in self._owners]
         self._wake_at(min([wake, *limits, self._pool.next_change(now)], default=math.inf))
 
@@ -276,8 +283,8 @@ class Dispatcher:
             self._on_load(load)
             self._again = True  # only now does the scheduler see it, and say when it is overdue
 
-    def _expire(self, now: float) -> None:
-        for ticket in [t for t in self._owners if t.limit_at <= now]:
+    def _expire(self, tickets: Sequence[Ticket], now: float) -> None:
+        for ticket in tickets:
             call = ticket.call
             if call.deadline is not None and call.deadline <= now:
                 self._refuse(ticket, DeadlineExceeded("The call's own deadline has passed."))
@@ -293,7 +300,7 @@ class Dispatcher:
         return any(c.residency is Residency.LOADING for c in candidates)
 
     def _limit(self, ticket: Ticket, now: float) -> float:
-        limit_at = now + self._admission.limits.max_wait_s
+        limit_at = now + max(1.0, self._admission.limits.max_wait_s)
         return limit_at if ticket.call.deadline is None else min(limit_at, ticket.call.deadline)
 
     def _overdue(self, ticket: Ticket) -> BalancerError:
@@ -339,6 +346,11 @@ class Dispatcher:
         self._scheduler.withdraw(ticket)
         self._admission.left(ticket.call.key.model)
         return owner
+
+
+def _is_late(ticket: Ticket, now: float) -> bool:
+    deadline = ticket.call.deadline
+    return deadline is not None and deadline <= now
 
 
 def _can_wait(prospect: Prospect, now: float, limit_at: float) -> bool:

@@ -260,6 +260,8 @@ class Outcome:
         blank_model: The empty error chunk of /v1 came before the end.
         retry_after_s: What a busy backend asked for.
         blameless: Whatever the verdict, the backend has shown since that it is well.
+        odd_name: The call named its model with a source (``m:local``), which not every Ollama
+            understands: that it is missing under that name says nothing of the model.
         unreached: Not even a connection came about.
     """
 
@@ -279,6 +281,7 @@ class Outcome:
     blank_model: bool = False
     retry_after_s: float | None = None
     blameless: bool = False
+    odd_name: bool = False
     unreached: bool = False
 
 
@@ -318,6 +321,7 @@ class Candidate:
         first_byte_s: Peak-EWMA of time to first byte; 0 before anything is known.
         context: Tokens of context known for the model here, None: unknown.
         size_bytes: Of the model's files, 0: unknown.
+        models_loaded: Models in memory here, which a load might evict.
     """
 
     backend: str
@@ -329,3 +333,4 @@ class Candidate:
     first_byte_s: float
     context: int | None
     size_bytes: int
+    models_loaded: int = 0

@@ -81,6 +81,7 @@ class PoolSettings:
     fall: int = 3
     rise: int = 2
     first_byte_s: float = 30.0
+    load_s: float = 600.0
 
 
 class ProspectKind(Enum):
@@ -366,10 +367,19 @@ class Pool:
         return is_closed and lists and self.allows(other.backend, model)
 
     def _dismiss(self, member: Member) -> None:
-        """A member that left: forgotten at once, its running calls keep their own reference."""
+        """
+        A member that left: forgotten at once.
+
+        Its running calls keep their own reference. Nobody watches over them any more, so those
+        that have had no byte go elsewhere, if they can be served there.
+        """
         del self.members[member.name]
         self.catalog.drop(member.name)
         self._emit(MemberLeft(self.now(), member.name))
+        left = Judgement(Verdict.SLOW, blameless=True, text="has left the pool")
+        for lease in list(member.leases):
+            if self.prospect(lease.call, frozenset()).kind is ProspectKind.OPEN:
+                lease.revoke(left)
 
     def _touch(self) -> None:
         self.version += 1
@@ -397,6 +407,7 @@ class Pool:
             first_byte_s=member.load.first_byte_s(model),
             context=self.catalog.known_context(member.name, call.key),
             size_bytes=self.catalog.size(model),
+            models_loaded=len(self.catalog.loaded(member.name)),
         )
 
     def residency(self, member: Member, key: PlacementKey) -> Residency:
@@ -440,11 +451,11 @@ class Pool:
         if not member.health.up:
             return f"down, {member.health.last_error or 'not checked yet'}"
         if member.gate.state is not BreakerState.CLOSED:
-            member.asked[model] = call.key
+            _note_asked(member, call.key)
             return f"breaker open ({member.gate.reason}), {_next_trial(member.gate)}"
         gate = member.models.get(model)
         if gate is not None and gate.state is not BreakerState.CLOSED:
-            member.asked[model] = call.key
+            _note_asked(member, call.key)
             return f"breaker of this model open ({gate.reason}), {_next_trial(gate)}"
         if model in member.suspects:
             return "silent, a canary is under way"
@@ -493,12 +504,22 @@ class Pool:
             text = f"No backend may serve {call.model!r}: the allow and deny rules rule it out."
             return Prospect(ProspectKind.FORBIDDEN, text=text)
         close = names.closest(call.model, self.catalog.names())
-        n = len(self.members)
-        where = "" if n == 1 else f" on any of {n} backends"
         hint = f". Closest: {close}" if close else ""
         quote = '"' if call.route.operation in ("embed", "embeddings") else "'"
-        text = f"model {quote}{call.model}{quote} not found{where}, try pulling it first{hint}"
-        return Prospect(ProspectKind.UNKNOWN, text=text)
+        text = (
+            f"model {quote}{call.model}{quote} not found{self._where()}, try pulling it first{hint}"
+        )
+        return Prospect(ProspectKind.UNKNOWN, text=text + self._unread())
+
+    def _where(self) -> str:
+        n = len(self.members)
+        return "" if n == 1 else f" on any of {n} backends"
+
+    def _unread(self) -> str:
+        """Who may have a model that nobody else has: backends that never told what they list."""
+        silent = [m for m in self.members.values() if not self.catalog.was_read(m.name)]
+        told = ", ".join(f"{m.name}: {m.health.last_error or 'not read yet'}" for m in silent)
+        return f" (not asked yet, because they did not answer: {told})" if told else ""
 
     def has_room(self, call: Call) -> bool:
         """Whether a copy in memory has a free slot."""
@@ -614,13 +635,18 @@ class Pool:
     ) -> None:
         """Everything that follows from an outcome on this member."""
         model, verdict = key.model, outcome.verdict
+        # A load that fails with options of a caller's choosing says nothing of the model.
+        own_options = outcome.caused_load and bool(key.options)
         facts = Facts(
-            several_unfit=verdict is Verdict.UNFIT and self._note_unfit(member, model),
+            several_unfit=verdict is Verdict.UNFIT
+            and not own_options
+            and self._note_unfit(member, model),
             still_listed=verdict is Verdict.MISSING
+            and not outcome.odd_name
             and self.catalog.listed_again_after_missing(member.name, model),
             others_move=others_move,
             blank_model=outcome.blank_model,
-            blameless=outcome.blameless,
+            blameless=outcome.blameless or own_options,
             repeated_crash=outcome.repeated_crash,
         )
         host_mark, model_mark = marks(verdict, facts)
@@ -631,7 +657,7 @@ class Pool:
                 self.catalog.note_loaded(member.name, key)
             case Verdict.BUSY:
                 member.load.note_busy(model, outcome.retry_after_s)
-            case Verdict.MISSING:
+            case Verdict.MISSING if not outcome.odd_name:
                 member.asked.pop(model, None)
                 self.catalog.note_missing(member.name, model)
                 self.refresh(member.name)
@@ -824,8 +850,10 @@ class Pool:
         The silence has an excuse; what is lost there all the same goes elsewhere, unblamed.
 
         Args:
-            answered: A canary was, by the very model; False: a load explains the silence.
+            answered: A canary was, by the very model, or a long call excuses that it was not;
+                False: a load explains the silence, which may last as long as a load may.
         """
+        now = self.now()
         member = self.members.get(suspect.backend)
         if member is not None:
             member.suspects.discard(suspect.model)
@@ -837,6 +865,12 @@ class Pool:
         for lease in list(member.leases) if member is not None else ():
             if id(lease) in lost:
                 lease.revoke(forgotten)
+            elif (
+                not answered
+                and lease.call.key.model == suspect.model
+                and now - lease.granted_at > self.settings.load_s
+            ):
+                lease.revoke(Judgement(Verdict.OVERDUE, text="was loading for too long"))
         self._touch()
 
     def convict(self, suspect: Suspect, text: str) -> None:
@@ -934,6 +968,13 @@ def discreet(text: str) -> str:
 def _trial_in(gate: Gate) -> float:
     """Seconds until a trial may close it; 0 while one is under way: it may end any moment."""
     return 0.0 if gate.state is BreakerState.HALF_OPEN else gate.retry_in()
+
+
+def _note_asked(member: Member, key: PlacementKey) -> None:
+    """What a trial may load; never options of a caller's choosing where a plain key was asked."""
+    known = member.asked.get(key.model)
+    if known is None or not key.options:
+        member.asked[key.model] = key
 
 
 def _slots(member: Member, model: str) -> int:

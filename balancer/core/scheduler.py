@@ -16,7 +16,7 @@ import bisect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final, Protocol
 
@@ -364,8 +364,8 @@ class Greedy:
         able = _able(group, run)
         if not able:
             return False
-        # A busy variant of the same model would have to be evicted; an unknown one may be loaded.
-        best = min(able, key=lambda c: (c.in_flight, *self._rank(c)))
+        # A busy variant of the same model would have to be evicted; an empty backend evicts nobody.
+        best = min(able, key=lambda c: (c.in_flight, c.models_loaded, *self._rank(c)))
         self._start_load(ticket, best, why, run)
         return True
 
@@ -442,17 +442,7 @@ def _able(group: Sequence[Candidate], run: _Pass) -> list[Candidate]:
 
 
 def _busier(c: Candidate, by: int) -> Candidate:
-    return Candidate(
-        c.backend,
-        c.residency,
-        c.in_flight + by,
-        c.slots,
-        c.host_in_flight + by,
-        c.load_token,
-        c.first_byte_s,
-        c.context,
-        c.size_bytes,
-    )
+    return replace(c, in_flight=c.in_flight + by, host_in_flight=c.host_in_flight + by)
 
 
 def split_by_context(

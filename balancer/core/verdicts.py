@@ -63,7 +63,10 @@ TABLE: Final[Mapping[Verdict, Row]] = {
         "time to first byte is learned; saturation relaxes",
     ),
     Verdict.CALLER: Row(
-        "400, 413, 415, 422 and every 4xx not named below", NEITHER, NEITHER, Before.RELAY
+        "400, 413, 415, 422, 501 with a JSON error, and every 4xx not named below",
+        NEITHER,
+        NEITHER,
+        Before.RELAY,
     ),
     Verdict.MISSING: Row(
         "404 with a JSON text that says the model is not found",
@@ -74,7 +77,7 @@ TABLE: Final[Mapping[Verdict, Row]] = {
         "model: blame if its list, read again after an earlier 404, still names the model",
     ),
     Verdict.NO_ROUTE: Row(
-        "404 in plain text: a route that backend does not know",
+        "404 with Ollama's plain text: a route that backend does not know",
         NEITHER,
         NEITHER,
         Before.ANOTHER,
@@ -250,7 +253,10 @@ OUT_OF_MEMORY: Final = (
     "cudamalloc failed",
     "failed to allocate",
     "erroroutofmemory",
+    "requires more system memory",
 )
+QUOTED: Final = "raw='"  # behind it a model's own words are quoted, which prove nothing
+UNKNOWN_ROUTE: Final = b"404 page not found"
 EMBED_FAILURES: Final = (
     "do embedding request",
     "error reading embed response",
@@ -285,7 +291,7 @@ def line(text: str, limit: int = 300) -> str:
 
 def _of_text(text: str) -> Judgement:
     """UNFIT if *text* is one of those that mean so, else UNCLEAR."""
-    lower = text.lower()
+    lower = text.lower().partition(QUOTED)[0]
     memory = any(part in lower for part in OUT_OF_MEMORY)
     loading = any(lower.startswith(part.lower()) for part in LOAD_FAILURES) or any(
         part.lower() in lower for part in LOAD_FAILURE_PARTS
@@ -305,9 +311,9 @@ def of_record(record_text: str) -> Judgement:
     return _of_text(record_text)
 
 
-def of_answer(route: Route, model: str, status: int, content_type: str, body: bytes) -> Judgement:
+def of_answer(route: Route, model: str, status: int, body: bytes) -> Judgement:
     """
-    Judge a whole answer that is not 200 (or its first 64 KiB).
+    Judge a whole answer that is not 200 (it may hold no more than a megabyte).
 
     Where two rows fit, the narrower counts: text and route before status.
     """
@@ -321,15 +327,19 @@ def of_answer(route: Route, model: str, status: int, content_type: str, body: by
         return Judgement(Verdict.MISCONFIGURED, text=f"refuses us: {told}")
     if status in (429, 503):
         return Judgement(Verdict.BUSY, text=told)
-    if status == 404:
-        if text is None or content_type.startswith("text/plain"):
+    if status == 404 and text is None:
+        if body.strip() == UNKNOWN_ROUTE:
             return Judgement(Verdict.NO_ROUTE, text=f"has no route {route.path}")
-        if "not found" in text:
+        return Judgement(Verdict.UNCLEAR, text="404, but not from Ollama")
+    if status == 404:
+        if text is not None and "not found" in text:
             return Judgement(Verdict.MISSING, text=told)
         return Judgement(Verdict.CALLER, text=told)
     if status == 400 and route.operation in _EMBED_400 and text is not None:
         if text.lower().startswith(EMBED_FAILURES):
             return Judgement(Verdict.UNFIT, 1, True, told)
+        return Judgement(Verdict.CALLER, text=told)
+    if status == 501 and text is not None:  # what this model cannot do, no other copy of it can
         return Judgement(Verdict.CALLER, text=told)
     if status == 499:
         return Judgement(Verdict.UNCLEAR, text=told)

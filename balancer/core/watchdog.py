@@ -19,8 +19,8 @@ from typing import Final
 
 CANARY_S: Final = 10.0
 PROMPT_TOKENS_PER_S: Final = 25.0  # what a CPU reads
-OUTPUT_TOKENS_PER_S: Final = 10.0  # what a CPU writes
-OUTPUT_TOKENS: Final = 2000  # of an answer without a limit
+OUTPUT_TOKENS_PER_S: Final = 2.0  # what a CPU writes of a large model
+PATIENT_S: Final = 1800.0  # of an answer that does not stream and has no limit
 LEARNED_FACTOR: Final = 4.0
 MIN_SAMPLES: Final = 8
 MAX_SAMPLES: Final = 256
@@ -33,12 +33,15 @@ class Suspect:
 
     Args:
         others_move: Other models there do, so it is not the backend.
+        excused: A call that may be silent for long runs there, and a canary may have to wait
+            behind it: that it is not answered proves nothing.
     """
 
     backend: str
     model: str
     silent_s: float
     others_move: bool
+    excused: bool = False
 
 
 class Waits:
@@ -64,6 +67,7 @@ class _Running:
     kind: tuple[str, bool]  # model, streaming
     began_at: float
     slowest_s: float  # to the first byte, on a CPU
+    patient: bool  # its whole answer is one silence, and nobody knows how long
     waits: bool = True
 
 
@@ -115,11 +119,13 @@ class Watchdog:
         """
         group = self._groups.setdefault((backend, model), _Group())
         slowest_s = prompt_tokens / PROMPT_TOKENS_PER_S
-        if not streaming:
-            if output_tokens is None or output_tokens < 0:
-                output_tokens = OUTPUT_TOKENS
-            slowest_s += output_tokens / OUTPUT_TOKENS_PER_S
-        call = _Running((backend, model), (model, streaming), self._clock(), slowest_s)
+        patient = not streaming and (output_tokens is None or output_tokens < 0)
+        if patient:
+            slowest_s += PATIENT_S
+        elif not streaming:
+            slowest_s += (output_tokens or 0) / OUTPUT_TOKENS_PER_S
+        kind = (model, streaming)
+        call = _Running((backend, model), kind, self._clock(), slowest_s, patient)
         self._calls[lease_id] = group.calls[lease_id] = call
 
     def moved(self, lease_id: Hashable) -> None:
@@ -153,8 +159,8 @@ class Watchdog:
         """
         The calls there that should have had a byte twice over.
 
-        Asked after a canary was answered: a runner takes its calls in order, so one that was sent
-        before the canary has had its turn, and will not be answered any more.
+        Asked after a canary was answered, or could not be because of a call that may be long:
+        elsewhere they are served sooner, if they are served here at all.
         """
         now = self._clock()
         group = self._groups.get((backend, model))
@@ -180,13 +186,17 @@ class Watchdog:
         }
         found = []
         for (backend, model), group in self._groups.items():
-            waiting = [call for call in group.calls.values() if call.waits]
+            all_waiting = [call for call in group.calls.values() if call.waits]
+            patient = [call for call in all_waiting if call.patient]
+            waiting = [call for call in all_waiting if not call.patient] or patient
             if not waiting:
                 continue
             began_at = min(call.began_at for call in waiting)
             silent_s = now - max(began_at, group.moved_at, group.cleared_at)
-            if silent_s >= self._allowance_s(waiting, down=backend in down):
-                found.append(Suspect(backend, model, silent_s, backend in moving))
+            is_down = backend in down
+            if silent_s >= self._allowance_s(waiting, down=is_down):
+                excused = not is_down and any(self._longest_s(call) > silent_s for call in patient)
+                found.append(Suspect(backend, model, silent_s, backend in moving, excused))
         return found
 
     def _allowance_s(self, waiting: list[_Running], *, down: bool) -> float:

@@ -19,7 +19,7 @@ from balancer.core.verdicts import Failure, Judgement
 from balancer.net.upstream import Handle
 
 HOLD_WHOLE: Final = 8 * 1024 * 1024  # larger answers commit and stream on
-HOLD_ERROR: Final = 64 * 1024
+HOLD_ERROR: Final = 1024 * 1024
 HIGH_WATER: Final = 64 * 1024
 
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
 from balancer.core import names, routes, verdicts
+from balancer.core.body import duration_ns
 from balancer.core.catalog import Catalog
 from balancer.core.dialect import compact
 from balancer.core.dispatch import Answer, Dispatcher
@@ -35,8 +36,9 @@ from balancer.core.domain import (
     Residency,
     Verdict,
 )
-from balancer.core.events import Emit, TrialEnded
+from balancer.core.events import Emit, Mishap, TrialEnded
 from balancer.core.pool import Pool, Trial
+from balancer.core.retry import repeats_crash
 from balancer.core.scheduler import Load, Unload
 from balancer.core.verdicts import Failure, FailureKind, Judgement
 from balancer.core.watchdog import Suspect
@@ -104,6 +106,7 @@ class Prober:
         self._due: dict[str, _Due] = {}
         self._keepers: dict[str, asyncio.Task[Any]] = {}
         self._urls: dict[str, str] = {}
+        self._turns: dict[str, int] = {}  # which model in memory the next canary takes
         self._loads: dict[str, asyncio.Task[Any]] = {}
         self.dispatcher: Dispatcher | None = None
         pool.refresh = self.refresh
@@ -238,10 +241,17 @@ class Prober:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            for trial in self._pool.due_trials():
-                self._tasks.spawn(self._try(trial), f"trial of {trial.backend}")
-            for suspect in self._pool.suspects():
-                self._tasks.spawn(self._question(suspect), f"canary for {suspect.backend}")
+            try:
+                self._look_around()
+            except Exception as error:  # noqa: BLE001 - trials must go on, or nobody comes back
+                told = f"{type(error).__name__}: {error}"
+                self._emit(Mishap(self._clock(), "trials and watchdog", told))
+
+    def _look_around(self) -> None:
+        for trial in self._pool.due_trials():
+            self._tasks.spawn(self._try(trial), f"trial of {trial.backend}")
+        for suspect in self._pool.suspects():
+            self._tasks.spawn(self._question(suspect), f"canary for {suspect.backend}")
 
     async def _try(self, trial: Trial) -> None:
         """Carry one trial out and settle its permit, whatever happens."""
@@ -262,8 +272,8 @@ class Prober:
             elif wanted is not None:
                 kind = "load"
                 judgement = await self._trial_load(trial, wanted)
-            elif trial.model is None:
-                # Nothing is in memory and nobody asks for anything: being alive must do.
+            elif trial.model is None and not self._is_loading(trial.backend):
+                # No canary is possible and nobody asks for anything: being alive must do.
                 judgement = Judgement(Verdict.OK)
             if _mark(trial, judgement) is Mark.NEITHER:
                 await asyncio.sleep(UNDECIDED_S)  # the permit is kept: no second trial meanwhile
@@ -285,14 +295,14 @@ class Prober:
         member = self._pool.members.get(trial.backend)
         asked = member.asked if member is not None else {}
         loaded = [trial.model] if trial.model is not None else self._catalog.loaded(trial.backend)
+        turn = self._turns.get(trial.backend, 0)
+        self._turns[trial.backend] = turn + 1
+        fit = []
         for model in loaded:
-            key = self._catalog.resident_options(trial.backend, model)
-            if key is not None:
-                return key
-            key = asked.get(model)
+            key = self._catalog.resident_options(trial.backend, model) or asked.get(model)
             if key is not None and self._catalog.residency(trial.backend, key) is Residency.LOADED:
-                return key
-        return None
+                fit.append(key)
+        return fit[turn % len(fit)] if fit else None  # in turn: one that is stuck is not the host
 
     def _wanted(self, trial: Trial) -> PlacementKey | None:
         """What calls asked for since the trip, not in memory: to be tried by a detached load."""
@@ -302,6 +312,10 @@ class Prober:
         if trial.model is not None:
             return member.asked.get(trial.model)
         return next(reversed(member.asked.values()), None)
+
+    def _is_loading(self, backend: str) -> bool:
+        member = self._pool.members.get(backend)
+        return member is not None and member.loading is not None
 
     async def _trial_load(self, trial: Trial, key: PlacementKey) -> Judgement:
         why = "trial of a breaker"
@@ -363,6 +377,8 @@ class Prober:
             judgement = await self._canary(suspect.backend, key, CANARY_TOKENS)
         if judgement.verdict in (Verdict.OK, Verdict.BUSY, Verdict.CALLER, Verdict.UNCLEAR):
             self._pool.acquit(suspect, answered=judgement.verdict is Verdict.OK)
+        elif suspect.excused:
+            self._pool.acquit(suspect, answered=True)
         else:
             self._pool.convict(suspect, f"{silent}, and a canary was not answered")
 
@@ -377,12 +393,22 @@ class Prober:
 
     def load(self, load: Load) -> None:
         """Carry out a detached load whose token was taken."""
-        self._loads[load.backend] = self._tasks.spawn(
-            self._load(load), f"load of {load.key.model} on {load.backend}"
-        )
+        task = self._tasks.spawn(self._load(load), f"load of {load.key.model} on {load.backend}")
+        self._loads[load.backend] = task
+        task.add_done_callback(lambda ended: self._load_over(load, ended))
+
+    def _load_over(self, load: Load, task: asyncio.Task[Any]) -> None:
+        """A load that was cancelled, perhaps before its first step: calls wait on, unblamed."""
+        if not task.cancelled():
+            return
+        stopped = Judgement(Verdict.STOPPED, text="was stopped")
+        now = self._clock()
+        self._pool.end_load(load.backend, load.key, self._outcome(stopped, now, None))
+        if self.dispatcher is not None:
+            self.dispatcher.load_ended(load, None, None, 0.0)
 
     def abandon(self, name: str) -> None:
-        """The backend is dead or has left: its load ends, and whoever waited for it hears."""
+        """The backend is dead or has left: its load ends, and whoever waited for it waits on."""
         load = self._loads.pop(name, None)
         if load is not None:
             load.cancel()
@@ -390,14 +416,17 @@ class Prober:
     async def _load(self, load: Load) -> None:
         began = self._clock()
         call = load.ticket.call
-        try:
-            judgement, answer = await self._run_load(
-                load.backend, load.key, _keep_alive(call), embed=call.embedding
-            )
-        except asyncio.CancelledError:  # by `abandon`, or because we stop
-            judgement, answer = Judgement(Verdict.FAULT, text="went away while it loaded"), None
+        judgement, answer = await self._run_load(
+            load.backend,
+            load.key,
+            _keep_alive(call),
+            embed=call.embedding,
+            repeats=repeats_crash(load.ticket.attempts),
+        )
         load_s = self._clock() - began
         attempt = None
+        if judgement.verdict in (Verdict.FAULT, Verdict.MISCONFIGURED):
+            answer = None  # not Ollama's own words, so not to be relayed
         if judgement.verdict is not Verdict.OK:
             outcome = self._outcome(judgement, began, answer)
             attempt = Attempt(len(load.ticket.attempts) + 1, load.backend, outcome)
@@ -405,7 +434,13 @@ class Prober:
             self.dispatcher.load_ended(load, attempt, answer, load_s)
 
     async def _run_load(
-        self, backend: str, key: PlacementKey, keep_alive: Any, *, embed: bool
+        self,
+        backend: str,
+        key: PlacementKey,
+        keep_alive: Any,
+        *,
+        embed: bool,
+        repeats: bool = False,
     ) -> tuple[Judgement, Answer | None]:
         """An empty call, which loads; the token comes back whatever happens."""
         began = self._clock()
@@ -429,7 +464,9 @@ class Prober:
             limit_s = None if target is None else target.load_s
             judgement, answer = await self._judged(backend, path, body, limit_s)
         finally:
-            self._pool.end_load(backend, key, self._outcome(judgement, began, answer))
+            outcome = self._outcome(judgement, began, answer)
+            outcome = replace(outcome, repeated_crash=judgement.crash and repeats)
+            self._pool.end_load(backend, key, outcome)
         return judgement, answer
 
     def _outcome(self, judgement: Judgement, began: float, answer: Answer | None) -> Outcome:
@@ -493,7 +530,7 @@ class Prober:
         if status == 200:
             return Judgement(Verdict.OK), answer
         route = routes.find("POST", path)
-        return verdicts.of_answer(route, str(body["model"]), status, kind, text), answer
+        return verdicts.of_answer(route, str(body["model"]), status, text), answer
 
     async def _ask(
         self,
@@ -507,6 +544,9 @@ class Prober:
         target: Target | None = self._upstream.targets.get(name)
         if target is None:
             raise UpstreamError(Failure(FailureKind.CONNECT, "it has left the pool"))
+        if limit_s is not None and (target.connect_s is None or target.connect_s >= limit_s):
+            # So that it shows whether not even a connection came about.
+            target = replace(target, connect_s=0.75 * limit_s)
         data = None if body is None else compact(body)
         return await self._upstream.ask(
             target, method, path, data, limit_s=limit_s, max_bytes=LISTS_BYTES
@@ -539,5 +579,6 @@ def _keep_alive(call: Call) -> Any:
     """The waiting call's, unless it would unload; the host's own default otherwise."""
     if call.keep_alive is None or call.purpose is Purpose.UNLOAD:
         return None
-    text = str(call.keep_alive).strip("0.smh")
-    return call.keep_alive if text else None
+    if isinstance(call.keep_alive, str):
+        return call.keep_alive if duration_ns(call.keep_alive) else None
+    return call.keep_alive or None

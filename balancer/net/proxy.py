@@ -20,7 +20,7 @@ from typing import Final
 
 from aiohttp import web
 
-from balancer.core import verdicts
+from balancer.core import names, verdicts
 from balancer.core.body import Body, read
 from balancer.core.dialect import relayed, trailer
 from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
@@ -110,6 +110,7 @@ class _Course:
     """What a call has been through so far."""
 
     call: Call
+    limit: asyncio.Timeout
     tried: tuple[Tried, ...] = ()
     excluded: frozenset[str] = frozenset()
     answer: Answer | None = None
@@ -176,8 +177,8 @@ class Proxy:
             return await self._unload(exchange, call)  # type: ignore[no-any-return, misc]
         self._replay_bytes += len(body)
         try:
-            async with asyncio.timeout_at(call.deadline):
-                return await self._serve(exchange, call)
+            async with asyncio.timeout_at(call.deadline) as limit:
+                return await self._serve(exchange, call, limit)
         except TimeoutError:
             raise DeadlineExceeded("The call's time limit has passed.") from None
         finally:
@@ -235,9 +236,11 @@ class Proxy:
 
     # -- the attempt loop ----------------------------------------------------------------------
 
-    async def _serve(self, exchange: Exchange, call: Call) -> web.StreamResponse:
+    async def _serve(
+        self, exchange: Exchange, call: Call, limit: asyncio.Timeout
+    ) -> web.StreamResponse:
         self._budget.note_call()
-        course = _Course(call)
+        course = _Course(call, limit)
         while True:
             if self.stopping:
                 raise Draining("The balancer is stopping.", retry_after_s=5.0)
@@ -343,6 +346,10 @@ class Proxy:
         if waits and not self._dispatcher.is_served_elsewhere(course.call, keep_away):
             keep_away -= {course.tried[-1].backend}
         course.excluded = keep_away
+        last = course.tried[-1].outcome
+        unclear = last.verdict is Verdict.UNCLEAR and not last.caused_load
+        if unclear and not self._dispatcher.is_warm_elsewhere(course.call, keep_away):
+            return False  # worth a second opinion, not a load, which may evict what others use
         return again(course.call, course.tried, self._budget, unsent=course.unsent)
 
     def _judge(self, call: Call, attempt: Attempt) -> tuple[Judgement, Answer | None, Usage]:
@@ -351,12 +358,13 @@ class Proxy:
             return attempt.revoked, None, Usage()
         if attempt.failure is not None and (attempt.status in (0, 200)):
             return self._failed(attempt.failure, attempt, committed=False), None, Usage()
+        if attempt.status != 200 and not attempt.complete:
+            text = f"HTTP {attempt.status} with an endless error"
+            return Judgement(Verdict.UNCLEAR, text=text), None, Usage()
         body = attempt.take()
         answer = Answer(attempt.status, attempt.content_type, body)
         if attempt.status != 200:
-            judged = verdicts.of_answer(
-                call.route, call.key.model, attempt.status, attempt.content_type, body
-            )
+            judged = verdicts.of_answer(call.route, call.key.model, attempt.status, body)
             if judged.verdict is Verdict.FAULT:
                 return judged, None, Usage()
             return judged, answer, Usage()
@@ -398,6 +406,7 @@ class Proxy:
             text=judgement.text,
             crash=judgement.crash,
             blameless=judgement.blameless,
+            odd_name=names.parse(course.call.model).local,
             unreached=judgement.unreached,
             repeated_crash=judgement.crash and repeats_crash(course.tried),
             retry_after_s=_retry_after(attempt.headers) if attempt.status in (429, 503) else None,
@@ -438,7 +447,6 @@ class Proxy:
         self, exchange: Exchange, course: _Course, lease: Lease, attempt: Attempt
     ) -> web.StreamResponse:
         """Pass a stream on, record by record, until it ends; the call is committed from here."""
-        call = course.call
         split = None if attempt.framing is Framing.JSON else splitter(attempt.framing)
         response = web.StreamResponse(headers=self._headers(exchange, attempt.headers))
         if split is not None:
@@ -487,7 +495,7 @@ class Proxy:
             if done:
                 exchange.outcome, exchange.phase = "ok", ""
             if isinstance(error, asyncio.CancelledError) and not done:
-                if _is_overdue(call, self._clock()):
+                if course.limit.expired():
                     half = split is None or split.mid_record
                     await self._finish(exchange, response, _STOPPED, split, b"", half=half)
                     return response
@@ -500,7 +508,8 @@ class Proxy:
         self, attempt: Attempt, split: Splitter | None
     ) -> tuple[Judgement, Ending | None, bytes]:
         """Judge the end of a stream: the verdict, what it told, and the bytes still held."""
-        if attempt.failure is not None:
+        is_whole = split is not None and split.finished
+        if attempt.failure is not None and not is_whole:
             return self._failed(attempt.failure, attempt, committed=True), None, b""
         if split is None:
             return Judgement(Verdict.OK), None, b""
@@ -569,10 +578,6 @@ _STOPPED: Final = Judgement(Verdict.STOPPED, text="was stopped: the call's time 
 _STOPPING: Final = Judgement(Verdict.STOPPED, text="was stopped: the balancer is stopping")
 
 
-def _is_overdue(call: Call, now: float) -> bool:
-    return call.deadline is not None and now >= call.deadline
-
-
 async def _write(response: web.StreamResponse, data: bytes) -> None:
     """Write, and give up on a client that does not read for a minute."""
     try:
@@ -595,4 +600,4 @@ def _wanted_s(exchange: Exchange) -> float | None:
 
 def _retry_after(headers: Sequence[tuple[str, str]]) -> float | None:
     text = next((value for name, value in headers if name.lower() == "retry-after"), "")
-    return float(text) if text.isdigit() else None
+    return float(text) if text.isascii() and text.isdecimal() else None

@@ -189,6 +189,7 @@ class Front:
             exchange.status = exchange.status or 499
             raise
         except BalancerError as error:
+            _check_begun(request)
             response = self._refused(exchange, error)
         except ConnectionResetError:
             exchange.outcome, exchange.status = "client_abort", exchange.status or 499
@@ -196,11 +197,7 @@ class Front:
         except Exception as error:  # noqa: BLE001 - a bug of ours must not take the client's answer
             self._emit(Mishap(self._clock(), "request", f"{type(error).__name__}: {error}"))
             exchange.outcome = "upstream_error"
-            if isinstance(request, _Request) and request.begun:
-                # Another head inside an answer would pass for a part of it.
-                if request.transport is not None:
-                    request.transport.abort()
-                raise asyncio.CancelledError from None
+            _check_begun(request)
             response = self._refused(exchange, BalancerError("internal error of the balancer"))
         finally:
             self.running.discard(exchange)
@@ -221,6 +218,7 @@ class Front:
         if preflight is not None:
             exchange.endpoint = "preflight"
             return self._plain(exchange, 204, b"", preflight)
+        exchange.client = request.remote or ""  # until the door knows better, or refuses
         admitted = self.door.admit(request, exchange.started_at)
         exchange.principal, exchange.client = admitted.principal, admitted.client
         exchange.cors = admitted.cors
@@ -325,7 +323,7 @@ class Front:
         """The error in the caller's dialect; an empty text is an empty body, as Ollama's 403."""
         if not exchange.outcome:
             exchange.outcome = _outcome(error)
-        exchange.error = exchange.error or error.text
+        exchange.error = exchange.error or error.text or _foreign(exchange.request)
         told: Rendered = render(error, exchange.dialect, exchange.id)
         if not error.text:
             response = self._plain(exchange, error.status, b"", ())
@@ -381,6 +379,21 @@ def _origin_form(target: str, host: str) -> str:
     if authority.lower() != host.lower():
         raise BadRequest("the request target names another host than the Host header")
     return f"{slash or '/'}{path}"
+
+
+def _check_begun(request: web.BaseRequest) -> None:
+    """Another head inside an answer would pass for a part of it: then only breaking off is left."""
+    if isinstance(request, _Request) and request.begun:
+        if request.transport is not None:
+            request.transport.abort()
+        raise asyncio.CancelledError
+
+
+def _foreign(request: web.BaseRequest) -> str:
+    """For the log, why a refusal had no text: Ollama gives none, an operator needs one."""
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+    told = f"the Host {host!r}" if origin is None else f"the Origin {origin!r} or the Host {host!r}"
+    return f"{told} is not allowed without a key (server.allowed_hosts)"
 
 
 def _outcome(error: BalancerError) -> str:

@@ -1,5 +1,5 @@
 """
-The admin API under ``/_balancer/``: what is going on, and the operator's switches.
+The admin API under ``/_balancer/``: what is going on, and reloading.
 
 `status` is a documented shape of version 1: fields may be added, none changes its meaning.
 """

@@ -43,6 +43,7 @@ class Reload:
         emit: Emit,
     ) -> None:
         self.current = current
+        self._started = current
         self.loaded_at = clock()
         self.rejected: tuple[str, ...] = ()
         self._read = read
@@ -61,13 +62,16 @@ class Reload:
         difference = diff(self.current, new)
         try:
             self._apply(new)
+        except ValueError as error:  # what only the whole shows to be wrong
+            return self._reject((str(error),))
         except OSError as error:  # a certificate that is a file and yet no certificate
             return self._reject((f"a backend's certificate cannot be used: {error.strerror}",))
         self.current = new
         self.loaded_at = self._clock()
         self.rejected = ()
-        self._emit(ConfigApplied(self._clock(), difference.changed, difference.needs_restart))
-        return Reloaded(changed=difference.changed, needs_restart=difference.needs_restart)
+        waiting = diff(self._started, new).needs_restart
+        self._emit(ConfigApplied(self._clock(), difference.changed, waiting))
+        return Reloaded(changed=difference.changed, needs_restart=waiting)
 
     def _reject(self, problems: tuple[str, ...]) -> Reloaded:
         self.rejected = problems

@@ -177,8 +177,8 @@ def test_a_candidate_is_told_as_it_is(bench: PoolBench) -> None:
     lease.moved()
     assert bench.pool.take_token("a", key("n:1"), "test")
     first, second = bench.pool.candidates(call(), frozenset())
-    assert first == Candidate("a", Residency.LOADED, 1, 2, 2, False, 0.5, 4096, 4 * GB)
-    assert second == Candidate("b", Residency.LOADED, 0, 2, 0, True, 0.0, 4096, 4 * GB)
+    assert first == Candidate("a", Residency.LOADED, 1, 2, 2, False, 0.5, 4096, 4 * GB, 1)
+    assert second == Candidate("b", Residency.LOADED, 0, 2, 0, True, 0.0, 4096, 4 * GB, 1)
     assert bench.pool.candidates(call("n:1"), frozenset("b"))[0].residency is Residency.LOADING
     settle(bench, lease)
     settle(bench, other)

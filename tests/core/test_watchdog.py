@@ -195,12 +195,12 @@ def test_a_long_prompt_takes_its_time(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "output", "after_s"),
-    [(250, None, 210), (250, 500, 60), (0, 100, 20), (0, 0, 20), (0, -1, 200)],
+    [(250, None, 1810), (250, 500, 260), (0, 20, 20), (0, 0, 20), (0, -1, 1800)],
 )
 def test_a_whole_answer_takes_its_time(
     bench: Bench, prompt: int, output: int | None, after_s: float
 ) -> None:
-    """Without streaming the answer's length counts too: its limit, or 2,000 tokens, at 10/s."""
+    """Without streaming the answer's length counts too: its limit at 2/s, or half an hour."""
     bench.call(prompt=prompt, streaming=False, output=output)
     assert bench.suspect_after() == after_s
 
@@ -230,7 +230,20 @@ def test_short_answers_do_not_hurry_long_ones(bench: Bench) -> None:
     """What was learned never shortens an allowance."""
     bench.learn(0.5, 100, streaming=False)
     bench.call(streaming=False, prompt=0)
-    assert bench.suspect_after() == 200
+    assert bench.suspect_after() == 1800
+
+
+def test_a_long_answer_excuses_a_canary_and_not_the_others(bench: Bench) -> None:
+    """A stream behind an answer without a limit is suspect in time, but proves nothing."""
+    bench.call(streaming=False, prompt=0)
+    stream = bench.call(prompt=5)
+    assert bench.suspect_after() == 20
+    (suspect,) = bench.dog.suspects(bench.clock(), ())
+    assert suspect.excused
+    bench.clock.advance(20)
+    assert bench.dog.lost("a", LLAMA) == [stream]
+    (hopeless,) = bench.dog.suspects(bench.clock(), {"a"})
+    assert not hopeless.excused
 
 
 def test_a_backend_that_is_down_has_no_excuse(bench: Bench) -> None:

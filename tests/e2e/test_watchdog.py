@@ -121,10 +121,11 @@ async def test_a_green_check_does_not_close_the_breaker() -> None:
         )
 
 
+@pytest.mark.parametrize("options", [{"num_ctx": 8192, "num_gpu": 7}, {"num_gpu": 7}, {}])
 @virtual
-async def test_a_canary_neither_reloads_nor_pins() -> None:
+async def test_a_canary_neither_reloads_nor_pins(options: dict[str, int]) -> None:
     """Its context is the one in memory, its other options those of the load; no keep_alive."""
-    body = CHAT | {"options": {"num_ctx": 8192, "num_gpu": 7}, "keep_alive": "20s"}
+    body = CHAT | {"options": options, "keep_alive": "20s"}
     async with running(1, models=models(2.0)) as rig:
         assert is_whole(await rig.ask("POST", "/api/chat", body), "/api/chat")
         await asyncio.sleep(6.0)
@@ -136,9 +137,9 @@ async def test_a_canary_neither_reloads_nor_pins() -> None:
             "model": "m:latest",
             "prompt": "1",
             "stream": False,
-            "options": {"num_ctx": row["context_length"], "num_gpu": 7, "num_predict": 8},
+            "options": options | {"num_ctx": row["context_length"], "num_predict": 8},
         }
-        assert row["context_length"] == 8192
+        assert row["context_length"] == options.get("num_ctx", 4096)
         assert rig.fleet["a"].host.counts["loads_started"] == 1
         assert moves(rig)[-1] == ("a", None, "closed")
         await asyncio.sleep(30.0)
@@ -215,7 +216,8 @@ async def test_a_long_answer_in_one_piece() -> None:
 @virtual
 async def test_one_model_hangs_and_the_others_move() -> None:
     """Its own breaker opens, the host's stays shut, and the other models stay in use there."""
-    async with running(2, models=models(0.0), settings=Settings(num_parallel=4)) as rig:
+    more: dict[str, Any] = {"settings": Settings(num_parallel=4), "breaker.host.in_a_row": 1}
+    async with running(2, models=models(0.0), **more) as rig:
         await rig.warm("a", "m")
         await rig.warm("a", "other")
         rig.fleet["a"].faults.fail("m", "never told", 500, "run", 100_000.0)
@@ -230,6 +232,7 @@ async def test_one_model_hangs_and_the_others_move() -> None:
         assert head.get("x-balancer-backend") == "b"
         assert is_whole(await asking.rest(), "/api/chat")
         asking.close()
+        assert {model for _, model, _ in moves(rig)} == {"m:latest"}
 
 
 @virtual
@@ -248,8 +251,9 @@ async def test_a_call_that_got_lost_goes_elsewhere_unblamed() -> None:
 
 @virtual
 async def test_nothing_new_is_sent_to_a_suspect() -> None:
-    """While the canary is out, calls keep away from there."""
-    async with running(2, models=models(0.0)) as rig:
+    """While the canary is out, calls keep away from there, for all its free slots."""
+    more: dict[str, Any] = {"backend": {"slots": 8}, "settings": Settings(num_parallel=8)}
+    async with running(2, models=models(0.0), **more) as rig:
         await known(rig)
         rig.fleet["a"].faults.hang_inference()
         waiting = [await Asking.of(rig, "/api/chat", CHAT) for _ in range(2)]

@@ -55,7 +55,7 @@ LEGAL = {(CLOSED, OPEN), (OPEN, HALF_OPEN), (HALF_OPEN, OPEN), (HALF_OPEN, CLOSE
 NAMES = "abcd"
 MODELS = ("m:1", "n:1", "o:1", "p:1")
 PATHS = ("/api/chat", "/api/generate", "/api/embed", "/v1/chat/completions")
-LIMITS = QueueLimits(max_depth=20, max_depth_per_model=8, max_wait_s=20.0)
+LIMITS = QueueLimits(max_depth=20, max_depth_per_model=6, max_wait_s=20.0)
 # Breakers that open and come back within a history.
 SETTINGS = PoolSettings(
     host=GateSettings(3, 1.0, 8.0, 30.0, 10, half_open_max_s=20.0),
