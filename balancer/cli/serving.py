@@ -108,7 +108,7 @@ def _taken(address: Listen) -> str:
             f"{who}. Either keep it there and {elsewhere}, or move Ollama: start it with "
             "OLLAMA_HOST=127.0.0.1:11440 and use it with --backend 127.0.0.1:11440."
         )
-    if who.startswith("another"):
+    if who.startswith("another ollama-balancer"):
         return f"{who}. See what it does: ollama-balancer status; or {elsewhere}."
     return f"{who}. See which: ss -ltnp; or {elsewhere}."
 
