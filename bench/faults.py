@@ -58,6 +58,9 @@ async def storm(name: str) -> bool:
     loop = asyncio.get_running_loop()
     # At sixty calls a second a load of three seconds keeps as many waiting as the default allows.
     env = {"BALANCER_QUEUE__MAX_DEPTH_PER_MODEL": "256"}
+    if name.startswith("500"):  # or the fault is met but once in ten seconds, and then less
+        env["BALANCER_BREAKER__MODEL__BACKOFF"] = "1s"
+        env["BALANCER_BREAKER__MODEL__BACKOFF_MAX"] = "2s"
     if name == "stalled stream":
         env["BALANCER_TIMEOUTS__IDLE"] = "20s"
     async with Rig(env) as rig:

@@ -412,8 +412,6 @@ class Access:
         """
         tokens = self._tokens(headers)
         welcome = self._is_welcome(caller)
-        if tokens and not welcome:
-            self._refuse_guesser(caller, now)
         for token in tokens:
             key = self._key(token)
             if key is not None:
@@ -421,6 +419,8 @@ class Access:
         if welcome:
             return Principal(ANONYMOUS, Role.ADMIN if caller.is_loopback else Role.USER)
         if tokens:
+            # A known key is let in even then: one guesser must not lock out a whole network.
+            self._refuse_guesser(caller, now)
             self._failures.note(caller, now)
             raise Unauthorized("This API key is not known here.")
         raise Unauthorized(_NO_KEY + (_HIDDEN if caller.hidden else ""))
