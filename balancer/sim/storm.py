@@ -3,7 +3,7 @@ Trouble under traffic: a fault is put into one host of three and healed again, w
 
 `weather` names the faults. `ride` runs one of them against a whole balancer over real sockets in
 the present loop (virtual time under `sim.loop.run`) and tells what the callers and the balancer
-saw. The docs' fault table and the tests both come from it.
+saw. The tests ride it in virtual time; `make faults` rides the same weather on real processes.
 """
 
 import asyncio
