@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import Raw, Struct
 
-from balancer.core import names
+from balancer.core import multipart, names
 from balancer.core.domain import Dialect, PlacementKey, Purpose, Route
-from balancer.core.errors import BadRequest, OptionError, UnknownModel
+from balancer.core.errors import BadRequest, OptionError, UnknownModel, UnknownRoute
+from balancer.core.routes import EMBEDDING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +114,7 @@ _V1 = {
     "max_tokens": _INT,
     "max_completion_tokens": _ANY,  # not read by Ollama, so it may be anything
 }
+_BASE64_URL = (b";base64,", b'"')
 _TEXTS = dict.fromkeys(("prompt", "suffix", "system"), _STRING)
 
 _SHAPES: Final[Mapping[str, _Shape]] = MappingProxyType(
@@ -152,7 +155,7 @@ _SHAPES: Final[Mapping[str, _Shape]] = MappingProxyType(
             "openai.ChatCompletionRequest",
             _V1 | {"messages": "[]openai.Message", "tools": "[]api.Tool"},
             prompt=("messages", "tools"),
-            image=(b";base64,", b'"'),
+            image=_BASE64_URL,
         ),
         "v1_completions": _Shape(
             "openai.CompletionRequest",
@@ -167,18 +170,58 @@ _SHAPES: Final[Mapping[str, _Shape]] = MappingProxyType(
             prompt=("input",),
             absent_is_404=True,
         ),
+        "v1_responses": _Shape(
+            "openai.ResponsesRequest",
+            {
+                "model": _STRING,
+                "stream": _BOOL,
+                "instructions": _STRING,
+                "input": _ANY,
+                "tools": "[]openai.ResponsesTool",
+                "max_output_tokens": _INT,
+            },
+            prompt=("instructions", "input", "tools"),
+            image=_BASE64_URL,
+        ),
+        "v1_messages": _Shape(
+            "anthropic.MessagesRequest",
+            {
+                "model": _STRING,
+                "stream": _BOOL,
+                "system": _ANY,
+                "messages": "[]anthropic.MessageParam",
+                "tools": "[]anthropic.Tool",
+                "max_tokens": _INT,
+            },
+            prompt=("system", "messages", "tools"),
+            image=(b'"data"', b"}"),
+        ),
     }
 )
 
 
-def read(route: Route, body: bytes) -> Body:
+# All that is read of a body whose route nobody knows, and of no particular type.
+_LOOSE: Final = _Shape("", dict.fromkeys(("model", "name"), _STRING) | {"stream": _ANY})
+
+
+def read(route: Route, body: bytes, content_type: str = "", query: str = "") -> Body:
     """
     Read the body of an inference or show call.
 
+    Args:
+        content_type, query: Of the request; only a form needs them.
+
     Raises:
+        UnknownRoute: The route is optional and there is no model to route by.
         BadRequest, OptionError, UnknownModel: With Ollama's status and, as near as may be, its
             text.
     """
+    if route.optional:
+        return _read_loosely(route, body)
+    if route.operation == "v1_transcriptions":
+        if any(name == "model" for name, _ in parse_qsl(query, keep_blank_values=True)):
+            raise BadRequest("the model must be named in the form, not in the query")
+        return _named(multipart.field(body, content_type, "model"), streaming=False)
     try:
         return _read(route, _SHAPES[route.operation], body)
     except UnicodeDecodeError:
@@ -187,16 +230,47 @@ def read(route: Route, body: bytes) -> Body:
         raise BadRequest("exceeded max depth") from None
 
 
+def _read_loosely(route: Route, body: bytes) -> Body:
+    try:
+        fields = _known(_LOOSE, _members(_LOOSE, body))
+        model = _text(fields.get("model")) or _text(fields.get("name"))
+        return _named(model, streaming=_flag(fields.get("stream")))
+    except (BadRequest, UnicodeDecodeError, RecursionError):
+        raise UnknownRoute(f"no model is named in the body for {route.path}") from None
+
+
+def _named(model: str, *, streaming: bool) -> Body:
+    """A body of which only the model is known."""
+    name = _name(_LOOSE, model)
+    return Body(
+        model=model,
+        name=name,
+        streaming=streaming,
+        purpose=Purpose.RUN,
+        keep_alive=None,
+        key=PlacementKey(name.canonical),
+        num_ctx=None,
+        options={},
+        prompt_tokens=0,
+        output_tokens=None,
+        include_usage=False,
+        verbose=False,
+        system=False,
+        options_given=False,
+    )
+
+
 def _read(route: Route, shape: _Shape, body: bytes) -> Body:
     if body[:1] != b"{" and _BLANK.fullmatch(body):
-        raise BadRequest("EOF" if route.dialect is Dialect.OPENAI else "missing request body")
+        raise BadRequest("missing request body" if route.dialect is Dialect.OLLAMA else "EOF")
     fields = _known(shape, _members(shape, body))
     keep_alive, at_once = _keep_alive(shape, fields.get("keep_alive"))
     include_usage = _include_usage(fields.get("stream_options"))
     _check_v1(route, fields)
     model = _text(fields.get("model")) or _text(fields.get("name"))
     name = _name(shape, model)
-    _check_input(fields.get("input"))
+    if route.operation in EMBEDDING:
+        _check_input(fields.get("input"))
     purpose = _purpose(route, shape, fields, at_once=at_once)
     options, num_predict = _options(shape, fields, name, purpose)
     return Body(
@@ -499,6 +573,19 @@ def _check_v1(route: Route, fields: dict[str, Raw]) -> None:
         given = fields.get("input")
         if given is None or (_start(given) == ord("[") and _is_empty(given)):
             raise BadRequest("invalid input")
+    if route.operation == "v1_messages":
+        _check_messages(fields)
+
+
+def _check_messages(fields: dict[str, Raw]) -> None:
+    """What Anthropic's API asks for. Ollama checks it in this order."""
+    if _is_empty(fields.get("model")):
+        raise BadRequest(names.REQUIRED)
+    limit = _integer(fields["max_tokens"]) if "max_tokens" in fields else None
+    if limit is None or limit <= 0:
+        raise BadRequest("max_tokens is required and must be positive")
+    if _is_empty(fields.get("messages")):
+        raise BadRequest("messages is required")
 
 
 def _check_input(value: Raw | None) -> None:
@@ -571,7 +658,7 @@ def _image_bytes(body: bytes, mark: bytes, close: bytes) -> int:
 
 def _limit(fields: dict[str, Raw], num_predict: int | None) -> int | None:
     """The first of the limits that is given; to Ollama nought and less are none."""
-    for field in ("max_tokens", "max_completion_tokens"):
+    for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if field in fields:
             num_predict = _integer(fields[field])
             break

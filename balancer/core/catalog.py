@@ -64,7 +64,11 @@ _SINCE: Final = {
     "model": (0, 2, 0),
     "embed": (0, 2, 6),
     "v1_embeddings": (0, 2, 6),
+    "v1_responses": (0, 13, 3),
+    "v1_messages": (0, 14, 0),
+    "v1_transcriptions": (0, 20, 0),
 }
+_MOST_UNSUPPORTED: Final = 256  # routes remembered per backend; their paths are clients' text
 _FROM_SOURCE: Final = (0, 0, 0)  # what a build without a release number says of itself
 
 _Version = tuple[int, int, int]
@@ -546,9 +550,11 @@ class Catalog:
         shelf.missing[canonical] = (self._clock(), row.digest if row else known)
         self._changed()
 
-    def note_no_route(self, backend: str, operation: str) -> None:
+    def note_no_route(self, backend: str, feature: str) -> None:
         """It does not know the route."""
-        self._shelf(backend).unsupported.add(operation)
+        unsupported = self._shelf(backend).unsupported
+        if len(unsupported) < _MOST_UNSUPPORTED:
+            unsupported.add(feature)
 
     def note_loaded(self, backend: str, key: PlacementKey) -> None:
         """A load or a call of ours completed there: a runner with these options is in memory."""
@@ -638,12 +644,12 @@ class Catalog:
         """
         return canonical in self._shelf(backend).relisted
 
-    def supports(self, backend: str, operation: str) -> bool:
+    def supports(self, backend: str, feature: str) -> bool:
         """Whether it has the route, by its version and by what it said. When in doubt, yes."""
         shelf = self._shelf(backend)
         told = shelf.version or _FROM_SOURCE
-        too_old = _FROM_SOURCE < told < _SINCE.get(operation, _FROM_SOURCE)
-        return not too_old and operation not in shelf.unsupported
+        too_old = _FROM_SOURCE < told < _SINCE.get(feature, _FROM_SOURCE)
+        return not too_old and feature not in shelf.unsupported
 
     def digest(self, backend: str, canonical: str) -> str | None:
         """The digest of the model there, 64 hex digits."""

@@ -33,7 +33,8 @@ _LAST_EVENTS: Final = frozenset(
 )
 _FIRST_EVENTS: Final[dict[Dialect, frozenset[bytes]]] = {
     Dialect.OLLAMA: frozenset(),
-    Dialect.OPENAI: frozenset({b"response.created", b"response.in_progress"}),
+    Dialect.OPENAI: frozenset(),
+    Dialect.RESPONSES: frozenset({b"response.created", b"response.in_progress"}),
     Dialect.ANTHROPIC: frozenset({b"message_start", b"ping"}),
 }
 _TELL_DONE: Final = frozenset({"generate", "chat"})
@@ -70,7 +71,8 @@ class Opened:
         kind: ``commit``: may be passed on. ``error``: the backend tells an error instead.
             ``empty``: it ended with nothing to pass on.
         held: All that came so far; goes into the relay's splitter on commit.
-        blank_model: As in `Ending`; with ``empty``: an error whose text is lost.
+        blank_model: As in `Ending`; with ``empty``: an error whose text is lost. Where an answer
+            is announced first, such an error is an announcement with nothing behind it.
     """
 
     kind: Literal["commit", "error", "empty"]
@@ -284,7 +286,7 @@ class Opening:
         self._hold_max = hold_max
         self._pieces: list[bytes] = []
         self._bytes = 0
-        self._blank_model = False
+        self._blank_model = self._announced = False
         self._opened: Opened | None = None
 
     def feed(self, data: bytes) -> Opened | None:
@@ -301,6 +303,7 @@ class Opening:
         """How it began, now that the stream has ended."""
         if self._opened is None:
             self._look(self._splitter.flush())
+        self._blank_model |= self._announced
         return self._opened or self._tell("empty")
 
     def _look(self, whole: bytes) -> None:
@@ -311,7 +314,9 @@ class Opening:
                 return
             if told.blank_model:
                 self._blank_model = True
-            elif _event_name(record) not in self._first_events:
+            elif _event_name(record) in self._first_events:
+                self._announced = True
+            else:
                 self._tell("commit")
                 return
 

@@ -97,10 +97,11 @@ def again(call: Call, attempts: Sequence[Attempt], budget: Budget, *, unsent: bo
 
     If so, the repeat is paid for from *budget*. *attempts* are all so far, the last one just ended,
     nothing of it passed on; *unsent* says that nothing of its request had gone out, which is what
-    a call that is not replayable needs.
+    a call that is not replayable needs, unless the backend does not even know the route.
     """
     last = attempts[-1]
-    if last.outcome.committed or not (call.replayable or unsent):
+    untouched = unsent or last.outcome.verdict is Verdict.NO_ROUTE
+    if last.outcome.committed or not (call.replayable or untouched):
         return False
     if call.deadline is not None and last.outcome.ended_at >= call.deadline:
         return False

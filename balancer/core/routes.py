@@ -3,15 +3,21 @@ The route table: every path of Ollama's surface and who answers it.
 
 Adding a route is adding a row. Paths are matched decoded and exactly, with one trailing slash
 forgiven where Ollama forgives it; what goes to a backend is the row's path, never client text.
+
+What an Ollama to come may have is passed on all the same (`other`): a POST below ``/api/`` or
+``/v1/`` that is in no row and whose JSON body names a model. Such a path is client text, and goes
+up only if it is made of plain words.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Final
 
-from balancer.core.domain import Dialect, Framing, Kind, Role, Route
+from balancer.core.domain import OTHER, Dialect, Framing, Kind, Role, Route
 
-_O, _A, _N = Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.OLLAMA
+_O, _R, _A, _N = Dialect.OPENAI, Dialect.RESPONSES, Dialect.ANTHROPIC, Dialect.OLLAMA
 
 
 def _native(path: str, operation: str, *, streams: bool) -> Route:
@@ -19,9 +25,9 @@ def _native(path: str, operation: str, *, streams: bool) -> Route:
     return Route("POST", path, _N, operation, Kind.ONE, framing, streams, replayable=True)
 
 
-def _v1(path: str, operation: str, *, streams: bool) -> Route:
+def _v1(path: str, operation: str, dialect: Dialect = _O, *, streams: bool) -> Route:
     framing = Framing.SSE if streams else None
-    return Route("POST", path, _O, operation, Kind.ONE, framing, replayable=True)
+    return Route("POST", path, dialect, operation, Kind.ONE, framing, replayable=True)
 
 
 def _read(method: str, path: str, operation: str, dialect: Dialect = _N) -> Route:
@@ -50,10 +56,10 @@ TABLE: Final[tuple[Route, ...]] = (
     _v1("/v1/chat/completions", "v1_chat", streams=True),
     _v1("/v1/completions", "v1_completions", streams=True),
     _v1("/v1/embeddings", "v1_embeddings", streams=False),
-    _later("POST", "/v1/responses", "v1_responses", _O),
-    _later("POST", "/v1/messages", "v1_messages", _A),
-    _later("POST", "/v1/messages/count_tokens", "v1_count_tokens", _A),
-    _later("POST", "/v1/audio/transcriptions", "v1_transcriptions", _O),
+    _v1("/v1/responses", "v1_responses", _R, streams=True),
+    _v1("/v1/messages", "v1_messages", _A, streams=True),
+    replace(_v1("/v1/messages/count_tokens", "v1_count_tokens", _A, streams=False), optional=True),
+    _v1("/v1/audio/transcriptions", "v1_transcriptions", streams=False),
     _later("POST", "/api/pull", "pull"),
     _later("POST", "/api/push", "push"),
     _later("POST", "/api/create", "create"),
@@ -71,7 +77,17 @@ TABLE: Final[tuple[Route, ...]] = (
 )
 
 EMBEDDING: Final = frozenset({"embed", "embeddings", "v1_embeddings"})
+# Bodies may be compressed where Ollama takes them so.
+ZSTD: Final = frozenset(
+    {"v1_chat", "v1_completions", "v1_embeddings", "v1_responses", "v1_messages"}
+)
+# A good answer need not be JSON: a text, or whatever a route to come may answer.
+FREE_FORM: Final = frozenset({"v1_transcriptions", OTHER})
 
+KEYED: Final = "/k/"  # what follows, up to the next slash, is an API key
+_KEY_IN_PATH = re.compile(r"(?:/|%2f)+(?:k|%6b|%4b)(?:/|%2f)+(?!\*\*\*(?:/|$))[^/?]+", re.IGNORECASE)
+_PLAIN = re.compile(r"/(?:api|v1)(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_~.-]{1,64}){1,8}")
+_CLOSED: Final = "/api/experimental/"  # acts on a host or for its account
 
 _BY_NAME: Final = {(route.method, route.path): route for route in TABLE}
 
@@ -81,8 +97,30 @@ def find(method: str, path: str) -> Route:
     return _BY_NAME[method, path]
 
 
+def other(method: str, path: str) -> Route | None:
+    """The route of a path that is in no row; None: it is none. Sent once, nobody else is asked."""
+    if method != "POST" or path.startswith(_CLOSED) or not _PLAIN.fullmatch(path):
+        return None
+    return Route(method, path, dialect_of(path), OTHER, Kind.ONE, optional=True)
+
+
+def split_key(path: str) -> tuple[str, str]:
+    """The key of ``/k/KEY/…`` and the path behind it; an empty key: the path as it is."""
+    if not path.startswith(KEYED):
+        return "", path
+    key, _, rest = path.removeprefix(KEYED).partition("/")
+    return key, f"/{rest}"
+
+
+def without_key(path: str) -> str:
+    """A path for people: a key anywhere in it, however it is spelled, shows as ``/k/***``."""
+    return _KEY_IN_PATH.sub(f"{KEYED}***", path)
+
+
 def dialect_of(path: str) -> Dialect:
     """Whose errors a path speaks, known or not."""
     if path.startswith("/v1/messages"):
         return Dialect.ANTHROPIC
+    if path.startswith("/v1/responses"):
+        return Dialect.RESPONSES
     return Dialect.OPENAI if path.startswith("/v1/") else Dialect.OLLAMA

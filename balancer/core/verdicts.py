@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from balancer.core.domain import Mark, Route, Verdict
+from balancer.core.domain import OTHER, Mark, Route, Verdict
 
 BLAME, CREDIT, NEITHER = Mark.BLAME, Mark.CREDIT, Mark.NEITHER
 
@@ -319,6 +319,8 @@ def of_answer(route: Route, model: str, status: int, body: bytes) -> Judgement:
     """
     text = error_text(body)
     told = line(text) if text is not None else f"HTTP {status}"
+    if status < 300 and route.operation == OTHER:
+        return Judgement(Verdict.OK)
     if 300 <= status < 400:
         return Judgement(Verdict.MISCONFIGURED, text=f"answers with a redirect ({status})")
     if status in _ACCOUNT and is_cloud(model):
@@ -332,7 +334,8 @@ def of_answer(route: Route, model: str, status: int, body: bytes) -> Judgement:
             return Judgement(Verdict.NO_ROUTE, text=f"has no route {route.path}")
         return Judgement(Verdict.UNCLEAR, text="404, but not from Ollama")
     if status == 404:
-        if text is not None and "not found" in text:
+        # What a route to come does not find need not be the model.
+        if text is not None and "not found" in text and route.operation != OTHER:
             return Judgement(Verdict.MISSING, text=told)
         return Judgement(Verdict.CALLER, text=told)
     if status == 400 and route.operation in _EMBED_400 and text is not None:

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from balancer.core.body import Body, duration_ns, read
 from balancer.core.domain import Kind, PlacementKey, Purpose
-from balancer.core.errors import BadRequest, BalancerError, OptionError, UnknownModel
-from balancer.core.routes import TABLE
+from balancer.core.errors import BadRequest, BalancerError, OptionError, UnknownModel, UnknownRoute
+from balancer.core.routes import TABLE, other
 
 ROUTES = {
     route.operation: route for route in TABLE if route.kind is Kind.ONE or route.operation == "show"
 }
+COUNT_TOKENS, TRANSCRIPTIONS = ROUTES.pop("v1_count_tokens"), ROUTES.pop("v1_transcriptions")
 NATIVE = ("generate", "chat", "embed", "embeddings")
 RUNNABLE: dict[str, dict[str, Any]] = {
     "generate": {"model": "m", "prompt": "x"},
@@ -27,6 +28,12 @@ RUNNABLE: dict[str, dict[str, Any]] = {
     "v1_chat": {"model": "m", "messages": [{"role": "user", "content": "x"}]},
     "v1_completions": {"model": "m", "prompt": "x"},
     "v1_embeddings": {"model": "m", "input": "x"},
+    "v1_responses": {"model": "m", "input": "x"},
+    "v1_messages": {
+        "model": "m",
+        "max_tokens": 9,
+        "messages": [{"role": "user", "content": "x"}],
+    },
 }
 M = "registry.ollama.ai/library/m:latest"
 
@@ -60,12 +67,9 @@ def test_every_operation_has_a_runnable_body(operation: str) -> None:
     body = parsed(operation, RUNNABLE[operation])
     assert (body.model, body.name.canonical, body.purpose) == ("m", M, Purpose.RUN)
     assert body.key == PlacementKey(M)
-    assert (body.options, body.num_ctx, body.keep_alive, body.output_tokens) == (
-        {},
-        None,
-        None,
-        None,
-    )
+    limit = RUNNABLE[operation].get("max_tokens")
+    assert (body.options, body.num_ctx, body.keep_alive) == ({}, None, None)
+    assert body.output_tokens == limit
 
 
 @operations
@@ -153,6 +157,8 @@ def test_no_model_is_answered_route_by_route(operation: str, body: str) -> None:
         ("v1_chat", 400, "model is required"),
         ("v1_embeddings", 404, "model '' not found"),
         ("v1_completions", 404, "model '' not found"),
+        ("v1_responses", 400, "model is required"),
+        ("v1_messages", 400, "model is required"),
     ],
 )
 def test_no_model_behind_the_v1_checks(operation: str, status: int, text: str) -> None:
@@ -611,6 +617,9 @@ def test_keep_alive_is_handed_on_as_given() -> None:
         ("v1_completions", {"max_tokens": 0}, None),
         ("v1_completions", {"max_tokens": None}, None),
         ("v1_chat", {"options": {"num_predict": 7}}, None),
+        ("v1_responses", {"max_output_tokens": 5}, 5),
+        ("v1_responses", {"max_tokens": 5}, None),
+        ("v1_messages", {"max_tokens": 5}, 5),
     ],
 )
 def test_the_limit_on_the_answer(
@@ -637,6 +646,39 @@ def test_images_in_messages_are_no_prompt() -> None:
     content = [{"type": "text", "text": words}, part, part]
     messages = [{"role": "user", "content": content}]
     assert 1000 <= given_with("v1_chat", messages=messages).prompt_tokens < 1100
+    part = {"type": "input_image", "image_url": f"data:image/png;base64,{image}"}
+    given = [{"role": "user", "content": [{"type": "input_text", "text": words}, part]}]
+    assert 1000 <= given_with("v1_responses", input=given).prompt_tokens < 1100
+    source = {"type": "base64", "media_type": "image/png", "data": image}
+    blocks = [{"type": "image", "source": source}, {"type": "text", "text": words}]
+    messages = [{"role": "user", "content": blocks}]
+    assert 1000 <= given_with("v1_messages", messages=messages).prompt_tokens < 1100
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({}, "model is required"),
+        ({"model": "m"}, "max_tokens is required and must be positive"),
+        ({"model": "m", "max_tokens": 0}, "max_tokens is required and must be positive"),
+        ({"model": "m", "max_tokens": 1}, "messages is required"),
+        ({"model": "m", "max_tokens": 1, "messages": []}, "messages is required"),
+    ],
+)
+def test_what_anthropics_api_asks_for(body: object, text: str) -> None:
+    """Ollama's three checks, in its order."""
+    error = refusal("v1_messages", body)
+    assert (type(error), error.text) == (BadRequest, text)
+
+
+def test_prompts_of_the_newer_routes() -> None:
+    """Instructions, system text and tools carry prompt too; the input may be anything."""
+    words = "p" * 4000
+    told = given_with("v1_responses", instructions=words, input=[words], tools=[words])
+    assert 3000 <= told.prompt_tokens < 3010
+    told = given_with("v1_messages", system=[{"type": "text", "text": words}], tools=[words])
+    assert 2000 <= told.prompt_tokens < 2030
+    assert given_with("v1_responses", input=5).model == "m"
 
 
 @pytest.mark.parametrize(
@@ -787,3 +829,56 @@ def test_repeated_keys(pairs: list[tuple[str, Any]], layout: tuple[str, str]) ->
     elif isinstance(result, Body):
         model = values.get("model") or values.get("Model") or [""]
         assert result.model == (model[-1] or values.get("name", [""])[-1])
+
+
+# --- bodies of which only the model is read ----------------------------------------------------
+
+
+@pytest.mark.parametrize("route", [COUNT_TOKENS, other("POST", "/api/later")])
+def test_a_route_that_may_not_be_there_needs_a_model(route: Any) -> None:
+    """``model`` or ``name``, in any JSON object; whatever else it holds is not looked at."""
+    told = read(route, b'{"model":"","name":"x","stream":true,"messages":5,"options":7,"tools":{}}')
+    assert (told.model, told.streaming, told.purpose) == ("x", True, Purpose.RUN)
+    assert read(route, b'{"Model":" M:LATEST","stream":"x"}').key.model == M
+    assert not read(route, b'{"model":"m","stream":"x"}').streaming
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b" ", b"{}", b"null", b"[]", b'"m"', b"{", b"model=m", b"\xff", b"[" * 100_000),
+        *(b'{"model":5}', b'{"model":null}', b'{"model":"a@b"}', b'{"model":""}'),
+        *(b'{"model":"m","Model":"n"}', b'{"model":"\xff"}'),
+    ],
+)
+def test_without_a_model_it_is_no_route(body: bytes) -> None:
+    """No object, no model in it, or two: nothing to route by."""
+    for route in (COUNT_TOKENS, other("POST", "/v1/later")):
+        assert route is not None
+        with pytest.raises(UnknownRoute):
+            read(route, body)
+
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--b--\r\n'
+FORM_TYPE = "multipart/form-data; boundary=b"
+
+
+def test_a_transcription_names_its_model_in_a_form() -> None:
+    """As it was written; nothing else of the form is read."""
+    told = read(TRANSCRIPTIONS, FORM % b"Library/M", FORM_TYPE, "x=model&modelx=y")
+    assert (told.model, told.key.model, told.streaming) == ("Library/M", M, False)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "query", "text"),
+    [
+        (b"", FORM_TYPE, "", "model is required"),
+        (b"a@b", FORM_TYPE, "", "invalid model name"),
+        (b"m", "application/json", "", "failed to parse multipart form"),
+        *((b"m", FORM_TYPE, query, "in the query") for query in ("model=x", "a&mode%6c", "model=")),
+    ],
+)
+def test_a_form_that_names_no_model(model: bytes, kind: str, query: str, text: str) -> None:
+    """Go's forms are read from the query too, where it would win."""
+    with pytest.raises(BadRequest, match=text):
+        read(TRANSCRIPTIONS, FORM % model, kind, query)

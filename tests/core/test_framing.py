@@ -448,10 +448,13 @@ OPENINGS: list[tuple[Framing, Dialect, bytes, Opened]] = [
     (SSE, Dialect.OPENAI, V1_ERROR, Opened("error", V1_ERROR, "boom")),
     (SSE, Dialect.OPENAI, COMMENT, Opened("empty", COMMENT)),
     (SSE, Dialect.OPENAI, COMMENT + V1_ERROR, Opened("error", COMMENT + V1_ERROR, "boom")),
-    (SSE, Dialect.OPENAI, CREATED + IN_PROGRESS, Opened("empty", CREATED + IN_PROGRESS)),
-    (SSE, Dialect.OPENAI, CREATED + ITEM_ADDED, Opened("commit", CREATED + ITEM_ADDED)),
-    (SSE, Dialect.OPENAI, CREATED + EVENT_ERROR, Opened("error", CREATED + EVENT_ERROR, "boom")),
-    (SSE, Dialect.ANTHROPIC, MESSAGE_START + PING, Opened("empty", MESSAGE_START + PING)),
+    (SSE, Dialect.RESPONSES, CREATED + IN_PROGRESS,
+     Opened("empty", CREATED + IN_PROGRESS, "", blank_model=True)),
+    (SSE, Dialect.RESPONSES, CREATED + ITEM_ADDED, Opened("commit", CREATED + ITEM_ADDED)),
+    (SSE, Dialect.RESPONSES, CREATED + EVENT_ERROR,
+     Opened("error", CREATED + EVENT_ERROR, "boom")),
+    (SSE, Dialect.ANTHROPIC, MESSAGE_START + PING,
+     Opened("empty", MESSAGE_START + PING, "", blank_model=True)),
     (SSE, Dialect.ANTHROPIC, MESSAGE_START + BLOCK, Opened("commit", MESSAGE_START + BLOCK)),
     (SSE, Dialect.ANTHROPIC, MESSAGE_START + EVENT_ERROR,
      Opened("error", MESSAGE_START + EVENT_ERROR, "boom")),
@@ -679,7 +682,8 @@ def test_recorded_streams(name: str) -> None:
 def test_recorded_openings(name: str) -> None:
     """Every recorded stream commits, at its first record unless that only announces an answer."""
     how, chunks = recorded(name)
-    dialect = Dialect.ANTHROPIC if "messages" in name else Dialect.OPENAI
+    newer = {"messages": Dialect.ANTHROPIC, "responses": Dialect.RESPONSES}
+    dialect = next((newer[part] for part in newer if part in name), Dialect.OPENAI)
     opening = Opening(how, dialect)
     verdicts = [opening.feed(chunk) for chunk in chunks]
     waits = 2 if "responses" in name else 1 if "messages" in name else 0

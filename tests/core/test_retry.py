@@ -112,6 +112,7 @@ def test_what_costs_money_is_sent_once(budget: Budget) -> None:
     call = replace(CALL, replayable=False)
     assert not again(call, tried(FAULT), budget)
     assert again(call, tried(FAULT), budget, unsent=True)
+    assert again(call, tried(replace(FAULT, verdict=Verdict.NO_ROUTE)), budget)
 
 
 def test_an_unclear_answer_is_asked_for_twice(budget: Budget) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from balancer.core import routes
-from balancer.core.domain import Dialect, Framing, Kind, Role
-from balancer.core.routes import EMBEDDING, TABLE, dialect_of, find
+from balancer.core.domain import OTHER, Dialect, Framing, Kind, Role
+from balancer.core.routes import EMBEDDING, FREE_FORM, TABLE, ZSTD, dialect_of, find, other
 
 
 def test_every_row_can_be_found_by_its_name() -> None:
@@ -33,6 +33,7 @@ def test_a_row_speaks_the_dialect_of_its_path() -> None:
         ("/api/unknown", Dialect.OLLAMA),
         ("/", Dialect.OLLAMA),
         ("/v1/unknown", Dialect.OPENAI),
+        ("/v1/responses", Dialect.RESPONSES),
         ("/v1/messages", Dialect.ANTHROPIC),
         ("/v1/messages/count_tokens", Dialect.ANTHROPIC),
     ],
@@ -68,7 +69,34 @@ def test_operations_of_one_kind_of_route_are_told_apart() -> None:
     """The operation is a metric label and a fact of the catalogue: one per inference route."""
     ones = [row.operation for row in TABLE if row.kind is Kind.ONE]
     assert len(set(ones)) == len(ones)
-    assert set(ones) >= EMBEDDING
+    assert set(ones) >= EMBEDDING | ZSTD | (FREE_FORM - {OTHER})
+    assert OTHER not in ones
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [("/api/later", Dialect.OLLAMA), ("/v1/a-b_c/d.e~1", Dialect.OPENAI)],
+)
+def test_what_is_in_no_row_may_be_a_route_to_come(path: str, dialect: Dialect) -> None:
+    """Sent once to whoever has the model; told apart by path, but not in metrics."""
+    route = other("POST", path)
+    assert route is not None
+    assert (route.path, route.dialect, route.kind) == (path, dialect, Kind.ONE)
+    assert (route.operation, route.feature) == (OTHER, path)
+    assert (route.replayable, route.optional, route.role) == (False, True, Role.USER)
+    assert find("POST", "/api/chat").feature == "chat"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/api", "/api/", "/v2/x", "/api/x/", "/api//x", "/api/a b", "/api/a%62", "/api/é",
+     "/apix/y", "/api/x?y", "/api/x;y", "/api/" + "x" * 65, "/api" + "/x" * 9, "/api/x\n",
+     "/api/experimental/x", "/api/..", "/v1/./x", "/v1/../x"],
+)  # fmt: skip
+def test_a_path_of_a_clients_goes_up_only_if_it_is_plain(path: str) -> None:
+    """Words of plain letters, not too many; and nothing of what acts on hosts and accounts."""
+    assert other("POST", path) is None
+    assert other("GET", "/api/later") is None
 
 
 def test_the_surface_of_ollama_is_whole() -> None:
@@ -81,6 +109,10 @@ def test_the_surface_of_ollama_is_whole() -> None:
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
         ("POST", "/v1/embeddings"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("POST", "/v1/audio/transcriptions"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{model}"),
         ("GET", "/"),
