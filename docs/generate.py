@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Final
 
-from balancer.core import verdicts
+from balancer.core import dialect, verdicts
 from balancer.ops import metrics
 
 _VERDICTS: Final = """\
@@ -22,7 +23,52 @@ that an answer is never begun anew, and a failure is told in the stream.
 
 """
 
+_ERRORS: Final = """\
+# Errors
+
+Every refusal or failure of the balancer's own, in the shape the client's library expects. Made from
+`balancer/core/errors.py` and `balancer/core/dialect.py`; do not edit by hand.
+
+What a *backend* answers is passed on as it is, unless another backend can still serve the call
+(see [verdicts.md](verdicts.md)). Unknown paths and wrong methods are answered as Ollama answers
+them, in plain text: `404 page not found`, `405 method not allowed`. What is no HTTP at all gets
+`400 Bad Request` or `431 Request Header Fields Too Large` in plain text, and the connection is
+closed.
+
+The code stands in OpenAI's `error.code`. Codes in brackets are not sent, because Ollama sends none
+there. `Retry-After` is 1 to 60 whole seconds, `retry-after-ms` the same in milliseconds; both are
+up to a quarter longer than need be, so that not all clients come back at once. The libraries of
+OpenAI and Anthropic wait as they say. They leave it at one try where `x-should-retry: false` says
+so; by themselves they would try every 408, 409, 429 and 5xx again. The request id in the text and
+in `X-Request-Id` is the one in the log.
+
+"""
+
+_DIFFERENCES: Final = """\
+# Where the balancer differs from Ollama
+
+What a client sees through the balancer is what it would see from one Ollama host, byte by byte, but
+for what is listed here. Every recorded exchange with Ollama is held to this list. Made from
+`docs/differences.toml`; do not edit by hand.
+
+"""
+
+
+def differences() -> str:
+    """The list as Markdown."""
+    path = Path(__file__).parent / "differences.toml"
+    listed = tomllib.loads(path.read_text(encoding="utf-8"))
+    everywhere = "".join(f"- {text}\n" for text in listed["everywhere"])
+    rows = "".join(
+        f"| {each['where']} | {each['here']} | {each['why']} |\n" for each in listed["difference"]
+    )
+    head = "| where | here | why |\n| --- | --- | --- |\n"
+    return f"## Everywhere\n\n{everywhere}\n## In places\n\n{head}{rows}"
+
+
 PAGES: Final = {
+    "differences.md": _DIFFERENCES + differences(),
+    "errors.md": _ERRORS + dialect.document(),
     "metrics.md": metrics.document(),
     "verdicts.md": _VERDICTS + verdicts.document(),
 }

@@ -63,11 +63,12 @@ class Admission:
             return
         wait_s = self.drain_s(depth)
         whom = "" if key == "queue.max_depth" else " for this model"
+        retry_s = min(60.0, max(1.0, wait_s / 2))
         text = (
-            f"Queue full: {depth} calls wait{whom}, about {wait_s:.0f} s. Retry later, or ask the "
-            f"operator to raise {key}."
+            f"Queue full: {depth} calls wait{whom}, about {wait_s:.0f} s. Retry after "
+            f"{retry_s:.0f} s, or ask the operator to raise {key}."
         )
-        raise QueueFull(text, retry_after_s=wait_s / 2)
+        raise QueueFull(text, retry_after_s=retry_s)
 
     def entered(self, model: str) -> None:
         """One more waits."""

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import balancer
 from balancer.core import errors
-from balancer.core.dialect import Rendered, compact, relayed, render, retry_headers, trailer
+from balancer.core.dialect import (
+    Rendered,
+    compact,
+    document,
+    heartbeat,
+    relayed,
+    render,
+    retold,
+    retry_headers,
+    trailer,
+)
+from balancer.core.dispatch import LoadFailed
 from balancer.core.domain import Dialect, Framing
 from balancer.core.errors import (
     AttemptsExhausted,
@@ -23,13 +38,12 @@ from balancer.core.errors import (
     QueueFull,
     UnknownModel,
 )
+from balancer.core.framing import splitter
+from tests.net.parts import a_call
 
 OLLAMA, OPENAI, ANTHROPIC = Dialect.OLLAMA, Dialect.OPENAI, Dialect.ANTHROPIC
-ALL = [
-    kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, BalancerError)
-]
+RESPONSES = Dialect.RESPONSES
+ALL = list(errors.catalogue())
 
 
 def told(rendered: Rendered) -> Any:
@@ -135,6 +149,7 @@ def test_json_looks_as_go_writes_it() -> None:
         (QueueFull("full", retry_after_s=0.0), "1", "1000"),
         (AttemptsExhausted("all", retry_after_s=600.0), "60", "60000"),
         (errors.DeadlineExceeded("late", retry_after_s=2.0), "2", "2000"),
+        (NoBackend("away", retry_after_s=float("inf")), "60", "60000"),
     ],
 )
 def test_retry_after_is_whole_seconds_within_bounds(
@@ -142,6 +157,18 @@ def test_retry_after_is_whole_seconds_within_bounds(
 ) -> None:
     """1 to 60, rounded up; 503 always has it; the SDKs' own header in milliseconds besides."""
     assert dict(retry_headers(error)) == {"Retry-After": seconds, "retry-after-ms": ms}
+
+
+@given(st.floats(0, 1000), st.floats(0, 1))
+def test_not_all_come_back_at_once(need_s: float, late: float) -> None:
+    """Up to a quarter later than need be, and never outside what the SDKs believe: 1 to 60 s."""
+    told = dict(retry_headers(NoBackend("away", retry_after_s=need_s), late))
+    wait_s = int(told["retry-after-ms"]) / 1000
+    assert 1 <= wait_s <= int(told["Retry-After"]) <= 60
+    if need_s <= 48:
+        assert max(1.0, need_s) - 0.001 <= wait_s <= max(1.0, need_s) * 1.25
+    else:
+        assert wait_s >= 45
 
 
 def test_clients_are_kept_from_retrying_what_cannot_help() -> None:
@@ -175,6 +202,23 @@ def test_a_cut_anthropic_stream_ends_in_a_named_event() -> None:
     assert record.startswith(b'event: error\ndata: {"type":"error"')
 
 
+def test_a_cut_responses_stream_ends_in_an_error_event() -> None:
+    """What an ``error`` event of that API says, and beside it the object that SDKs raise."""
+    record = trailer(CutStream("cut"), RESPONSES, Framing.SSE, "r1", 7)
+    assert record is not None
+    assert record.startswith(b"event: error\ndata: {")
+    value = json.loads(record.partition(b"data: ")[2])
+    error = value.pop("error")
+    assert value == {
+        "type": "error",
+        "code": "stream_cut",
+        "message": "cut [req r1]",
+        "param": None,
+        "sequence_number": 7,
+    }
+    assert error["message"] == value["message"]
+
+
 def test_a_whole_answer_has_no_room_for_a_record() -> None:
     """One JSON document cannot be followed by another: the body must break instead."""
     assert trailer(CutStream("cut"), OLLAMA, Framing.JSON) is None
@@ -191,3 +235,130 @@ def test_no_error_looks_like_an_end(
     assert b"[DONE]" not in record
     assert b'"done"' not in record
     assert b"message_stop" not in record
+
+
+# -- the catalogue -----------------------------------------------------------------------------
+
+
+def family(kind: type[BalancerError] = BalancerError) -> list[type[BalancerError]]:
+    """It and whatever is derived from it in the package."""
+    derived = [each for special in kind.__subclasses__() for each in family(special)]
+    return [kind, *(each for each in derived if each.__module__.startswith("balancer."))]
+
+
+def test_the_catalogue_has_every_error() -> None:
+    """But those told in another way; each with a code of its own and what to do."""
+    for found in pkgutil.walk_packages(balancer.__path__, "balancer."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+    assert set(family()) - set(ALL) == {LoadFailed, errors.UnknownRoute}
+    assert len({kind.code for kind in ALL}) == len(ALL)
+    for kind in ALL:
+        assert kind.__doc__, kind
+        assert vars(kind).keys() >= {"code", "remedy"}, kind
+
+
+def test_the_document_has_every_error_and_every_dialect() -> None:
+    """A row each, and the records that end a stream as they are."""
+    text = document()
+    assert all(f"| {kind.status} | " in text and f"{kind.remedy} |" in text for kind in ALL)
+    for dialect in Dialect:
+        framing = Framing.NDJSON if dialect is OLLAMA else Framing.SSE
+        record = trailer(CutStream("TEXT"), dialect, framing, "4f0c") or b""
+        assert record.decode().strip() in text
+
+
+# -- heartbeats ----------------------------------------------------------------------------------
+
+STAMP = "2026-08-21T10:00:00.123456Z"
+
+
+EMPTY_CHAT = (
+    b'{"model":"m","created_at":"2026-08-21T10:00:00.123456Z",'
+    b'"message":{"role":"assistant","content":""},"done":false}\n'
+)
+EMPTY = b'{"model":"m","created_at":"2026-08-21T10:00:00.123456Z","response":"","done":false}\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "record"),
+    [
+        ("/api/chat", EMPTY_CHAT),
+        ("/api/generate", EMPTY),
+        ("/v1/chat/completions", b": heartbeat\n\n"),
+        ("/v1/completions", b": heartbeat\n\n"),
+        ("/v1/responses", b": heartbeat\n\n"),
+        ("/v1/messages", b'event: ping\ndata: {"type":"ping"}\n\n'),
+    ],
+)
+def test_a_heartbeat_says_nothing_and_commits_nothing(path: str, record: bytes) -> None:
+    """Its bytes per route, in Ollama's order of fields; for a framer it is no end and no error."""
+    call = a_call(path)
+    assert heartbeat(call, STAMP) == record
+    assert heartbeat(replace(call, streaming=False), STAMP) is None
+    split = splitter(call.framing)
+    assert split.feed(record) == record
+    assert not split.finished
+    assert split.ending().error_record is None
+
+
+@pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings", "/v1/embeddings"])
+def test_what_never_streams_has_no_heartbeat(path: str) -> None:
+    """Whatever the body said of a stream."""
+    assert heartbeat(a_call(path), STAMP) is None
+
+
+# -- a backend's error inside a stream -------------------------------------------------------------
+
+
+OWN: dict[Dialect, dict[str, Any]] = {
+    OLLAMA: {"error": "no", "signin_url": "u"},
+    OPENAI: {"error": {"message": "no", "type": "t", "param": "p", "code": "c"}},
+    Dialect.RESPONSES: {"error": {"message": "no", "type": "t", "param": None, "code": "c"}},
+    ANTHROPIC: {"type": "error", "error": {"type": "t", "message": "no"}, "request_id": "r"},
+}
+
+
+def read_back(record: bytes, dialect: Dialect) -> dict[str, Any]:
+    """What a record says, whose end and event must be right."""
+    if dialect is OLLAMA:
+        assert record.endswith(b"}\n")
+        return dict(json.loads(record))
+    event, data = record.rsplit(b"data: ")
+    assert event == (b"" if dialect is OPENAI else b"event: error\n")
+    assert data.endswith(b"}\n\n")
+    return dict(json.loads(data))
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_an_error_in_the_callers_dialect_keeps_its_fields(dialect: Dialect) -> None:
+    """Nothing that a client may read there is lost, however it was laid out."""
+    own, framing = OWN[dialect], Framing.NDJSON if dialect is OLLAMA else Framing.SSE
+    value = read_back(retold(422, json.dumps(own, indent=2).encode(), dialect, framing, 7), dialect)
+    if dialect is Dialect.RESPONSES:
+        told = {"code": None, "message": "no", "param": None, "sequence_number": 7}
+        own = {"type": "error", **told, **own}
+    assert value == own
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'{"error":"a native one"}', "a native one"),
+        (b'{"error":{"message":"of OpenAI"}}', "of OpenAI"),
+        (b'{"type":"error","error":{"message":"of Anthropic"}}', "of Anthropic"),
+        (b"404 page not found", "404 page not found"),
+        (b"two\nlines", "two lines"),
+        (b'{"detail":"odd"}', '{"detail":"odd"}'),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+        (b"", "HTTP 404"),
+    ],
+)
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_any_other_error_is_told_by_its_text(dialect: Dialect, body: bytes, text: str) -> None:
+    """As an error of the caller's dialect, which a framer takes for one."""
+    framing = Framing.NDJSON if dialect is OLLAMA else Framing.SSE
+    record = retold(404, body, dialect, framing)
+    error = read_back(record, dialect)["error"]
+    assert (error if dialect is OLLAMA else error["message"]) == text
+    assert splitter(framing).read(record.strip()).error_text == text
