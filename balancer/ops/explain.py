@@ -1,0 +1,164 @@
+"""
+What would become of a call for a model, and why: a dry run that leaves no trace.
+
+The document's shape has version 1: fields may be added, none changes its meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from balancer.core import names, routes
+from balancer.core.body import read
+from balancer.core.catalog import Catalog
+from balancer.core.dispatch import Dispatcher
+from balancer.core.domain import Call, Principal, Residency, Role
+from balancer.core.errors import BadRequest
+from balancer.core.pool import Pool, Standing
+from balancer.core.scheduler import Option
+
+NOBODY = Principal("explain", Role.USER)
+
+
+class Query(Protocol):
+    """What follows the question mark of a request."""
+
+    def get(self, key: str, default: str, /) -> str:
+        """The first value of that name."""
+
+    def getall(self, key: str, default: list[str], /) -> list[str]:
+        """All values of that name."""
+
+
+class Explain:
+    """
+    Writes the document.
+
+    Args:
+        strategy: The name of the policy in force.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        dispatcher: Dispatcher,
+        clock: Callable[[], float],
+        strategy: Callable[[], str],
+    ) -> None:
+        self._pool = pool
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._strategy = strategy
+
+    def __call__(self, query: Query) -> dict[str, Any]:
+        """
+        Explain ``model``, perhaps with ``num_ctx``, ``prompt_tokens``, and some ``exclude``.
+
+        Raises:
+            BadRequest: No model, or not the name of one, or a number that is none.
+        """
+        call = self._call(query)
+        excluded = frozenset(query.getall("exclude", []))
+        told = self._dispatcher.forecast(call, excluded)
+        standings = {each.backend: each for each in self._pool.standings(call, excluded)}
+        rows = [
+            self._row(standings.pop(option.backend), call, order, option)
+            for order, option in enumerate(told.options, 1)
+        ]
+        rows += [self._row(standing, call, None, None) for standing in standings.values()]
+        catalog = self._pool.catalog
+        waiting = [t for t in self._dispatcher.waiting() if t.call.key.model == call.key.model]
+        return {
+            "explain_version": 1,
+            "model": catalog.shown(call.key.model),
+            "options": dict(call.key.options),
+            "prompt_tokens": call.prompt_tokens,
+            "strategy": self._strategy(),
+            "outcome": {
+                "kind": told.kind,
+                "status": told.status,
+                "backend": told.backend or None,
+                "wait_s": _finite(told.wait_s),
+                "text": told.text,
+            },
+            "queued": len(waiting),
+            "backends": rows,
+            "conflicts": catalog.conflicts().get(call.key.model, {}),
+        }
+
+    def _call(self, query: Query) -> Call:
+        model, context = query.get("model", ""), _number(query, "num_ctx")
+        if not model:
+            raise BadRequest("Say which model: ?model=NAME")
+        path = "/api/embed" if self._embeds(model) else "/api/chat"
+        route = routes.find("POST", path)
+        if route is None:  # pragma: no cover - both are in the table
+            raise BadRequest("no route")
+        asked: dict[str, Any] = {"model": model}
+        if context is not None:
+            asked["options"] = {"num_ctx": context}
+        body = json.dumps(asked).encode()
+        told = read(route, body)
+        return Call(
+            id="explain",
+            route=route,
+            model=told.model,
+            key=told.key,
+            streaming=told.streaming,
+            purpose=told.purpose,
+            replayable=True,
+            principal=NOBODY,
+            arrived_at=self._clock(),
+            deadline=None,
+            body=body,
+            prompt_tokens=_number(query, "prompt_tokens") or 0,
+        )
+
+    def _embeds(self, model: str) -> bool:
+        try:
+            return self._pool.catalog.is_embedding_only(names.parse(model).canonical)
+        except names.InvalidName:  # told by `read`, in Ollama's words
+            return False
+
+    def _row(
+        self, standing: Standing, call: Call, order: int | None, option: Option | None
+    ) -> dict[str, Any]:
+        bar, c = standing.bar, standing.candidate
+        return {
+            "name": standing.backend,
+            "may_serve": bar is None,
+            "order": order,
+            "state": "" if option is None else option.state + self._note(standing, call),
+            "code": "" if bar is None else bar.code,
+            "reason": bar.text if bar is not None else "" if option is None else option.why,
+            "returns_in_s": _finite(standing.returns_in_s),
+            "residency": c.residency.value,
+            "in_flight": c.in_flight,
+            "slots": c.slots,
+            "in_flight_all": c.host_in_flight,
+            "context": c.context,
+            "first_byte_s": round(c.first_byte_s, 3),
+        }
+
+    def _note(self, standing: Standing, call: Call) -> str:
+        """A copy that is there, and yet of no use to this call."""
+        catalog: Catalog = self._pool.catalog
+        resident = catalog.resident(standing.backend, call.key.model) is not None
+        is_other = resident and standing.candidate.residency is Residency.ON_DISK
+        return " as asked for: it is with other options" if is_other else ""
+
+
+def _finite(seconds: float) -> float | None:
+    return None if math.isinf(seconds) else round(seconds, 1)
+
+
+def _number(query: Query, name: str) -> int | None:
+    text = query.get(name, "")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise BadRequest(f"{name} is a whole number of tokens, not {text[:32]!r}.")
+    return int(text)

@@ -1,0 +1,184 @@
+"""What would become of a call, asked beforehand: the same as then happens, and without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from balancer.core.events import BreakerMoved, LoadStarted
+from tests.e2e.stage import CHAT, Asking, error_of, is_whole, models, virtual
+from tests.rig import Rig, running
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+NO_GPU = "llama-server process has terminated: exit status 2"
+
+
+async def explain(rig: Rig, **query: Any) -> Any:
+    """The document; the model is m unless said otherwise."""
+    asked = "&".join(f"{key}={value}" for key, value in ({"model": "m"} | query).items())
+    reply = await rig.ask("GET", f"/_balancer/explain?{asked}")
+    assert reply.status == 200, reply
+    return json.loads(reply.body)
+
+
+def rows(told: Any) -> dict[str, Any]:
+    """By backend, in the order told."""
+    return {row["name"]: row for row in told["backends"]}
+
+
+@virtual
+async def test_it_goes_where_it_was_said_to_go() -> None:
+    """A free copy first; then the reason of each; and the call follows."""
+    async with running(3, models=models(0.0)) as rig:
+        await rig.warm("b", "m")
+        told = await explain(rig)
+        assert (told["explain_version"], told["model"]) == (1, "m:latest")
+        assert told["strategy"] == "least-loaded"
+        assert told["outcome"] == {
+            "kind": "now",
+            "status": 200,
+            "backend": "b",
+            "wait_s": 0.0,
+            "text": "goes to b now",
+        }
+        assert list(rows(told)) == ["b", "a", "c"]
+        best, other = rows(told)["b"], rows(told)["a"]
+        assert (best["order"], best["residency"], best["slots"]) == (1, "loaded", 2)
+        assert best["state"] == "in memory, a slot is free"
+        assert best["reason"] == "could begin sooner than a"
+        assert (other["order"], other["state"]) == (2, "not in memory")
+        assert other["reason"] == "could begin later than b"
+        reply = await rig.ask("POST", "/api/chat", CHAT)
+        assert (reply.get("x-balancer-backend"), is_whole(reply, "/api/chat")) == ("b", True)
+
+
+@virtual
+async def test_a_cold_model_and_one_that_is_loading() -> None:
+    """Where it would be loaded, and how long that may take; then that it is under way."""
+    async with running(2, models=models(20.0)) as rig:
+        told = await explain(rig)
+        assert (told["outcome"]["kind"], told["outcome"]["backend"]) == ("load", "a")
+        assert told["outcome"]["wait_s"] > 0
+        assert rig.events.of(LoadStarted) == [], "nothing is loaded for an answer"
+        asking = await Asking.of(rig, "/api/chat", CHAT)
+        await asyncio.sleep(1.0)
+        told = await explain(rig)
+        assert told["outcome"]["text"] == "waits for the load on a"
+        assert (told["queued"], rows(told)["a"]["state"]) == (1, "being loaded")
+        await asking.head()
+        assert is_whole(await asking.rest(), "/api/chat")
+        asking.close()
+
+
+@virtual
+async def test_other_options_are_another_runner() -> None:
+    """A larger context than that in memory is a load; a prompt that does not fit is told."""
+    async with running(1, models=models(0.0)) as rig:
+        await rig.warm("a", "m")
+        assert (await explain(rig))["outcome"]["kind"] == "now"
+        told = await explain(rig, num_ctx=32768)
+        assert (told["options"], told["outcome"]["kind"]) == ({"num_ctx": 32768}, "load")
+        state = rows(told)["a"]["state"]
+        assert state == "not in memory as asked for: it is with other options"
+        told = await explain(rig, prompt_tokens=10**8)
+        assert "is too short" in rows(told)["a"]["state"]
+
+
+@virtual
+async def test_why_a_backend_may_not() -> None:
+    """Each with its code, the reason and when it may be back; the rest go in order."""
+    async with running(4, models=models(0.0), dead=["gone"]) as rig:
+        await rig.warm("d", "m")
+        pool = rig.balancer.pool
+        await asyncio.sleep(20.0)
+        pool.members["a"].gate.trip("3 in a row")
+        pool.turn("b", pool.members["b"].switch.DRAINING)
+        pool.members["c"].load.note_busy(None, 30.0)
+        before = len(rig.events.events)
+        told = await explain(rig)
+        codes = {name: (row["may_serve"], row["code"]) for name, row in rows(told).items()}
+        assert codes == {
+            "d": (True, ""),
+            "gone": (False, "unread"),
+            "a": (False, "breaker"),
+            "b": (False, "draining"),
+            "c": (False, "cooling"),
+        }
+        a, b, c, gone = (rows(told)[name] for name in ("a", "b", "c", "gone"))
+        assert a["reason"].startswith("breaker open (3 in a row), next trial in")
+        assert a["returns_in_s"] == pytest.approx(pool.members["a"].gate.retry_in(), abs=0.2)
+        assert (b["reason"], b["returns_in_s"]) == ("draining", None)
+        assert c["returns_in_s"] == pytest.approx(30.0, abs=1.0)
+        assert "connection refused" in gone["reason"]
+        assert told["outcome"]["backend"] == "d"
+        told = await explain(rig, exclude="d")
+        assert rows(told)["d"]["code"] == "excluded"
+        assert told["outcome"]["kind"] == "away"
+        ours = [e for e in rig.events.events[before:] if isinstance(e, BreakerMoved | LoadStarted)]
+        assert ours == []
+
+
+@virtual
+async def test_asking_makes_no_trial_load_a_model() -> None:
+    """A broken model that nobody calls for stays alone, however often somebody asks why."""
+    async with running(1, models=models(0.0)) as rig:
+        rig.fleet["a"].faults.fail("other", NO_GPU)
+        await rig.ask("POST", "/api/chat", CHAT | {"model": "other"})
+        rig.balancer.pool.members["a"].asked.clear()
+        loads = len(rig.events.of(LoadStarted))
+        for _ in range(30):
+            told = await explain(rig, model="other")
+            assert rows(told)["a"]["code"] == "model breaker"
+            await asyncio.sleep(2.0)
+        assert len(rig.events.of(LoadStarted)) == loads
+
+
+@virtual
+async def test_refusals_are_those_of_the_call() -> None:
+    """404 with the closest name, word for word."""
+    async with running(2, models=models(0.0)) as rig:
+        told = await explain(rig, model="othre")
+        assert (told["outcome"]["kind"], told["outcome"]["status"]) == ("refused", 404)
+        refused = await rig.ask("POST", "/api/chat", CHAT | {"model": "othre"})
+        assert (refused.status, error_of(refused)) == (404, told["outcome"]["text"])
+        assert {row["code"] for row in told["backends"]} == {"not listed"}
+
+
+@pytest.mark.parametrize(
+    "query", ["", "?model=", "?model=a%20b", "?model=m&num_ctx=x", "?model=m&num_ctx=-1"]
+)
+@virtual
+async def test_a_bad_question(query: str) -> None:
+    """400, and what is wrong."""
+    async with running(1, models=models(0.0)) as rig:
+        reply = await rig.ask("GET", f"/_balancer/explain{query}")
+        assert reply.status == 400
+        assert error_of(reply)
+
+
+@virtual
+async def test_models_that_differ_between_backends_are_told() -> None:
+    """The same name, another digest: which answer one gets depends on the way."""
+    async with running(2, models=models(0.0)) as rig:
+        assert (await explain(rig))["conflicts"] == {}
+        catalog = rig.balancer.catalog
+        (row,) = (r for r in catalog.tags()["models"] if r["name"] == "m:latest")
+        other = row | {"digest": "f" * 64}
+        catalog.note_tags("b", [other], rig.balancer._clock())
+        told = await explain(rig)
+        assert told["conflicts"] == {row["digest"]: ["a"], "f" * 64: ["b"]}
+        doc = rig.balancer.admin.state()
+        assert doc["conflicts"] == {"m:latest": told["conflicts"]}
+        assert [backend["conflicts"] for backend in doc["backends"]] == [["m:latest"]] * 2
+
+
+@virtual
+async def test_a_model_that_embeds() -> None:
+    """It is asked about as it would be called."""
+    async with running(1, models=models(0.0)) as rig:
+        await rig.warm("a", "e")
+        assert (await explain(rig, model="e"))["outcome"]["kind"] == "now"
