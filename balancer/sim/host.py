@@ -83,6 +83,10 @@ class SimModel:
     license: str = ""
     chunks: tuple[bytes, ...] | None = None
     """Written as they are, one per token time, instead of any encoded answer."""
+    content: str = ""
+    """What the digest follows from; empty: the name. Copies share it, other weights differ."""
+    blob: str = ""
+    """Digest of the file of weights (`sha256:…`); empty: it follows from `origin`."""
 
     @property
     def parsed(self) -> names.ModelName:
@@ -90,9 +94,19 @@ class SimModel:
         return names.parse(self.name)
 
     @property
+    def origin(self) -> str:
+        """What its digests follow from."""
+        return self.content or self.parsed.key
+
+    @property
     def digest(self) -> str:
-        """64 hex digits that depend on nothing but the name."""
-        return _digest(self.parsed.key)
+        """64 hex digits that depend on nothing but `origin`."""
+        return _digest(self.origin)
+
+    @property
+    def weights(self) -> str:
+        """The digest of its largest file."""
+        return self.blob or f"sha256:{_digest(f'weights {self.origin}')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ BUFFERED_BYTES = 2048
 HIGH_WATER_BYTES = 1 << 16
 _HEAD_LIMIT_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
+_LINGER_BYTES = 1 << 18  # of a body nobody wants, read before the connection is closed
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
@@ -71,6 +72,9 @@ class Exchange:
         """The client reads again after `paused`."""
         self.on_end: Callable[[], None] | None = None
         """The last byte was handed to the kernel's care, or the connection broken off."""
+        self.on_body: Callable[[bytes], None] | None = None
+        """A piece of a body that is streamed (`Server.streams`)."""
+        self.on_body_end: Callable[[], None] | None = None
         self.started = False
         self.ended = False
         self._connection = connection
@@ -108,7 +112,7 @@ class Exchange:
             framing = "close"
         self._chunked = framing == "chunked"
         self._silent = self._silent or framing == "none"
-        self._closes = self._closes or framing == "close"
+        self._closes = self._closes or framing == "close" or self._connection.is_receiving
         lines = [f"HTTP/1.1 {status} {reason or HTTPStatus(status).phrase}"]
         if self.request.version == "HTTP/1.0":
             lines = [lines[0].replace("HTTP/1.1", "HTTP/1.0", 1)]
@@ -151,6 +155,11 @@ class Exchange:
         self._end()
         self._connection.reset()
 
+    def go_on(self) -> None:
+        """Asks a client that waits for it to send its body."""
+        if (self.request.get("expect") or "").lower() == "100-continue":
+            self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     def raw(self, data: bytes) -> None:
         """Bytes outside all framing."""
         self.started = True
@@ -182,6 +191,8 @@ class Connection:
         self._is_closing = False
         self._is_parsing = False
         self._writes = False
+        self._intake: _Intake | None = None
+        self._linger_bytes = _LINGER_BYTES
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not server.frozen:
@@ -191,6 +202,11 @@ class Connection:
     def backlog_bytes(self) -> int:
         """What the kernel has not taken yet."""
         return len(self._out)
+
+    @property
+    def is_receiving(self) -> bool:
+        """A streamed body has not come to its end."""
+        return self._intake is not None
 
     @property
     def _closed(self) -> bool:
@@ -217,11 +233,33 @@ class Connection:
             return
         except OSError:
             data = b""
-        if data:
+        if data and self._is_closing:
+            self._linger_bytes -= len(data)
+            if self._linger_bytes <= 0:
+                self._destroy()
+        elif data:
             self._in += data
+            self._receive()
             self.next_request()
+        else:
+            self._lose()
+
+    def _receive(self) -> None:
+        """Hands on what there is of a streamed body."""
+        intake, exchange = self._intake, self.exchange
+        if intake is None or exchange is None:
             return
-        self._lose()
+        try:
+            for piece in intake.feed(self._in):
+                if exchange.on_body is not None and not exchange.ended:
+                    exchange.on_body(piece)
+        except BadRequestError as error:
+            self._refuse(*error.args)
+            return
+        if intake.done:
+            self._intake = None
+            if exchange.on_body_end is not None and not exchange.ended:
+                exchange.on_body_end()
 
     def next_request(self) -> None:
         """Goes on to the next request if the last one is answered and the next one is here."""
@@ -241,6 +279,7 @@ class Connection:
                     return
                 self.exchange = Exchange(self, request)
                 self.server.app(self.exchange)
+                self._receive()
         except BadRequestError as error:
             self._refuse(*error.args)
         finally:
@@ -254,6 +293,10 @@ class Connection:
             return None
         request = _parse_head(bytes(self._in[:head_end]))
         start = head_end + 4
+        if self.server.streams(request):
+            self._intake = _Intake(request)
+            del self._in[:start]
+            return request
         coding = (request.get("transfer-encoding") or "").lower()
         if coding == "chunked":
             body, end = _dechunk(self._in, start)
@@ -323,7 +366,7 @@ class Connection:
         elif not self._out:
             self._stop_writing()
             if self._is_closing:
-                self._destroy()
+                self._shut()
 
     def _drained(self) -> None:
         if self.exchange is not None and self.exchange.on_drain is not None:
@@ -337,10 +380,17 @@ class Connection:
     # -- ends -----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Closes once all is written."""
+        """Closes once all is written; what is still being sent is read for a while."""
         self._is_closing = True
         if not self._out:
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._intake is None:
             self._destroy()
+            return
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
 
     def drop(self) -> None:
         """Closes at once; a running exchange ends where it stands."""
@@ -378,8 +428,11 @@ class Server:
         *,
         date: Callable[[], str],
         loop: asyncio.AbstractEventLoop,
+        streams: Callable[[Request], bool] = lambda _: False,
     ) -> None:
         self.app = app
+        self.streams = streams
+        """Whether a request is handed on before its body has come."""
         self.date = date
         self.loop = loop
         self.connections: dict[Connection, None] = {}
@@ -459,6 +512,49 @@ class Server:
         """Stops listening and drops everything."""
         self._close_listener()
         self.drop_all()
+
+
+class _Intake:
+    """Takes a body off the wire as it comes."""
+
+    def __init__(self, request: Request) -> None:
+        length = request.get("content-length") or "0"
+        self._is_chunked = (request.get("transfer-encoding") or "").lower() == "chunked"
+        if not self._is_chunked and not length.isdecimal():
+            raise BadRequestError(400, "")
+        self._left = 0 if self._is_chunked else int(length)
+        self.done = not self._is_chunked and not self._left
+
+    def feed(self, data: bytearray) -> Iterable[bytes]:
+        """What of `data` is body; it is taken out of it."""
+        while data and not self.done:
+            if self._left:
+                piece = bytes(data[: self._left])
+                del data[: len(piece)]
+                self._left -= len(piece)
+                self.done = not self._left and not self._is_chunked
+                yield piece
+            elif not self._next_chunk(data):
+                return
+
+    def _next_chunk(self, data: bytearray) -> bool:
+        """Reads the line before a chunk, and the one behind the last."""
+        if data[:2] == b"\r\n":
+            del data[:2]
+        line_end = data.find(b"\r\n")
+        if line_end < 0:
+            return False
+        try:
+            self._left = int(data[:line_end].partition(b";")[0], 16)
+        except ValueError:
+            raise BadRequestError(400, "") from None
+        if not self._left:
+            if data[line_end + 2 : line_end + 4] != b"\r\n":
+                return False
+            line_end += 2
+            self.done = True
+        del data[: line_end + 2]
+        return True
 
 
 def _parse_head(head: bytes) -> Request:

@@ -14,7 +14,7 @@ Made-up answers follow from model, prompt and seed alone; `prefix` is said befor
 tool is called when the last user message holds its name and the model has the capability "tools".
 A turn ended by an open assistant message is continued where it stops.
 
-Left out: management routes, images, zstd bodies, cloud models (always disabled), audio.
+Left out: images, cloud models (always disabled); a sound is not listened to.
 """
 
 import asyncio
@@ -31,10 +31,13 @@ from balancer.sim.gate import Gate, is_named
 from balancer.sim.host import Host, Settings, SimModel
 from balancer.sim.http import Exchange, Framing, Server
 from balancer.sim.inference import Inference, decoded, ns_of, resolve
+from balancer.sim.management import Management, Registry, Store
 from balancer.sim.reading import RefusedError
 from balancer.sim.script import Script, Scripts
 
 VERSION = "0.33.0"
+COUNT_TOKENS = "/v1/messages/count_tokens"
+_BLOBS = "/api/blobs/"
 _TEXT: Headers = [("Content-Type", "text/plain")]
 
 
@@ -55,6 +58,9 @@ class SimOllama(Site):
         checks_origin: bool = True,
         origins: Sequence[str] = (),
         keeps_bodies: bool = False,
+        counts_tokens: bool = False,
+        registry: Registry | None = None,
+        store: Store | None = None,
         wall: Callable[[], float] = time.time,  # noqa: TID251 - read once, so that clients see today
     ) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,8 +68,11 @@ class SimOllama(Site):
         self.address = address
         self.port = port
         self.version = version
+        self.counts_tokens = counts_tokens
+        """Has `/v1/messages/count_tokens`, which today's Ollama has not."""
         host = Host(models, clock=self.now, rng=Random(seed), settings=settings)
         super().__init__(host, Random(seed), prefix=prefix, keeps_bodies=keeps_bodies)
+        self.management = Management(self, store or Store(), registry or Registry())
         self.host.on_schedule = self._rearm
         self.faults = self.host.faults
         self.faults.on_change = self._on_fault
@@ -82,7 +91,16 @@ class SimOllama(Site):
             "/api/ps": {"GET": self._ps},
             "/api/status": {"GET": self._status},
             "/api/show": {"POST": self._show},
+            "/api/pull": {"POST": self.management.pull},
+            "/api/push": {"POST": self.management.push},
+            "/api/create": {"POST": self.management.create},
+            "/api/copy": {"POST": self.management.copy},
+            "/api/delete": {"DELETE": self.management.delete},
+            "/api/me": {"POST": self._me},
+            "/api/signout": {"POST": self._sign_out},
+            "/api/experimental/web_search": {"POST": self._web_search},
             "/v1/models": {"GET": self._v1_models},
+            COUNT_TOKENS: {"POST": self._count_tokens},
             **{path: {"POST": self._infer} for path in inference.ROUTES},
         }
 
@@ -102,7 +120,12 @@ class SimOllama(Site):
         """Binds the port, a free one if it is 0."""
         self._loop = asyncio.get_running_loop()
         self._epoch_ns = round(self._wall() * 1e6) * 1000 - ns_of(self._loop.time())
-        self._server = Server(self._serve, date=self._date, loop=self._loop)
+        self._server = Server(
+            self._serve,
+            date=self._date,
+            loop=self._loop,
+            streams=lambda request: request.method == "POST" and request.path.startswith(_BLOBS),
+        )
         self.port = self._server.listen(self.address, self.port)
         self._on_fault("start")
         self._rearm()
@@ -238,10 +261,12 @@ class SimOllama(Site):
 
     def _methods(self, path: str) -> tuple[str, ...]:
         """The methods of a path, none if there is no such path."""
-        if path in self.faults.missing_paths:
+        if path in self.faults.missing_paths or (path == COUNT_TOKENS and not self.counts_tokens):
             return ()
         if path.startswith("/v1/models/") and "/" not in path.removeprefix("/v1/models/"):
             return ("GET",)
+        if path.startswith(_BLOBS) and "/" not in path.removeprefix(_BLOBS):
+            return ("HEAD", "POST")
         return tuple(self._routes.get(path, ()))
 
     def _route(self, delivery: Delivery) -> None:
@@ -256,6 +281,9 @@ class SimOllama(Site):
             delivery.reply(405, [allow, *_TEXT], b"405 method not allowed")
         elif seen.path.startswith("/v1/models/"):
             self._v1_model(delivery, seen.path.removeprefix("/v1/models/"))
+        elif seen.path.startswith(_BLOBS):
+            heads = seen.method == "HEAD"
+            (self.management.has_blob if heads else self.management.take_blob)(delivery)
         else:
             self._routes[seen.path][seen.method](delivery)
 
@@ -279,6 +307,16 @@ class SimOllama(Site):
 
     def _status(self, delivery: Delivery) -> None:
         _reply_json(delivery, {"cloud": {"disabled": True, "source": "env"}})
+
+    def _me(self, delivery: Delivery) -> None:
+        _reply_json(delivery, {"error": "account unavailable"}, 503)
+
+    def _sign_out(self, delivery: Delivery) -> None:
+        _reply_json(delivery, {"error": "there was an error signing out"}, 500)
+
+    def _web_search(self, delivery: Delivery) -> None:
+        told = "ollama cloud is disabled: web search is unavailable"
+        _reply_json(delivery, {"error": told}, 403)
 
     def _show(self, delivery: Delivery) -> None:
         try:
@@ -315,6 +353,11 @@ class SimOllama(Site):
             return
         entry = gojson.encode(catalogue.v1_model(model, name)) + "\n"
         delivery.reply(200, dialects.PLAIN_JSON, entry.encode())
+
+    def _count_tokens(self, delivery: Delivery) -> None:
+        tokens = len(delivery.seen.body) // 4
+        answer = gojson.encode({"input_tokens": tokens}) + "\n"
+        delivery.reply(200, dialects.PLAIN_JSON, answer.encode())
 
     def _infer(self, delivery: Delivery) -> None:
         Inference(self, delivery).begin()

@@ -163,6 +163,7 @@ class Recording:
             wire.reader.feed_data(interim)
         wire.writer.write(self.payload())
         reply = await wire.reply(request["method"])
+        await asyncio.sleep(0.001)  # for the end of the connection to be seen
         is_open = not wire.reader.at_eof()
         wire.close()
         return reply, is_open
