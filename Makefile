@@ -3,13 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+CLIENTS := .venv/clients
+NODE := tests/compat/node
 
-.PHONY: help run demo test lint docs faults cancel clean
+.PHONY: help run demo test clients lint docs faults cancel clean
 
 help:
 	@echo 'make run    serve; ARGS="-b gpu1 -b gpu2" for your hosts'
 	@echo 'make demo   a simulated fleet, the balancer and traffic, to watch'
 	@echo 'make test   all tests; ARGS="-k name" for some'
+	@echo 'make clients the tests of all client libraries, Python (extra clients) and npm; needs npm'
 	@echo 'make lint   format, lint and types'
 	@echo 'make docs   write docs/metrics.md and docs/verdicts.md anew'
 	@echo 'make faults the fault table on real processes, about 45 minutes; ARGS="killed frozen" for some'
@@ -24,6 +27,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest $(ARGS)
+
+clients: $(CLIENTS)
+	CI=true $(BIN)/pytest -m compat $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -40,7 +46,7 @@ cancel: $(READY)
 	$(BIN)/python bench/cancel.py $(ARGS)
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage $(NODE)/node_modules
 	find balancer tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
@@ -51,4 +57,11 @@ $(READY): pyproject.toml constraints.txt
 	@echo 'Setting up .venv, once ...'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+$(CLIENTS): $(READY) $(NODE)/package.json
+	@command -v npm >/dev/null || { echo 'npm is missing: apt install nodejs npm'; exit 1; }
+	@echo 'Setting up further client libraries ...'
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	@cd $(NODE) && npm install --no-package-lock --no-audit --no-fund --loglevel=error
 	@touch $@

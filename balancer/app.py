@@ -20,11 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
+from urllib.parse import urlsplit
 
 from balancer import __version__
-from balancer.config import EVERYWHERE, BackendSpec, BreakerLimits, Config, Listen
+from balancer.config import EVERYWHERE, BackendSpec, BreakerLimits, Config, Listen, join, places
 from balancer.core import scheduler
 from balancer.core.admission import Admission, QueueLimits
+from balancer.core.aliases import Aliases
 from balancer.core.catalog import Catalog
 from balancer.core.dispatch import Dispatcher
 from balancer.core.domain import Backend, Kind, Role
@@ -32,6 +34,9 @@ from balancer.core.errors import Draining
 from balancer.core.events import Event, Mishap, Serving, Stopped, Stopping
 from balancer.core.pool import GateSettings, Pool, PoolSettings
 from balancer.core.retry import Budget
+from balancer.net.account import Account
+from balancer.net.discovery import Discovery, Look
+from balancer.net.manage import Manage, ManageSettings, Right
 from balancer.net.prober import Prober, ProberSettings
 from balancer.net.proxy import Proxy, ProxySettings
 from balancer.net.reads import Reads
@@ -40,9 +45,17 @@ from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target
 from balancer.ops.admin import OPEN_PAGES, Admin
 from balancer.ops.auth import Access
+from balancer.ops.cors import Cors
+from balancer.ops.dashboard import Dashboard
 from balancer.ops.door import Door
+from balancer.ops.explain import Explain
+from balancer.ops.feed import Feed
 from balancer.ops.metrics import Metrics, QueueRow, Snapshot
+from balancer.ops.recent import Recent
 from balancer.ops.reload import Reload, Reloaded
+from balancer.ops.status import Status
+from balancer.ops.steering import Steering
+from balancer.ops.switches import Switches
 
 CUT_GRACE_S: Final = 2.0  # for error records to reach the clients of cut calls
 LAG_S: Final = 1.0
@@ -113,6 +126,7 @@ class Balancer:
         seed: Of all chance, told in the log.
         sockets: Bound sockets to serve on instead of `server.listen`.
         extra_headers: On every answer.
+        looked: What discovery has found already; None: it has not looked yet.
     """
 
     def __init__(
@@ -125,9 +139,10 @@ class Balancer:
         sockets: Sequence[socket.socket] = (),
         subscribers: Sequence[Callable[[Event], None]] = (),
         extra_headers: Mapping[str, str] = MappingProxyType({}),
+        looked: Look | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
-        self.config = config
+        self.config = config if looked is None else join(config, looked.found)
         self.seed = seed if seed is not None else int.from_bytes(os.urandom(4))
         self.bus = Bus()
         self._clock = loop.time
@@ -141,23 +156,24 @@ class Balancer:
         self._leaving = False
         self._refusing = False
         self.addresses: tuple[str, ...] = ()
-        self._wire(read or (lambda: config), config_file, extra_headers)
+        self.reload = Reload(config, read or (lambda: config), self.apply, loop.time, self.bus)
+        self._wire(config_file, extra_headers)
+        self.discovery = Discovery(config, looked, self.upstream, self._found, loop.time, self.bus)
+        self.bus.subscribe(self.recent)
         for subscriber in subscribers:
             self.bus.subscribe(subscriber)
+        if self.switches is not None:
+            self.bus.subscribe(self.switches)
         if self.metrics is not None:
             self.bus.subscribe(self.metrics)
 
-    def _wire(
-        self,
-        read: Callable[[], Config],
-        config_file: str | None,
-        extra_headers: Mapping[str, str],
-    ) -> None:
+    def _wire(self, config_file: str | None, extra_headers: Mapping[str, str]) -> None:
         config, clock, emit = self.config, self._clock, self.bus
         token = f"ollama-balancer-{self._rng.getrandbits(48):012x}"
         self.tasks = Tasks(emit, clock)
         self.exchanges = Tasks(emit, clock)
         self.catalog = Catalog(clock, config.models.remember_s)
+        self.catalog.aliases = aliases(config)
         self.pool = Pool(pool_settings(config), self.catalog, clock, self._rng, emit)
         self.upstream = ClientUpstream(targets(config), self.exchanges)
         self.prober = Prober(
@@ -186,24 +202,37 @@ class Balancer:
             clock,
             self.reads.unload,
             token,
+            self.prober.stamp,
+        )
+        self.account = Account(self.pool, self.upstream, clock, self.proxy.forwarded)
+        self.manage = Manage(
+            manage_settings(config),
+            self.pool,
+            self.upstream,
+            self.prober,
+            self.exchanges,
+            clock,
+            emit,
+            self.proxy.forwarded,
         )
         self.metrics = self._metrics() if config.metrics.enabled else None
-        self.reload = Reload(config, read, self.apply, clock, emit)
-        self.admin = Admin(
-            self.pool,
-            self.dispatcher,
-            self.reload,
-            self.metrics,
-            clock,
-            lambda: self._leaving,
-            __version__,
-            _wall().timestamp(),
-            config_file,
-        )
-        self.door = Door(access(config))
+        self.recent = Recent(lambda: _wall().timestamp())
+        self.admin = self._admin(config_file)
+        self.switches = None
+        if config.state.path is not None:
+            self.switches = Switches(config.state.path, self.pool, clock, emit)
+        self.feed = Feed(self.admin.state, clock)
+        board = Dashboard(self.admin.state, self.feed)
+        shown = config.dashboard.enabled
+        self.door = Door(access(config), cors(config), discreet=config.server.headers == "minimal")
         self.front = Front(
-            {Kind.ONE: self.proxy.handle, **self.reads.handlers()},
-            self.admin.pages(),
+            {
+                Kind.ONE: self.proxy.handle,
+                **self.reads.handlers(),
+                **self.account.handlers(),
+                **self.manage.handlers(),
+            },
+            {**self.admin.pages(), **(board.pages() if shown else {})},
             OPEN_PAGES,
             self.door,
             emit,
@@ -211,6 +240,9 @@ class Balancer:
             lambda: self._refusing,
             token,
             extra_headers=extra_headers,
+            refusals=board.refusals() if shown else {},
+            chance=self._rng.random,
+            led_here=self._led_here,
         )
         self._server = make_server(
             self.front,
@@ -218,6 +250,35 @@ class Balancer:
             head_timeout_s=config.server.head_timeout_s,
             max_header=config.server.max_header_bytes,
         )
+
+    def _admin(self, config_file: str | None) -> Admin:
+        status = Status(
+            self.pool,
+            self.dispatcher,
+            self.reload,
+            self.recent,
+            self._clock,
+            lambda: self._leaving,
+            __version__,
+            _wall().timestamp(),
+            config_file,
+        )
+        return Admin(
+            status,
+            Steering(self.pool, status, self.prober.look, self.prober.warm),
+            Explain(self.pool, self.dispatcher, self._clock, lambda: self.config.routing.strategy),
+            self.reload,
+            self.metrics,
+            lambda: self._leaving,
+        )
+
+    def _led_here(self, host: str) -> str:
+        """Which backend is ourselves, by the Host under which we called it."""
+        for member in self.pool.members.values():
+            url, source = member.backend.url, member.backend.source
+            if host and urlsplit(url).netloc in (host, f"{host}:80", f"{host}:443"):
+                return f"its backend {member.name} ({url}, {source}) leads back here"
+        return "one of its backends leads back here"
 
     def _metrics(self) -> Metrics:
         return Metrics(
@@ -246,10 +307,13 @@ class Balancer:
         """Bind, begin to watch the backends, and serve."""
         check_parser()
         sockets = self._sockets or [bind(address) for address in self.config.server.listen]
+        if self.switches is not None:
+            self.switches.read()
         self.pool.reshape(backends(self.config))
         self.prober.start()
         self.prober.follow()
         self.tasks.spawn(self._watch_lag(), "event loop lag")
+        self.tasks.spawn(self.discovery.run(), "discovery")
         for sock in sockets:
             self._servers.append(await listen(self._server, sock))
         self.addresses = tuple(shown_address(sock) for sock in sockets)
@@ -285,7 +349,8 @@ class Balancer:
             server.close()
         self._refusing = True
         await self._unless_now(self._idle(), self.config.server.drain_timeout_s)
-        cut = len(self.front.running)
+        cut = self.front.busy()
+        self.feed.close()
         self.proxy.stopping = True
         self.dispatcher.refuse_all(Draining("The balancer is stopping.", retry_after_s=5.0))
         await self.exchanges.close()
@@ -313,7 +378,7 @@ class Balancer:
 
     async def _idle(self) -> None:
         """Until no request runs."""
-        while self.front.running:
+        while self.front.busy():
             await asyncio.sleep(0.05)
 
     async def _watch_lag(self) -> None:
@@ -336,21 +401,40 @@ class Balancer:
 
         Calls that run keep the settings they began with.
         """
+        written, config = config, join(config, self.discovery.found)
         # These may fail, on a bad certificate or key: then nothing has changed.
         reached, rules = targets(config), access(config)
         self.config = config
         self.upstream.targets = reached
         self.pool.configure(pool_settings(config))
         self.catalog.remember_s = config.models.remember_s
+        self.catalog.aliases = aliases(config)
         self.pool.reshape(backends(config))
         self.dispatcher.exchange(scheduler.build(config.routing.strategy, self.pool))
         self.dispatcher.admission.limits = queue_limits(config)
         self.prober.settings = prober_settings(config)
         self.prober.follow()
         self.proxy.settings = proxy_settings(config)
+        self.manage.settings = manage_settings(config)
         self.reads.version_policy = config.models.version
         self.budget.ratio = config.retry.budget_ratio
-        self.door.access = rules
+        self.door.access, self.door.pages = rules, cors(config)
+        self.door.discreet = config.server.headers == "minimal"
+        self.discovery.follow(written)
+        self.dispatcher.kick()
+
+    def _found(self) -> None:
+        """Take over what discovery has found since; what is written stays as it was read."""
+        config = self.config = join(self.reload.current, self.discovery.found)
+        known = self.upstream.targets
+        self.upstream.targets = {
+            spec.name: old
+            if (old := known.get(spec.name)) is not None and old.url == spec.url
+            else _target(spec, config)
+            for spec in config.backends
+        }
+        self.pool.reshape(backends(config))
+        self.prober.follow()
         self.dispatcher.kick()
 
 
@@ -400,8 +484,35 @@ def prober_settings(config: Config) -> ProberSettings:
 
 def proxy_settings(config: Config) -> ProxySettings:
     """What the proxy needs."""
-    server = config.server
-    return ProxySettings(server.max_body_bytes, server.replay_memory_bytes, config.timeouts.total_s)
+    server, streaming = config.server, config.streaming
+    return ProxySettings(
+        server.max_body_bytes,
+        server.replay_memory_bytes,
+        config.timeouts.total_s,
+        streaming.heartbeat_after_s,
+        streaming.heartbeat_s,
+        aliases(config),
+    )
+
+
+def manage_settings(config: Config) -> ManageSettings:
+    """Who may change what is installed, and how much at once."""
+    manage = config.manage
+    rights = {
+        "pull": Right(manage.pull.allow, manage.pull.target),
+        "create": Right(manage.create.allow, manage.create.target),
+        "push": Right(manage.push.allow),
+        "copy": Right(manage.copy.allow),
+        "delete": Right(manage.delete.allow),
+    }
+    return ManageSettings(
+        rights, manage.parallel, config.timeouts.pull_idle_s, config.server.max_body_bytes
+    )
+
+
+def aliases(config: Config) -> Aliases:
+    """Names that stand for models, and what is not listed."""
+    return Aliases(config.models.aliases, config.models.hide)
 
 
 def queue_limits(config: Config) -> QueueLimits:
@@ -412,8 +523,20 @@ def queue_limits(config: Config) -> QueueLimits:
 
 def backends(config: Config) -> list[Backend]:
     """The configured backends as the pool knows them."""
+    written = places(config)
     return [
-        Backend(spec.name, spec.url, spec.slots, spec.allow, spec.deny, spec.enabled)
+        Backend(
+            spec.name,
+            spec.url,
+            spec.slots,
+            spec.allow,
+            spec.deny,
+            spec.enabled,
+            written[spec.name],
+            spec.store or "",
+            spec.cloud,
+            spec.provider,
+        )
         for spec in config.backends
     ]
 
@@ -453,7 +576,12 @@ def _tls(spec: BackendSpec) -> ssl.SSLContext | bool:
 def access(config: Config) -> Access:
     """The rules of who may do what."""
     return Access(
-        keys=[_Key(key.name, key.sha256, Role(key.role)) for key in config.auth.keys],
+        wall=lambda: _wall().timestamp(),
+        keys=[
+            _Key(key.name, key.sha256, Role(key.role), key.models, key.expires_at)
+            for key in config.auth.keys
+        ],
+        accept=config.auth.accept,
         anonymous="always"
         if config.auth.anonymous == EVERYWHERE
         else [str(network) for network in config.auth.anonymous],
@@ -466,11 +594,19 @@ def access(config: Config) -> Access:
     )
 
 
+def cors(config: Config) -> Cors:
+    """Which pages of other origins may call."""
+    pages = config.cors
+    return Cors(pages.enabled, pages.allow_origins, pages.allow_credentials, pages.max_age_s)
+
+
 @dataclass(frozen=True, slots=True)
 class _Key:
     name: str
     sha256: bytes
     role: Role
+    models: tuple[str, ...]
+    expires_at: float | None
 
 
 def bind(address: Listen) -> socket.socket:
@@ -480,6 +616,10 @@ def bind(address: Listen) -> socket.socket:
     Raises:
         OSError: The address is in use, or is none of this machine's.
     """
+    if address.fd is not None:
+        raise OSError(
+            errno.ENOTSOCK, os.strerror(errno.ENOTSOCK)
+        )  # given from outside or not at all
     if address.path is not None:
         return _bind_unix(address.path)
     host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")

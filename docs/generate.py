@@ -19,7 +19,8 @@ Made from the table in `balancer/core/verdicts.py`; do not edit by hand.
 *credit* resets a breaker's count of failures, **blame** adds to it, · leaves it alone. The
 backend's breaker takes the whole backend out of use, the model's breaker one model on it.
 *Before commit* is what becomes of the call while its client has not been sent anything yet; after
-that an answer is never begun anew, and a failure is told in the stream.
+that an answer is never begun anew, and a failure is told in the stream. A *canary* is a short call
+of the balancer's own that asks whether a silent backend still answers.
 
 """
 

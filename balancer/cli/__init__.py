@@ -3,11 +3,13 @@ The commands. Each module declares a group; what is heavy is imported when a com
 
 Laws:
 - Wrong input ends in one line per fault on stderr and an exit code of `ExitCode`, no traceback.
-- ``--help``, ``version`` and ``status`` import neither aiohttp nor ollama nor pybreaker.
+- ``--help``, ``version``, ``status``, ``explain``, ``backends``, ``models``, ``connect`` and
+  ``completion`` import neither aiohttp nor ollama nor pybreaker.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from io import TextIOWrapper
 from typing import Annotated, Any, Final
@@ -16,18 +18,38 @@ import typer
 from typer.core import TyperGroup
 
 from balancer import __version__
-from balancer.cli import inspect, operate, run, setup
+from balancer.cli import (
+    completing,
+    connect,
+    doctor,
+    helping,
+    hosts,
+    init,
+    inspect,
+    key,
+    models,
+    operate,
+    run,
+    service,
+    setup,
+)
 from balancer.cli.exits import MEANING, CommandError, ExitCode
 
 EXAMPLES: Final = """\
 Examples:
+  ollama-balancer                            serve what is found on this machine
   ollama-balancer -b gpu1 -b gpu2            serve two Ollama hosts on 127.0.0.1:11435
   OLLAMA_HOST=127.0.0.1:11435 ollama run llama3.2
                                              any Ollama client, through the balancer
   ollama-balancer demo                       look around: simulated hosts, made-up answers
-  ollama-balancer check config.yaml --contact
-                                             is the file good, do the hosts answer?
+  ollama-balancer doctor                     what is wrong, and what to do
+  ollama-balancer connect open-webui         settings of a client, to copy
+  ollama-balancer init                       a configuration to begin with
   ollama-balancer status --watch             what is going on
+  ollama-balancer explain llama3.2           where a call would go, and why
+  ollama-balancer models pull llama3.2       to all hosts that may have it
+  ollama-balancer backends drain gpu1 --wait
+                                             before a restart of gpu1
 """
 ENVIRONMENT: Final = """\
 Environment (over the file; flags are over both):
@@ -38,26 +60,40 @@ Environment (over the file; flags are over both):
   BALANCER_API_KEY_FILE  the same, in a file
   BALANCER_LOG_LEVEL     debug, info, warning, error
   BALANCER_LOG_FORMAT    auto, console, json, logfmt
+  BALANCER_DISCOVER      where to look for hosts: env,local or none
   BALANCER_DEMO          1: simulated hosts
   BALANCER_<SECTION>__<KEY>
                          any other setting, e.g. BALANCER_TIMEOUTS__LOAD=20m
   NO_COLOR, FORCE_COLOR  colours off, on
-  OLLAMA_HOST is for clients; the balancer does not read it.
+  OLLAMA_HOST, OLLAMA_BASE_URLS
+                         hosts to use where no backend is named; never where we listen
+  OLLAMA_ORIGINS         web pages that may call, where cors.allow_origins names none
 """
 _OF_GROUP: Final = frozenset({"-h", "--help", "--version"})
+_ALIASES: Final = {"hosts": "backends"}
 
 
 class Commands(TyperGroup):
     """The command line; without a command it is `serve`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `serve` where no command is named."""
-        if not args or (args[0].startswith("-") and args[0] not in _OF_GROUP):
+        """Put `serve` where no command is named, and none is about to be."""
+        completes = ctx.resilient_parsing and not args
+        if not completes and (not args or (args[0].startswith("-") and args[0] not in _OF_GROUP)):
             args = ["serve", *args]
         return super().parse_args(ctx, args)
 
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, with what its help has to say."""
+        cmd_name = _ALIASES.get(cmd_name, cmd_name)
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            helping.attach(command, cmd_name)
+        return command
+
     def main(self, *args: Any, **more: Any) -> Any:
         """Run, and turn refusals into lines on stderr and a code."""
+        completing.prepare()
         exits = more.get("standalone_mode", True)
         more["standalone_mode"] = False
         try:
@@ -96,6 +132,9 @@ def _usage(error: typer.TyperException) -> str:
     told = " ".join(error.format_message().replace("Value error, ", "").split())
     ctx = getattr(error, "ctx", None)
     command = ctx.command_path if ctx is not None else "ollama-balancer"
+    host = re.fullmatch("No such command '([^']*[.:][^']*)'.*", told)
+    if host:
+        told += f" To serve it as a host: {command} -b {host[1]}."
     return f"{told}{'' if told.endswith(('.', '?')) else '.'} Try: {command} --help"
 
 
@@ -106,7 +145,10 @@ app: Final = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (run, inspect, operate, setup):
+for group in (
+    *(run, inspect, doctor, operate, hosts, models),
+    *(key, init, setup, connect, service, completing),
+):
     group.add_to(app)
 
 

@@ -6,8 +6,9 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -26,10 +27,12 @@ class Admin:
     Args:
         url: ``http://host:port``, https, or ``unix:/path``.
         key: Sent as a bearer token.
+        limit_s: Patience with each reading.
     """
 
     url: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
+    limit_s: float = TIMEOUT_S
 
     def status(self) -> Mapping[str, Any]:
         """The status document."""
@@ -40,22 +43,51 @@ class Admin:
             raise CommandError(_stranger(self.url, status), code=ExitCode.NO_ADMIN)
         return told
 
-    def ask(self, method: str, path: str) -> tuple[int, Mapping[str, Any]]:
+    def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> tuple[int, Mapping[str, Any]]:
         """
         Status and document.
 
         Raises:
             CommandError: Nobody answers, or somebody who is no balancer.
         """
-        connection = _connect(self.url)
-        headers = {"Content-Type": "application/json"} if method == "POST" else {}
+        with self._sent(method, path, body, {}) as response:
+            text = response.read()
+        told = _object(text)
+        if told is None:
+            raise CommandError(_stranger(self.url, response.status), code=ExitCode.NO_ADMIN)
+        return response.status, told
+
+    def records(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> Iterator[Mapping[str, Any]]:
+        """
+        The lines of an answer that comes bit by bit, as they come; of a refusal its one.
+
+        Raises:
+            CommandError: Nobody answers, or what comes is no balancer's.
+        """
+        with self._sent("POST", path, body, headers) as response:
+            for line in response:
+                told = _object(line)
+                if told is None:
+                    raise CommandError(_stranger(self.url, response.status), code=ExitCode.NO_ADMIN)
+                yield told
+
+    @contextmanager
+    def _sent(
+        self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]
+    ) -> Iterator[http.client.HTTPResponse]:
+        connection = _connect(self.url, self.limit_s)
+        sent = {"Content-Type": "application/json"} if method == "POST" else {}
         if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+            sent["Authorization"] = f"Bearer {self.key}"
         prefix = "" if self.url.startswith("unix:") else urlsplit(self.url).path.rstrip("/")
+        text = None if body is None else json.dumps(body)
         try:
-            connection.request(method, prefix + path, headers=headers)
-            response = connection.getresponse()
-            body = response.read()
+            connection.request(method, prefix + path, text, {**sent, **headers})
+            yield connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise CommandError(
@@ -65,13 +97,14 @@ class Admin:
             ) from None
         finally:
             connection.close()
-        try:
-            told = json.loads(body)
-        except ValueError:
-            told = None
-        if not isinstance(told, dict):
-            raise CommandError(_stranger(self.url, response.status), code=ExitCode.NO_ADMIN)
-        return response.status, told
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def find(admin: str | None, config: str | None) -> Admin:
@@ -91,7 +124,7 @@ def _url(text: str) -> str:
     except ValueError:
         known, port = None, None
     if not known:
-        told = f"--admin {text!r} is no address. Write http://host:port or unix:/path."
+        told = f"{text!r} is no address of a balancer. Write http://host:port or unix:/path."
         raise CommandError(told, code=ExitCode.USAGE)
     return url if port or "://" in text else f"{url}:{DEFAULT_PORT}"
 
@@ -157,7 +190,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _connect(url: str, timeout_s: float = TIMEOUT_S) -> http.client.HTTPConnection:
+def _connect(url: str, timeout_s: float) -> http.client.HTTPConnection:
     if url.startswith("unix:"):
         return _UnixConnection(url.removeprefix("unix:"), timeout_s)
     parts = urlsplit(url)

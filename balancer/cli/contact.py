@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from balancer.app import targets
 from balancer.cli.exits import CommandError, ExitCode
 from balancer.config import Config
-from balancer.core.verdicts import Failure, FailureKind
+from balancer.core.verdicts import FailureKind
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target, UpstreamError
 
@@ -61,7 +61,7 @@ async def _ask(upstream: ClientUpstream, name: str, target: Target, limit_s: flo
             return Answer(name, target.url, ok=False, told=told)
         _, _, body = await upstream.ask(target, "GET", "/api/tags", limit_s=limit_s)
     except UpstreamError as error:
-        hint = _hint(target.url, error.failure)
+        hint = hint_for(target.url, error.failure.text)
         return Answer(name, target.url, ok=False, told=error.failure.text, hint=hint)
     models = _field(body, "models")
     count = len(models) if isinstance(models, list) else 0
@@ -76,16 +76,17 @@ def _field(body: bytes, name: str) -> object:
     return told.get(name) if isinstance(told, dict) else None
 
 
-def _hint(url: str, failure: Failure) -> str:
+def hint_for(url: str, error: str) -> str:
+    """What to do about a host that cannot be reached for that reason; empty: nobody knows."""
     parts = urlsplit(url)
     if parts.scheme == "http" and parts.port in (80, None):
         return (
             f'"http://{parts.hostname}" means port 80, as in OLLAMA_HOST. Ollama listens on '
             f"11434: write {parts.hostname}:11434."
         )
-    if any(word in failure.detail for word in ("not known", "resolution", "no address")):
+    if any(word in error for word in ("not known", "resolution", "no address")):
         return f"This machine cannot resolve {parts.hostname}. Check the spelling, or write its IP."
-    if failure.kind in (FailureKind.CONNECT, FailureKind.CONNECT_TIMEOUT):
+    if error.startswith((FailureKind.CONNECT.value, FailureKind.CONNECT_TIMEOUT.value)):
         return (
             "Is Ollama running there, and does it listen beyond loopback? There: "
             "OLLAMA_HOST=0.0.0.0 (systemctl edit ollama), and a firewall that lets you in."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from itertools import combinations
@@ -15,6 +16,8 @@ from typing import Any, Final
 
 from balancer.cli.doctor_facts import Facts, Host, Loaded, Trouble
 from balancer.config import EVERYWHERE, parse_ollama_host
+from balancer.core.aliases import Aliases
+from balancer.core.names import InvalidName, parse
 
 OLDEST: Final = (0, 10, 0)  # since then a list of loaded models tells their contexts
 # What clients need that came with a version.
@@ -330,11 +333,37 @@ def conflicts(facts: Facts) -> Iterator[Finding]:
             continue
         each = "; ".join(f"{d[:12]}: {_few(h.name for h in hosts)}" for d, hosts in digests.items())
         told = f"{model} is not the same model everywhere ({each})."
-        why = "The same question is answered by other weights, depending on the host."
+        why = (
+            "Calls stay on the weights that most hosts have; the other hosts serve this model only "
+            "when none of those can, and never its embeddings."
+        )
         # The copy fewest have is the one to be replaced; on a tie, either.
         fewest = min(digests.values(), key=len)[0]
         command = f"OLLAMA_HOST={fewest.url} ollama pull {model}"
         yield _warning("digest-conflict", model, told, why, command)
+
+
+def aliases(facts: Facts) -> Iterator[Finding]:
+    """Names of ours that hide a model, or that stand for none."""
+    hosts = [host for host in facts.answering if not host.is_balancer]
+    if facts.config is None or not hosts:
+        return
+    where: dict[str, list[str]] = {}
+    for host in hosts:
+        for model in host.models:
+            with suppress(InvalidName):
+                where.setdefault(parse(model.name).canonical, []).append(host.name)
+    command = "ollama-balancer config show --origin"
+    for alias in Aliases(facts.config.models.aliases):
+        if alias.canonical in where:
+            told = f"It is a model too (on {_few(where[alias.canonical])})."
+            why = "Calls by that name go to what the alias stands for, never to that model."
+            yield _warning("alias-hides-model", alias.name, told, why, command)
+        if not any(parse(model).canonical in where for model in alias.models):
+            told = f"No host that answers has what it stands for ({_few(alias.models)})."
+            why = "Calls for it are answered with 404."
+            pull = f"OLLAMA_HOST={hosts[0].url} ollama pull {alias.models[0]}"
+            yield _warning("alias-of-nothing", alias.name, told, why, pull)
 
 
 def single(facts: Facts) -> Iterator[Finding]:
@@ -599,6 +628,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     no_admin,
     not_reloaded,
     conflicts,
+    aliases,
     on_cpu,
     contexts,
     empty,

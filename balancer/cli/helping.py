@@ -151,6 +151,83 @@ HELP: Final[Mapping[str, Help]] = {
             NO_ADMIN,
         ),
     ),
+    "key": Help(
+        (
+            ("key new webui", "a key for a client"),
+            ("key list", "who has one"),
+            ("key revoke webui --reload", "from now on it is none"),
+        ),
+        (CONFIG,),
+        (FAILURE, (ExitCode.CONFIG, "the keys file has a faulty line")),
+    ),
+    "key new": Help(
+        (
+            ("key new webui", "shows the key, writes its hash into auth.keys_file"),
+            ("key new ops --role admin --reload", "one that may steer, in force at once"),
+            ('key new guest --models "llama3.2*" --expires 2027-12-31', "of few rights"),
+        ),
+        ADMIN,
+        (
+            (ExitCode.FAILURE, "the name is taken, or the file cannot be written"),
+            (ExitCode.CONFIG, "the keys file has a faulty line, or --reload was rejected"),
+            (ExitCode.NO_ADMIN, "with --reload: the key is made, but nobody took it over"),
+        ),
+    ),
+    "key list": Help(
+        (("key list", ""), ("key list --file keys.txt --json", "for scripts")),
+        (CONFIG,),
+        (FAILURE,),
+    ),
+    "key revoke": Help(
+        (("key revoke webui --reload", "and the running balancer forgets it"),),
+        ADMIN,
+        ((ExitCode.FAILURE, "no such key, or the file cannot be written"), NO_ADMIN),
+    ),
+    "key hash": Help((("key hash < key.txt", "for auth.keys: hash"),)),
+    "models": Help(
+        (
+            ("models list", "what is installed, and in memory"),
+            ("models pull llama3.2", "to all backends that may have it"),
+            ("models sync --dry-run", "what is missing where"),
+        ),
+        ADMIN,
+        (FAILURE, NO_ADMIN),
+    ),
+    "models list": Help(
+        (("models list", ""), ("models list --where", "a column for each backend")),
+        ADMIN,
+        ((ExitCode.FAILURE, "refused"), NO_ADMIN),
+    ),
+    "models pull": Help(
+        (
+            ("models pull llama3.2", "to all backends whose rules allow it"),
+            ("models pull qwen3:32b --to gpu1,gpu2", "only to these"),
+            ("models pull llama3.2 --update", "the newest version, also where it is"),
+        ),
+        ADMIN,
+        ((ExitCode.FAILURE, "a backend failed; the others have it"), NO_ADMIN),
+    ),
+    "models warm": Help(
+        (
+            ("models warm llama3.2", "where the next call would go"),
+            ("models warm llama3.2 --on gpu1 --on gpu2", "on both"),
+        ),
+        ADMIN,
+        (FAILURE, NO_ADMIN),
+    ),
+    "models unload": Help(
+        (("models unload llama3.2", "everywhere"), ("models unload --all", "all that is loaded")),
+        ADMIN,
+        (FAILURE, NO_ADMIN),
+    ),
+    "models sync": Help(
+        (
+            ("models sync --dry-run", "what would be pulled where"),
+            ("models sync llama3.2", "one model, to all that lack it"),
+        ),
+        ADMIN,
+        ((ExitCode.FAILURE, "something could not be pulled"), NO_ADMIN),
+    ),
     "reload": Help(
         (("reload", "as SIGHUP does; waits for the verdict"),),
         ADMIN,

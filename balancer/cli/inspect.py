@@ -1,4 +1,4 @@
-"""Commands that look: status, version."""
+"""Commands that look: status, explain, version."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import platform
 import time
 from importlib import metadata
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from balancer import __version__
-from balancer.cli.exits import ExitCode
+from balancer.cli.exits import CommandError, ExitCode
 
 PANEL: Final = "Inspect"
 EVERY_S: Final = 2.0
@@ -34,6 +34,7 @@ ConfigFile = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Declare the commands."""
     app.command(rich_help_panel=PANEL)(status)
+    app.command(rich_help_panel=PANEL)(explain)
     app.command(rich_help_panel=PANEL)(version)
 
 
@@ -54,7 +55,45 @@ def status(
         print(told or "\n".join(screen.status(doc)), flush=True)
         if not watch:
             return ExitCode.OK if screen.is_healthy(doc) else ExitCode.NO_BACKEND
-        time.sleep(EVERY_S)  # noqa: TID251 - for a person's eyes
+        pause(EVERY_S)
+
+
+def pause(seconds: float) -> None:
+    """Let a person, or a backend that drains, have some time."""
+    time.sleep(seconds)  # noqa: TID251 - the commands' one clock
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="The model, as a client names it.")],
+    num_ctx: Annotated[
+        int | None, typer.Option("--num-ctx", min=1, help="The context a call asks for.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", min=0, help="The length of its prompt.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="BACKEND", help="As if that had failed it; repeatable."),
+    ] = None,
+    admin: AdminUrl = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
+) -> int:
+    """Where a call for a model would go now, and why not elsewhere; code 1 if it is refused."""
+    from urllib.parse import urlencode
+
+    from balancer.cli import client, screen
+
+    asked = [("model", model), ("num_ctx", num_ctx), ("prompt_tokens", prompt_tokens)]
+    query = [(key, str(value)) for key, value in asked if value is not None]
+    query += [("exclude", name) for name in exclude or ()]
+    balancer = client.find(admin, config)
+    status, doc = balancer.ask("GET", f"/_balancer/explain?{urlencode(query)}")
+    if status != 200:
+        raise CommandError(client.refusal(balancer.url, status, doc), code=ExitCode.FAILURE)
+    told = json.dumps(doc, indent=2, ensure_ascii=False) if as_json else None
+    print(told or "\n".join(screen.explained(doc)))
+    return ExitCode.FAILURE if doc["outcome"]["kind"] == "refused" else ExitCode.OK
 
 
 def version(
@@ -64,15 +103,18 @@ def version(
     if not as_json:
         print(f"ollama-balancer {__version__}")
         return ExitCode.OK
-    libraries = {name: _installed(name) for name in ("aiohttp", "pybreaker", "uvloop")}
-    told = {
+    print(json.dumps(about(), indent=2))
+    return ExitCode.OK
+
+
+def about() -> dict[str, Any]:
+    """The version, and what it runs on."""
+    return {
         "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": libraries,
+        "libraries": {name: _installed(name) for name in ("aiohttp", "pybreaker", "uvloop")},
     }
-    print(json.dumps(told, indent=2))
-    return ExitCode.OK
 
 
 def _installed(name: str) -> str | None:

@@ -60,7 +60,13 @@ def status(doc: Document) -> list[str]:
     head = ("BACKEND", "ADDRESS", "STATE", "BREAKER", "VERSION", "RUNNING", "MODELS", "LOADED")
     lines += ["", *table([head, *map(_row, doc["backends"])])]
     notes = [f"! {note}" for backend in doc["backends"] for note in _notes(backend)]
+    notes += [f"! {_conflict(model, held)}" for model, held in doc["conflicts"].items()]
     return [*lines, *([""] if notes else []), *notes]
+
+
+def _conflict(model: str, held: Mapping[str, Sequence[str]]) -> str:
+    each = "; ".join(f"{plain(digest)[:12]} on {_names(names)}" for digest, names in held.items())
+    return f"{plain(model)}: not the same model everywhere ({each})"
 
 
 def is_healthy(doc: Document) -> bool:
@@ -96,8 +102,68 @@ def _row(backend: Document) -> tuple[str, ...]:
 def breaker(told: Document) -> str:
     """A breaker's state, and when it is tried next."""
     if told["state"] == "open":
-        return f"open, trial in {span(told['retry_in_s'])}"
+        return f"open, {plain(told.get('trial') or 'trial in ' + span(told['retry_in_s']))}"
     return str(told["state"]).replace("_", "-")
+
+
+def listing(doc: Document) -> list[str]:
+    """The backends alone: what each is, and what keeps it from serving."""
+    if not doc["backends"]:
+        return ["No backends."]
+    head = ("BACKEND", "ADDRESS", "STATE", "SWITCH", "BREAKER", "RUNNING", "SOURCE")
+    rows = [
+        (
+            plain(backend["name"]),
+            place(backend["url"]),
+            backend["state"],
+            backend["switch"],
+            breaker(backend["breaker"]),
+            str(backend["in_flight"]),
+            plain(backend["source"]),
+        )
+        for backend in doc["backends"]
+    ]
+    notes = [f"! {note}" for backend in doc["backends"] for note in _notes(backend)]
+    return [*table([head, *rows], indent=""), *notes]
+
+
+# -- explain -----------------------------------------------------------------------------------
+
+
+def explained(doc: Document) -> list[str]:
+    """Where a call would go, and why not elsewhere."""
+    outcome, wait_s = doc["outcome"], doc["outcome"]["wait_s"]
+    wait = f" (about {span(wait_s)})" if wait_s and outcome["kind"] != "away" else ""
+    refused = f"{outcome['status']}: " if outcome["kind"] == "refused" else ""
+    asked = ", ".join(f"{plain(k)}={plain(v)}" for k, v in doc["options"].items())
+    name = f"{plain(doc['model'])}{f' ({asked})' if asked else ''}"
+    if doc.get("alias"):  # an older balancer knows of none
+        name = f"{plain(doc['alias']['name'])}, an alias, now of {name}"
+    lines = [f"{name}: {refused}{plain(outcome['text'])}{wait}"]
+    if doc["queued"]:
+        lines.append(f"{doc['queued']} waiting for it already")
+    if doc["backends"]:
+        head = ("", "BACKEND", "MODEL THERE", "RUNNING", "WHY")
+        rows = [_explained_row(row) for row in doc["backends"]]
+        lines += ["", *table([head, *rows], indent="")]
+    for digest, held in doc["conflicts"].items():
+        lines.append(f"! another model by the same name: {plain(digest)[:12]} on {_names(held)}")
+    return lines
+
+
+def _explained_row(row: Document) -> tuple[str, ...]:
+    may = row["may_serve"]
+    return (
+        f"{row['order']}." if may else "–",
+        plain(row["name"]),
+        plain(row["state"] if may else row["residency"]),
+        f"{row['in_flight']} of {row['slots']}" if may or row["in_flight"] else "–",
+        plain(row["reason"]),
+    )
+
+
+def _names(held: Sequence[str]) -> str:
+    return ", ".join(map(plain, held))
 
 
 def _notes(backend: Document) -> Iterable[str]:
@@ -122,9 +188,9 @@ def _reason(told: Document) -> str:
 # -- start -------------------------------------------------------------------------------------
 
 
-def backends(doc: Document, sources: Mapping[str, str]) -> list[str]:
-    """The backends at the start; *sources* by name."""
-    rows = [("BACKEND", "ADDRESS", "VERSION", "MODELS", "LOADED", "FROM")]
+def backends(doc: Document) -> list[str]:
+    """The backends at the start, and where each comes from."""
+    rows = [("BACKEND", "ADDRESS", "VERSION", "MODELS", "LOADED", "SOURCE")]
     for backend in doc["backends"]:
         told = ", ".join(loaded(backend)) or "–"
         if not backend["up"]:
@@ -136,7 +202,7 @@ def backends(doc: Document, sources: Mapping[str, str]) -> list[str]:
                 plain(backend["version"] or "–"),
                 str(len(backend["models"])) if backend["up"] else "–",
                 told,
-                sources.get(backend["name"], ""),
+                plain(backend["source"]),
             )
         )
     return table(rows)

@@ -101,7 +101,8 @@ def _tell(found: Source, config: Config, answers: list[Answer]) -> None:
 
     count = len(config.backends)
     backends = f"{count} backend{'' if count == 1 else 's'}"
-    print(f"{found.told or 'no file, defaults'}: good, {backends}")
+    looking = ", using discovery" if config.discovery.sources else ""
+    print(f"{found.told or 'no file, defaults'}: good, {backends}{looking}")
     for warning in config.warnings:
         print(f"! {warning}")
     if not answers:

@@ -78,7 +78,6 @@ def read_or_refuse(source: Source) -> Config:
 
 def unreadable(source: Source, error: OSError) -> str:
     """Why the file cannot be read, and what to do."""
-    hint = (
-        "A commented example: config.example.yaml" if isinstance(error, FileNotFoundError) else ""
-    )
+    lacks = isinstance(error, FileNotFoundError)
+    hint = f"Write one: ollama-balancer init -o {source.told}" if lacks else ""
     return f"Cannot read the configuration {source.told}: {error.strerror}. {hint}".rstrip()

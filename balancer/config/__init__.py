@@ -2,6 +2,8 @@
 
 from .addresses import EVERYWHERE, LOOPBACK, BackendUrl, Listen, Network, parse_ollama_host
 from .blocks import schema
+from .discovery import LOCAL_PORT, join
+from .kinds import port_ranges
 from .loading import find_file, load
 from .problems import ConfigError, Problem
 from .settings import (
@@ -10,8 +12,11 @@ from .settings import (
     BackendSpec,
     Breaker,
     BreakerLimits,
+    Candidate,
     Config,
+    Dashboard,
     Demo,
+    Discovery,
     Health,
     Key,
     Logging,
@@ -22,13 +27,16 @@ from .settings import (
     Routing,
     Secret,
     Server,
+    State,
+    Systemd,
     Timeouts,
     Tls,
 )
-from .views import Difference, Setting, diff, effective, to_yaml
+from .views import Difference, Setting, diff, effective, places, to_yaml
 
 __all__ = [
     "EVERYWHERE",
+    "LOCAL_PORT",
     "LOOPBACK",
     "Admin",
     "Auth",
@@ -36,10 +44,13 @@ __all__ = [
     "BackendUrl",
     "Breaker",
     "BreakerLimits",
+    "Candidate",
     "Config",
     "ConfigError",
+    "Dashboard",
     "Demo",
     "Difference",
+    "Discovery",
     "Health",
     "Key",
     "Listen",
@@ -54,13 +65,18 @@ __all__ = [
     "Secret",
     "Server",
     "Setting",
+    "State",
+    "Systemd",
     "Timeouts",
     "Tls",
     "diff",
     "effective",
     "find_file",
+    "join",
     "load",
     "parse_ollama_host",
+    "places",
+    "port_ranges",
     "schema",
     "to_yaml",
 ]

@@ -25,7 +25,9 @@ _METADATA = frozenset(
     {"100.100.100.200", "fd00:ec2::254", "metadata", "metadata.google.internal"}
 )  # 169.254.169.254 is link-local
 _HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\.?")
+_ORIGIN = re.compile(r"([a-z*][a-z0-9+.*-]*://|\*)[^\s/?#@]+", re.IGNORECASE | re.ASCII)
 _NUMERIC_END = re.compile(r"(.*\.)?(0x[0-9a-f]*|[0-9]+)\.?")
+_FD_NAME = re.compile(r"fd:[A-Za-z0-9._-]{1,255}")  # what the balancer's own socket unit may say
 _URL_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:%-]+)*")
 
 
@@ -52,6 +54,11 @@ class BackendUrl:
         """Host and port, as a Host header has them."""
         return _join(self.host, self.port)
 
+    @property
+    def is_provider(self) -> bool:
+        """Whether this is ollama.com itself."""
+        return self.host.removesuffix(".") == "ollama.com"
+
     def same_place(self) -> tuple[str, str, int, str]:
         """Return a key that is equal for two spellings of one address."""
         host = self.host.removesuffix(".")
@@ -61,7 +68,8 @@ class BackendUrl:
 @dataclass(frozen=True, slots=True)
 class Listen:
     """
-    An address of ours: *host* and *port*, or the *path* of a unix socket.
+    An address of ours: *host* and *port*, or the *path* of a unix socket, or the name under
+    which systemd hands sockets over (*fd*).
 
     An empty *host* is every interface; port 0 lets the system choose.
     """
@@ -69,13 +77,16 @@ class Listen:
     host: str
     port: int
     path: str | None = None
+    fd: str | None = None
 
     def __str__(self) -> str:
+        if self.fd:
+            return f"fd:{self.fd}"
         return f"unix:{self.path}" if self.path else _join(self.host, self.port)
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach it; of a socket handed over we do not know."""
         if self.path or self.host == "localhost":
             return True
         address = _address(self.host)
@@ -134,7 +145,8 @@ def parse_ollama_host(text: str) -> BackendUrl:
 
 def parse_listen(text: str) -> Listen:
     """
-    Read ``host:port``, ``host`` (port 11435), ``:port`` (every interface) or ``unix:/path``.
+    Read ``host:port``, ``host`` (port 11435), ``:port`` (every interface), ``unix:/path`` or
+    ``fd:NAME``.
 
     Raises:
         ValueError: None of these.
@@ -144,6 +156,10 @@ def parse_listen(text: str) -> Listen:
         if not text.startswith("unix:/") or "\0" in text:
             raise ValueError(f"{shown(text)} needs an absolute path: unix:/run/balancer.sock.")
         return Listen("", 0, text.removeprefix("unix:"))
+    if text.startswith("fd:"):
+        if not _FD_NAME.fullmatch(text):
+            raise ValueError(f"{shown(text)} needs the FileDescriptorName= of a socket: fd:api.")
+        return Listen("", 0, fd=text.removeprefix("fd:"))
     if "://" in text:
         raise ValueError(f"{shown(text)} is a url. Write host:port.")
     host, port_text = _split(text)
@@ -175,6 +191,24 @@ def parse_network(text: str) -> Network:
             f"{shown(text)} is not a network. Write 192.168.1.0/24, fd00::/8 or one address."
         ) from None
     raise ValueError(f"{shown(text)} has bits set beyond its prefix. Write {meant}.")
+
+
+def parse_origin(text: str) -> str:
+    """
+    Read the origin of a web page, as a browser sends it: ``https://chat.example.org[:8443]``.
+
+    One ``*`` in it stands for anything, and alone for every page.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    text = text.strip().removesuffix("/")
+    if text != "*" and not (_ORIGIN.fullmatch(text) and text.count("*") < 2):
+        raise ValueError(
+            f"{shown(text)} is not the origin of a page. Write scheme://host[:port] without a "
+            'path; one * stands for anything, "*" alone for every page.'
+        )
+    return text.lower()
 
 
 def parse_host_name(text: str) -> str:

@@ -4,6 +4,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .addresses import Listen
 from .blocks import BackendAuthBlock, BackendBlock, BackendTlsBlock
@@ -33,6 +34,43 @@ def build_backends(
     items = list(zip(sources.items("backends"), names, blocks, strict=False))
     _check_places(items, listen, sources)
     return tuple(_build(path, name, block, timeouts, sources) for path, name, block in items)
+
+
+def plain_backend(name: str, url: str) -> tuple[BackendSpec, BackendBlock]:
+    """Build a backend of which no more than its address is known; it reads no file."""
+    block = BackendBlock.model_validate({"name": name, "url": url})
+    tls = Tls(**dict(block.tls)) if block.url.scheme == "https" else None
+    spec = BackendSpec(
+        name=name,
+        url=str(block.url),
+        slots=block.slots,
+        allow=block.models.allow,
+        deny=block.models.deny,
+        enabled=block.enabled,
+        headers=block.headers,
+        auth_headers=(),
+        tls=tls,
+        timeouts=None,
+        store=block.store,
+        cloud=block.cloud or block.url.is_provider,
+        provider=block.url.is_provider,
+    )
+    return spec, block
+
+
+def written_backend(block: BackendBlock, spec: BackendSpec) -> dict[str, Any]:
+    """Return the file's words for it, its name filled in and without what says nothing."""
+    item = block.model_dump(mode="json")
+    item["name"] = spec.name
+    item["auth"] = without_nulls(item["auth"])
+    changed = block.timeouts.model_fields_set
+    item["timeouts"] = {k: v for k, v in item["timeouts"].items() if k in changed}
+    return item
+
+
+def without_nulls(block: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what was not given."""
+    return {key: value for key, value in block.items() if value is not None}
 
 
 def _names(blocks: Sequence[BackendBlock]) -> list[str]:
@@ -71,6 +109,7 @@ def _build(
     path: Path, name: str, block: BackendBlock, timeouts: Timeouts, sources: Sources
 ) -> BackendSpec:
     own = {f"{key}_s": getattr(block.timeouts, key) for key in block.timeouts.model_fields_set}
+    _check_provider(path, block, sources)
     return BackendSpec(
         name=name,
         url=str(block.url),
@@ -82,7 +121,23 @@ def _build(
         auth_headers=_auth_headers((*path, "auth"), block.auth, sources),
         tls=_tls((*path, "tls"), block, sources),
         timeouts=replace(timeouts, **own) if own else None,
+        store=block.store,
+        cloud=block.cloud or block.url.is_provider,
+        provider=block.url.is_provider,
     )
+
+
+def _check_provider(path: Path, block: BackendBlock, sources: Sources) -> None:
+    if block.url.is_provider and block.url.scheme != "https":
+        sources.complain_at(
+            (*path, "url"), "would send its key unencrypted. Write https://ollama.com."
+        )
+    elif block.url.is_provider and block.auth.type == "none":
+        sources.warn(
+            "has no key: ollama.com tells what it has, but refuses every call. "
+            "Give auth: {type: bearer, token_file: …} a key of https://ollama.com/settings/keys.",
+            path,
+        )
 
 
 def _auth_headers(

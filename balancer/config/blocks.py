@@ -1,5 +1,6 @@
 """The file's shape: every key, its kind and its default."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Self, get_args
 
@@ -17,6 +18,7 @@ _AUTH_TAKES = {
     "basic": ("username", "password"),
     "header": ("name", "value"),
 }
+_EVERY_PAGE = ("*", "http://*", "https://*")
 _NULL_IS_EMPTY = BeforeValidator(lambda items: () if items is None else items)
 
 
@@ -50,6 +52,7 @@ class ServerBlock(Block):
     allowed_hosts: kinds.HostNames = ()
     keepalive_timeout: kinds.Duration = parse_duration("75s")
     drain_timeout: kinds.Wait = parse_duration("5m")
+    headers: kinds.OneHeaderDetail = "full"
 
 
 class AdminBlock(Block):
@@ -69,6 +72,8 @@ class KeyBlock(Block):
     key: kinds.SecretOrNull = None
     key_file: kinds.TextOrNull = None
     role: kinds.OneRole = "user"
+    models: kinds.Globs = ("*",)
+    expires: kinds.Expiry = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -82,7 +87,28 @@ class AuthBlock(Block):
 
     keys: Annotated[tuple[KeyBlock, ...], _NULL_IS_EMPTY] = ()
     keys_file: kinds.TextOrNull = None
+    accept: kinds.KeyPlaces = ("bearer", "x-api-key")
     anonymous: kinds.Anonymous = LOOPBACK
+
+
+class CorsBlock(Block):
+    """Which pages of other origins may call."""
+
+    stands_whole = True
+    enabled: kinds.Flag = True
+    allow_origins: kinds.Origins = ()
+    allow_credentials: kinds.Flag = False
+    max_age: kinds.Wait = parse_duration("10m")
+
+    @model_validator(mode="after")
+    def _trusts_no_stranger(self) -> Self:
+        everybody = [origin for origin in self.allow_origins if origin in _EVERY_PAGE]
+        if self.allow_credentials and everybody:
+            raise ValueError(
+                f"allow_credentials does not go with {everybody[0]!r}: every page in the world "
+                "could act as its visitors. Name the origins."
+            )
+        return self
 
 
 class BackendModelsBlock(Block):
@@ -144,6 +170,14 @@ class TimeoutsBlock(Block):
     load: kinds.Limit = parse_duration("10m")
     idle: kinds.Limit = parse_duration("5m")
     total: kinds.Limit = None
+    pull_idle: kinds.Limit = parse_duration("10m")
+
+
+class StreamingBlock(Block):
+    """Signs of life in streamed answers; -1 or null is never."""
+
+    heartbeat_after: kinds.LimitOrNull = parse_duration("20s")
+    heartbeat: kinds.LimitOrNull = parse_duration("15s")
 
 
 class BackendBlock(Block):
@@ -153,17 +187,33 @@ class BackendBlock(Block):
     url: kinds.Url
     slots: kinds.Slots = None
     models: BackendModelsBlock = BackendModelsBlock()
+    cloud: kinds.Flag = False
     enabled: kinds.Flag = True
     headers: kinds.Headers = ()
     auth: BackendAuthBlock = BackendAuthBlock()
     tls: BackendTlsBlock = BackendTlsBlock()
     timeouts: TimeoutsBlock = TimeoutsBlock()
+    store: kinds.TextOrNull = None
 
     @classmethod
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         return {"anyOf": [{"type": "string"}, handler(core_schema)]}
+
+
+class LocalDiscoveryBlock(Block):
+    """Which ports of this machine are tried."""
+
+    ports: kinds.Ports = (11434, *range(11440, 11450))
+
+
+class DiscoveryBlock(Block):
+    """Where hosts are looked for that nobody wrote down; sources None is ``auto``."""
+
+    sources: kinds.DiscoverySources = None
+    refresh: kinds.Duration = parse_duration("30s")
+    local: LocalDiscoveryBlock = LocalDiscoveryBlock()
 
 
 class HealthBlock(Block):
@@ -232,6 +282,34 @@ class ModelsBlock(Block):
 
     version: kinds.ModelVersion = "min"
     remember: kinds.Wait = parse_duration("24h")
+    aliases: kinds.ModelAliases = ()
+    hide: kinds.Words = ()
+
+
+class RightBlock(Block):
+    """Who may change what is installed."""
+
+    allow: kinds.OneAllow = "admin"
+
+
+class SpreadRightBlock(RightBlock):
+    """The same, and where."""
+
+    target: kinds.Words = ("all",)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # pydantic has a `copy` of its own, long unused
+
+    class ManageBlock(Block):
+        """Changes of what is installed."""
+
+        pull: SpreadRightBlock = SpreadRightBlock()
+        create: SpreadRightBlock = SpreadRightBlock()
+        push: RightBlock = RightBlock()
+        copy: RightBlock = RightBlock()  # type: ignore[assignment]
+        delete: RightBlock = RightBlock()
+        parallel: kinds.Count = 3
 
 
 class LoggingBlock(Block):
@@ -249,6 +327,25 @@ class MetricsBlock(Block):
 
     enabled: kinds.Flag = True
     model_label_limit: kinds.Whole = 100
+
+
+class SystemdBlock(Block):
+    """What systemd is told."""
+
+    notify: kinds.OneIfAsked = "auto"
+    watchdog: kinds.OneIfAsked = "auto"
+
+
+class StateBlock(Block):
+    """What survives a restart."""
+
+    path: kinds.TextOrNull = None
+
+
+class DashboardBlock(Block):
+    """The status page."""
+
+    enabled: kinds.Flag = True
 
 
 class DemoBlock(Block):
@@ -270,16 +367,23 @@ class File(Block):
     server: ServerBlock = ServerBlock()
     admin: AdminBlock = AdminBlock()
     auth: AuthBlock = AuthBlock()
+    cors: CorsBlock = CorsBlock()
     backends: Annotated[tuple[BackendBlock, ...], _NULL_IS_EMPTY] = ()
+    discovery: DiscoveryBlock = DiscoveryBlock()
     health: HealthBlock = HealthBlock()
     breaker: BreakerBlock = BreakerBlock()
     retry: RetryBlock = RetryBlock()
     queue: QueueBlock = QueueBlock()
     routing: RoutingBlock = RoutingBlock()
     models: ModelsBlock = ModelsBlock()
+    manage: ManageBlock = ManageBlock()
     timeouts: TimeoutsBlock = TimeoutsBlock()
+    streaming: StreamingBlock = StreamingBlock()
     logging: LoggingBlock = LoggingBlock()
     metrics: MetricsBlock = MetricsBlock()
+    systemd: SystemdBlock = SystemdBlock()
+    state: StateBlock = StateBlock()
+    dashboard: DashboardBlock = DashboardBlock()
     demo: DemoBlock = DemoBlock()
 
 

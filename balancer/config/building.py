@@ -1,12 +1,13 @@
 """From a valid file to one `Config`, and the checks that concern several blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import blocks, settings
 from .addresses import LOOPBACK, Network
-from .backends import build_backends
+from .backends import build_backends, without_nulls, written_backend
+from .discovery import build_discovery
 from .keys import build_keys
 from .sources import Sources
 
@@ -18,7 +19,7 @@ S = TypeVar("S", bound="DataclassInstance")
 _UNITS = ("_s", "_bytes", "_ratio")
 
 
-def build(file: blocks.File, sources: Sources) -> settings.Config:
+def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settings.Config:
     """Build the configuration; it counts only if *sources* heard no complaint."""
     timeouts = freeze(settings.Timeouts, file.timeouts)
     listen = () if sources.was_refused("server", "listen") else file.server.listen
@@ -29,8 +30,10 @@ def build(file: blocks.File, sources: Sources) -> settings.Config:
     return settings.Config(
         server=freeze(settings.Server, file.server),
         admin=freeze(settings.Admin, file.admin),
-        auth=settings.Auth(keys, file.auth.keys_file, file.auth.anonymous),
+        auth=settings.Auth(keys, file.auth.keys_file, file.auth.accept, file.auth.anonymous),
+        cors=freeze(settings.Cors, file.cors),
         backends=backends,
+        discovery=_discovery(file, sources, env),
         health=freeze(settings.Health, file.health),
         breaker=settings.Breaker(
             host=freeze(settings.BreakerLimits, file.breaker.host),
@@ -40,9 +43,21 @@ def build(file: blocks.File, sources: Sources) -> settings.Config:
         queue=freeze(settings.Queue, file.queue),
         routing=freeze(settings.Routing, file.routing),
         models=freeze(settings.Models, file.models),
+        manage=settings.Manage(
+            pull=freeze(settings.SpreadRight, file.manage.pull),
+            create=freeze(settings.SpreadRight, file.manage.create),
+            push=freeze(settings.Right, file.manage.push),
+            copy=freeze(settings.Right, file.manage.copy),
+            delete=freeze(settings.Right, file.manage.delete),
+            parallel=file.manage.parallel,
+        ),
         timeouts=timeouts,
+        streaming=freeze(settings.Streaming, file.streaming),
         logging=freeze(settings.Logging, file.logging),
         metrics=freeze(settings.Metrics, file.metrics),
+        systemd=freeze(settings.Systemd, file.systemd),
+        state=freeze(settings.State, file.state),
+        dashboard=freeze(settings.Dashboard, file.dashboard),
         demo=freeze(settings.Demo, file.demo),
         written=_written(file, backends),
     )
@@ -55,6 +70,14 @@ def freeze(kind: type[S], block: blocks.Block) -> S:
         unit = next((unit for unit in _UNITS if field.name.endswith(unit)), "")
         values[field.name] = getattr(block, field.name.removesuffix(unit))
     return kind(**values)
+
+
+def _discovery(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settings.Discovery:
+    """Not for the demo, whose hosts are all that it may have."""
+    block = file.discovery
+    if file.demo.enabled:
+        block = block.model_copy(update={"sources": ()})
+    return build_discovery(block, env, file.server.listen, sources.warn, wanted=not file.backends)
 
 
 def _check_access(file: blocks.File, sources: Sources) -> None:
@@ -91,14 +114,7 @@ def _check_admin(
 def _written(file: blocks.File, backends: Sequence[settings.BackendSpec]) -> dict[str, Any]:
     """Return the file's words with names filled in and without what says nothing."""
     written = file.model_dump(mode="json")
-    for item, block, spec in zip(written["backends"], file.backends, backends, strict=True):
-        changed = block.timeouts.model_fields_set
-        item["name"] = spec.name
-        item["auth"] = _without_nulls(item["auth"])
-        item["timeouts"] = {k: v for k, v in item["timeouts"].items() if k in changed}
-    written["auth"]["keys"] = [_without_nulls(item) for item in written["auth"]["keys"]]
+    pairs = zip(file.backends, backends, strict=True)
+    written["backends"] = [written_backend(block, spec) for block, spec in pairs]
+    written["auth"]["keys"] = [without_nulls(item) for item in written["auth"]["keys"]]
     return written
-
-
-def _without_nulls(block: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in block.items() if value is not None}

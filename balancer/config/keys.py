@@ -2,24 +2,36 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pydantic import ValidationError
 
 from .blocks import AuthBlock, KeyBlock
+from .layers import API_KEY, API_KEY_FILE, lay
 from .problems import Path, Problem
 from .settings import Key
 from .sources import Sources
 
+LINE = (
+    "NAME ROLE KEY or NAME ROLE sha256:HEX, where ROLE is user or admin, "
+    "then models=GLOB,GLOB and expires=DATE if wanted"
+)
 _GUESSABLE_CHARS = 16
+_KEY = re.compile("[!-~]+")
 
 
 def build_keys(auth: AuthBlock, sources: Sources) -> tuple[Key, ...]:
-    """Build the keys of ``auth.keys`` and of ``auth.keys_file``; all names and keys differ."""
+    """
+    Build the keys of ``auth.keys`` and of ``auth.keys_file``; all names and keys differ.
+
+    That of the environment may be there again: it is also what our own commands send.
+    """
     found = list(_listed(auth.keys, sources))
     if auth.keys_file:
         found += _in_file(auth.keys_file, sources)
+    found = [pair for pair in found if not _is_repeated(pair, found)]
     names: dict[str, Problem] = {}
     digests: dict[bytes, str] = {}
     for key, place in found:
@@ -36,6 +48,89 @@ def build_keys(auth: AuthBlock, sources: Sources) -> tuple[Key, ...]:
     return tuple(key for key, _ in found)
 
 
+def read_line(line: str) -> KeyBlock | None:
+    """
+    Read a line of a keys file; None: it holds no key (empty, or a comment).
+
+    Raises:
+        ValueError: It is no line of `LINE`. Says nothing of its words: any of them may be the key.
+    """
+    words = line.split()
+    if not words or words[0].startswith("#"):
+        return None
+    more = [word.partition("=") for word in words[3:]]
+    given: dict[str, Any] = {name: text for name, _, text in more}
+    if len(words) < 3 or len(given) < len(more) or not given.keys() <= {"models", "expires"}:
+        raise ValueError(LINE)
+    given |= {"name": words[0], "role": words[1]}
+    given["hash" if words[2].startswith("sha256:") else "key"] = words[2]
+    if not _KEY.fullmatch(words[2]):
+        raise ValueError(LINE)
+    try:
+        return KeyBlock.model_validate(given)
+    except ValidationError:
+        raise ValueError(LINE) from None
+
+
+def describe(name: str, role: str, models: str, expires: str | None) -> KeyBlock:
+    """
+    Return what a key to be would be, its hash aside.
+
+    Raises:
+        ValueError: ``KEY: what is wrong with it``.
+    """
+    given = {"name": name, "role": role, "hash": "0" * 64, "expires": expires}
+    try:
+        return KeyBlock.model_validate(given | ({"models": models} if models else {}))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise ValueError(f"{fault['loc'][0]}: {fault['ctx']['error']}") from None
+
+
+def key_places(text: str, env: Mapping[str, str], source: str) -> tuple[str | None, list[str]]:
+    """
+    Return ``auth.keys_file``, and the names of keys that stand elsewhere.
+
+    Also of a configuration that is no good yet: its keys file may be missing.
+    """
+    auth = lay(text, env, source, {}).tree.get("auth")
+    auth = auth if isinstance(auth, dict) else {}
+    file, keys = auth.get("keys_file"), auth.get("keys")
+    items = keys if isinstance(keys, list) else []
+    named = [key.get("name") for key in items if isinstance(key, dict)]
+    return file if isinstance(file, str) and file else None, [str(name) for name in named]
+
+
+def digest(text: str) -> bytes:
+    """
+    Return what is kept of a key.
+
+    Raises:
+        ValueError: It could not be sent.
+    """
+    if not _KEY.fullmatch(text):
+        raise ValueError("a key is printable ASCII without spaces.")
+    return hashlib.sha256(text.encode()).digest()
+
+
+def weakness(text: str) -> str:
+    """Say why a key can be guessed; empty: it cannot."""
+    if len(text) >= _GUESSABLE_CHARS:
+        return ""
+    return (
+        f"has only {len(text)} characters and can be guessed. "
+        "Make a better one: openssl rand -hex 32"
+    )
+
+
+def _is_repeated(pair: tuple[Key, Problem], found: Sequence[tuple[Key, Problem]]) -> bool:
+    key, place = pair
+    if place.source not in (API_KEY, API_KEY_FILE):
+        return False
+    others = [other for other, _ in found if other is not key]
+    return any((other.sha256, other.role) == (key.sha256, key.role) for other in others)
+
+
 def _listed(blocks: Sequence[KeyBlock], sources: Sources) -> Iterator[tuple[Key, Problem]]:
     for path, block in zip(sources.items("auth", "keys"), blocks, strict=False):
         key = _key(path, block, sources)
@@ -46,42 +141,30 @@ def _listed(blocks: Sequence[KeyBlock], sources: Sources) -> Iterator[tuple[Key,
 def _in_file(file: str, sources: Sources) -> Iterator[tuple[Key, Problem]]:
     text = sources.read(("auth", "keys_file"), file) or ""
     for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
         place = Problem(file, number, 1, "", "")
-        block = _block(line.split())
-        key = _key(("auth", "keys_file"), block, sources) if block else None
+        try:
+            block = read_line(line)
+            key = block and _key(("auth", "keys_file"), block, sources)
+        except ValueError as error:
+            sources.complain(replace(place, message=f"needs {error}."))
+            continue
         if key:
             yield key, place
-        else:
-            # Says nothing of the words: one of them is a key, wherever it stands.
-            message = "needs NAME ROLE KEY or NAME ROLE sha256:HEX, where ROLE is user or admin."
-            sources.complain(replace(place, message=message))
-
-
-def _block(words: list[str]) -> KeyBlock | None:
-    if len(words) != 3:
-        return None
-    name, role, key = words
-    kind = "hash" if key.startswith("sha256:") else "key"
-    try:
-        return KeyBlock.model_validate({"name": name, "role": role, kind: key})
-    except ValidationError:
-        return None
 
 
 def _key(path: Path, block: KeyBlock, sources: Sources) -> Key | None:
+    about = (block.role, block.models, block.expires)
     if block.hash:
-        return Key(block.name, block.hash, block.role)
+        return Key(block.name, block.hash, *about)
     text = sources.secret(path, "key", block)
     if text is None:
         return None
-    if not re.fullmatch("[!-~]+", text):
-        sources.complain_at(path, "a key is printable ASCII without spaces.")
+    try:
+        sha256 = digest(text)
+    except ValueError as error:
+        sources.complain_at(path, str(error))
         return None
-    if len(text) < _GUESSABLE_CHARS:
-        sources.warn(
-            f'API key "{block.name}" has only {len(text)} characters and can be guessed. '
-            "Make a better one: openssl rand -hex 32"
-        )
-    return Key(block.name, hashlib.sha256(text.encode()).digest(), block.role)
+    weak = weakness(text)
+    if weak:
+        sources.warn(f'API key "{block.name}" {weak}')
+    return Key(block.name, sha256, *about)

@@ -12,15 +12,30 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import PlainSerializer, PlainValidator, SecretStr, WithJsonSchema
 
+from balancer.core.aliases import Aliases
+
 from . import addresses, units
 from .problems import shown, suggestion
-from .settings import AuthType, ClientIp, LogFormat, LogLevel, Role, Strategy
+from .settings import (
+    Allow,
+    AuthType,
+    ClientIp,
+    DiscoverySource,
+    HeaderDetail,
+    IfAsked,
+    KeyPlace,
+    LogFormat,
+    LogLevel,
+    Role,
+    Strategy,
+)
 
 T = TypeVar("T")
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
 _VERSION = re.compile(r"[0-9]+(\.[0-9A-Za-z-]+)*")
+_MOST_PORTS = 256  # all are asked at once
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _OUR_HEADERS = frozenset(
     {"connection", "content-encoding", "content-length", "expect", "host", "keep-alive"}
@@ -133,6 +148,40 @@ def _backend_url(value: object) -> addresses.BackendUrl:
     return url
 
 
+def _discovery_sources(value: object) -> tuple[str, ...] | None:
+    words = read_words(value)
+    if words in (["auto"], ["none"]):
+        return None if words == ["auto"] else ()
+    return tuple(dict.fromkeys(map(_choice(DiscoverySource), words)))
+
+
+def _ports(value: object) -> tuple[int, ...]:
+    items = re.split(r"[\s,;]+", value.strip()) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        items = [items]
+    found: dict[int, None] = {}
+    for item in items:
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", str(item).strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 0 < first <= last <= 65535:
+            raise ValueError(f'{shown(item)} is neither a port nor a range such as "11440-11449".')
+        found |= dict.fromkeys(range(first, last + 1))
+        if len(found) > _MOST_PORTS:
+            raise ValueError(f"names more than {_MOST_PORTS} ports.")
+    return tuple(found)
+
+
+def port_ranges(ports: tuple[int, ...]) -> list[int | str]:
+    """Write neighbours as ranges again."""
+    runs: list[tuple[int, int]] = []
+    for port in ports:
+        if runs and runs[-1][1] == port - 1:
+            runs[-1] = (runs[-1][0], port)
+        else:
+            runs.append((port, port))
+    return [first if first == last else f"{first}-{last}" for first, last in runs]
+
+
 def _name(value: object) -> str:
     if not _NAME.fullmatch(_text(value)):
         raise ValueError(f"{shown(value)} is not a name. Use letters, digits and . _ : @ + -")
@@ -202,6 +251,37 @@ def _key_hash(value: object) -> bytes:
     return bytes.fromhex(digits)
 
 
+def _globs(value: object) -> tuple[str, ...]:
+    globs = _each(_text)(value)
+    if not globs:
+        raise ValueError('needs at least one name or glob; "*" is every model.')
+    return globs
+
+
+def _aliases(value: object) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if isinstance(value, str):  # from the environment
+        pairs = [word.partition("=") for word in read_words(value)]
+        value = {name: [m for n, _, m in pairs if n == name] for name, _, _ in pairs}
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise ValueError("needs a block of NAME: MODEL, or NAME: [MODEL, MODEL].")  # noqa: TRY004 - pydantic collects ValueError only
+    written = tuple((_text(name), _each(_text)(models)) for name, models in value.items())
+    Aliases(written)  # says what is wrong with them
+    return written
+
+
+def _write_aliases(aliases: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, object]:
+    return {name: models[0] if len(models) == 1 else list(models) for name, models in aliases}
+
+
+def _key_places(value: object) -> tuple[str, ...]:
+    places = tuple(dict.fromkeys(map(_choice(KeyPlace), read_words(value))))
+    if not places:
+        raise ValueError(f"needs at least one of {', '.join(get_args(KeyPlace))}.")
+    return places
+
+
 def _schema(kind: str, *, null: bool = False, **more: Any) -> WithJsonSchema:
     plain = {"type": kind, **more}
     return WithJsonSchema({"anyOf": [plain, {"type": "null"}]} if null else plain)
@@ -260,6 +340,12 @@ Limit = Annotated[
     PlainSerializer(units.format_limit),
     _or_number(units.DURATION_PATTERN, -1),
 ]
+LimitOrNull = Annotated[
+    float | None,
+    PlainValidator(_optional(units.parse_limit)),
+    PlainSerializer(units.format_limit),
+    WithJsonSchema({"type": ["string", "number", "null"], "minimum": -1}),
+]
 Size = Annotated[
     int,
     PlainValidator(units.parse_size),
@@ -274,6 +360,35 @@ Ratio = Annotated[
 ]
 Words = Annotated[
     tuple[str, ...], PlainValidator(_each(_text)), PlainSerializer(_write_each), _LIST
+]
+Globs = Annotated[tuple[str, ...], PlainValidator(_globs), PlainSerializer(_write_each), _LIST]
+ModelAliases = Annotated[
+    tuple[tuple[str, tuple[str, ...]], ...],
+    PlainValidator(_aliases),
+    PlainSerializer(_write_aliases),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "additionalProperties": {
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+            },
+        }
+    ),
+]
+Expiry = Annotated[
+    float | None,
+    PlainValidator(_optional(units.parse_expiry)),
+    PlainSerializer(lambda at: None if at is None else units.format_instant(at)),
+    _schema("string", null=True, pattern=units.INSTANT_PATTERN),
+]
+KeyPlaces = Annotated[
+    tuple[KeyPlace, ...], PlainValidator(_key_places), PlainSerializer(_write_each), _LIST
+]
+Origins = Annotated[
+    tuple[str, ...],
+    PlainValidator(_each(addresses.parse_origin)),
+    PlainSerializer(_write_each),
+    _LIST,
 ]
 HostNames = Annotated[
     tuple[str, ...],
@@ -326,8 +441,25 @@ HeaderNameOrNull = Annotated[
 Nothing = Annotated[None, PlainValidator(_nothing), _schema("null")]
 ModelVersion = Annotated[str, PlainValidator(_model_version), _schema("string")]
 OneRole = Annotated[Role, PlainValidator(_choice(Role)), _one_of(Role)]
+OneHeaderDetail = Annotated[
+    HeaderDetail, PlainValidator(_choice(HeaderDetail)), _one_of(HeaderDetail)
+]
 OneStrategy = Annotated[Strategy, PlainValidator(_choice(Strategy)), _one_of(Strategy)]
 OneAuthType = Annotated[AuthType, PlainValidator(_choice(AuthType)), _one_of(AuthType)]
 OneLogLevel = Annotated[LogLevel, PlainValidator(_log_level), _one_of(LogLevel)]
 OneLogFormat = Annotated[LogFormat, PlainValidator(_choice(LogFormat)), _one_of(LogFormat)]
+OneIfAsked = Annotated[IfAsked, PlainValidator(_choice(IfAsked)), _one_of(IfAsked)]
+DiscoverySources = Annotated[
+    tuple[DiscoverySource, ...] | None,
+    PlainValidator(_discovery_sources),
+    PlainSerializer(lambda sources: "auto" if sources is None else list(sources)),
+    _LIST,
+]
+Ports = Annotated[
+    tuple[int, ...],
+    PlainValidator(_ports),
+    PlainSerializer(port_ranges),
+    WithJsonSchema({"type": "array", "items": {"type": ["integer", "string"]}}),
+]
+OneAllow = Annotated[Allow, PlainValidator(_choice(Allow)), _one_of(Allow)]
 OneClientIp = Annotated[ClientIp, PlainValidator(_choice(ClientIp)), _one_of(ClientIp)]

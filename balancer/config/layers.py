@@ -1,9 +1,14 @@
-"""What was written where: the file, then the environment, then flags, each over the last."""
+"""
+What was written where: the file, then the environment, then flags, each over the last.
+
+Below them all is what Ollama's own variable says of pages (``OLLAMA_ORIGINS``).
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .addresses import parse_ollama_host
 from .blocks import leaf_paths
 from .kinds import read_words
 from .problems import Path, Problem, dotted, suggestion
@@ -18,9 +23,11 @@ _SHORT: dict[str, Path] = {
     "BALANCER_LOG_FORMAT": ("logging", "format"),
     "BALANCER_DEMO": ("demo", "enabled"),
     "BALANCER_BACKENDS": ("backends",),
+    "BALANCER_DISCOVER": ("discovery", "sources"),
 }
-_API_KEY, _API_KEY_FILE = "BALANCER_API_KEY", "BALANCER_API_KEY_FILE"
-_OTHERS = frozenset({_API_KEY, _API_KEY_FILE, "BALANCER_CONFIG"})
+API_KEY, API_KEY_FILE = "BALANCER_API_KEY", "BALANCER_API_KEY_FILE"
+_ORIGINS = "OLLAMA_ORIGINS"
+_OTHERS = frozenset({API_KEY, API_KEY_FILE, "BALANCER_CONFIG"})
 
 
 @dataclass(slots=True)
@@ -95,6 +102,24 @@ class Layers:
             self._mask(("auth", "keys", len(auth["keys"])), source)
             auth["keys"].append(item)
 
+    def drop(self, path: Path, index: int) -> None:
+        """Take an item out of the list at *path*; those behind it move up."""
+        box: Any = self.tree
+        for step in path:
+            box = box[step]
+        del box[index]
+        at = len(path)
+        for marks in (self.values, self.keys):
+            moved = {}
+            for known, mark in marks.items():
+                place = known[at] if known[:at] == path and len(known) > at else None
+                if isinstance(place, int) and place > index:
+                    moved[(*path, place - 1, *known[at + 1 :])] = mark
+                elif place != index:
+                    moved[known] = mark
+            marks.clear()
+            marks.update(moved)
+
     def _mask(self, path: Path, source: str) -> None:
         for marks in (self.values, self.keys):
             for hidden in [known for known in marks if known[: len(path)] == path]:
@@ -123,7 +148,9 @@ def lay(text: str, env: Mapping[str, str], source: str, overrides: Mapping[str, 
     for name, value in overrides.items():
         if value is not None:
             layers.put(tuple(name.split(".")), value, FLAG)
+    _lay_ollama_origins(layers, env)
     _spell_out_backends(layers.tree)
+    _join_doubles(layers)
     return layers
 
 
@@ -134,19 +161,27 @@ def _lay_environment(layers: Layers, env: Mapping[str, str]) -> None:
     for name, path in known.items():
         if env.get(name):
             layers.put(path, env[name], name)
-    if env.get(_API_KEY) and env.get(_API_KEY_FILE):
-        message = f"{_API_KEY_FILE} is set as well. Unset one of them."
-        layers.problems.append(Problem(_API_KEY, None, None, "", message))
-    if env.get(_API_KEY):
-        layers.add_key({"name": "env", "key": env[_API_KEY], "role": "admin"}, _API_KEY)
-    elif env.get(_API_KEY_FILE):
-        item = {"name": "env", "key_file": env[_API_KEY_FILE], "role": "admin"}
-        layers.add_key(item, _API_KEY_FILE)
+    if env.get(API_KEY) and env.get(API_KEY_FILE):
+        message = f"{API_KEY_FILE} is set as well. Unset one of them."
+        layers.problems.append(Problem(API_KEY, None, None, "", message))
+    if env.get(API_KEY):
+        layers.add_key({"name": "env", "key": env[API_KEY], "role": "admin"}, API_KEY)
+    elif env.get(API_KEY_FILE):
+        item = {"name": "env", "key_file": env[API_KEY_FILE], "role": "admin"}
+        layers.add_key(item, API_KEY_FILE)
     known_names = [*known, *_OTHERS]
     for name in sorted(env):
         if name.startswith(_PREFIX) and name not in known_names:
             hint = suggestion(name, known_names)
             layers.warnings.append(f"{name} is not a setting and was ignored.{hint}")
+
+
+def _lay_ollama_origins(layers: Layers, env: Mapping[str, str]) -> None:
+    """What Ollama reads counts where nothing of ours names a page."""
+    cors = layers.tree.get("cors")
+    named = cors.get("allow_origins") if isinstance(cors, dict) else None
+    if env.get(_ORIGINS) and not named:
+        layers.put(("cors", "allow_origins"), env[_ORIGINS], _ORIGINS)
 
 
 def _spell_out_backends(tree: dict[str, Any]) -> None:
@@ -156,6 +191,29 @@ def _spell_out_backends(tree: dict[str, Any]) -> None:
         backends = read_words(backends)
     if isinstance(backends, list | tuple):
         tree["backends"] = [{"url": b} if isinstance(b, str) else b for b in backends]
+
+
+def _join_doubles(layers: Layers) -> None:
+    """Of two backends at one address, one that says no more than the address goes."""
+    items = layers.tree.get("backends")
+    if not isinstance(items, list):
+        return
+    for index in reversed(range(len(items))):
+        place = _place(items[index])
+        is_bare = isinstance(items[index], dict) and items[index].keys() == {"url"}
+        others = [one for i, one in enumerate(items) if i != index and _place(one) == place]
+        if place is not None and is_bare and others:
+            message = f"{items[index]['url']} is the same host as {others[0]['url']}: used once."
+            layers.warnings.append(str(layers.problem(("backends", index), message)))
+            layers.drop(("backends",), index)
+
+
+def _place(item: Any) -> object:
+    """Equal for two spellings of one address; None for what is none."""
+    try:
+        return parse_ollama_host(item["url"]).same_place()
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
 
 
 def _upwards(path: Path) -> Iterable[Path]:

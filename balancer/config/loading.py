@@ -30,7 +30,8 @@ def load(
 
     Args:
         text: The YAML; empty for no file.
-        env: The environment; of it ``BALANCER_*`` and what ``${…}`` names.
+        env: The environment; of it ``BALANCER_*``, what ``${…}`` names, and for discovery
+            ``OLLAMA_HOST`` and ``OLLAMA_BASE_URLS``, for pages ``OLLAMA_ORIGINS``.
         source: What messages call the file.
         overrides: Flags by dotted key; None means not given.
         read_file: Returns the text of a secret's, key's or certificate's file, or raises OSError.
@@ -40,7 +41,7 @@ def load(
     """
     layers = lay(text, env, source, overrides)
     file, refused = _validate(layers)
-    config = build(file, Sources(layers, refused, read_file))
+    config = build(file, Sources(layers, refused, read_file), env)
     if layers.problems:
         raise ConfigError(sorted(layers.problems, key=_in_reading_order))
     origins = {dotted(path): layers.origin(path) for path, _ in leaves(config.written)}

@@ -12,11 +12,16 @@ from typing import Any, Literal
 from .addresses import Listen, Network
 
 Role = Literal["user", "admin"]
+KeyPlace = Literal["bearer", "x-api-key", "path"]
+HeaderDetail = Literal["full", "minimal"]
 Strategy = Literal["least-loaded", "warm-first", "round-robin"]
 AuthType = Literal["none", "bearer", "basic", "header"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json", "logfmt"]
+Allow = Literal["never", "admin", "user"]
 ClientIp = Literal["full", "truncated", "none"]
+IfAsked = Literal["auto", "never"]
+DiscoverySource = Literal["env", "local"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -46,6 +51,7 @@ class Server:
     allowed_hosts: tuple[str, ...]
     keepalive_timeout_s: float
     drain_timeout_s: float
+    headers: HeaderDetail
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +64,17 @@ class Admin:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key: only its SHA-256 is kept."""
+    """
+    An API key: only its SHA-256 is kept.
+
+    *models* are globs over the models it is for; from *expires_at* on (Unix time) it is none.
+    """
 
     name: str
     sha256: bytes = field(repr=False)
     role: Role
+    models: tuple[str, ...] = ("*",)
+    expires_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +82,25 @@ class Auth:
     """
     Who may call.
 
-    *anonymous* lists the networks whose callers need no key: none for
-    ``never``, both loopback networks for ``loopback``, all for ``always``.
+    *accept* says where a key may stand. *anonymous* lists the networks whose
+    callers need no key: none for ``never``, both loopback networks for
+    ``loopback``, all for ``always``.
     """
 
     keys: tuple[Key, ...]
     keys_file: str | None
+    accept: tuple[KeyPlace, ...]
     anonymous: tuple[Network, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cors:
+    """Which pages of other origins may call; what is allowed beyond local pages."""
+
+    enabled: bool
+    allow_origins: tuple[str, ...]
+    allow_credentials: bool
+    max_age_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +123,15 @@ class Timeouts:
     load_s: float | None
     idle_s: float | None
     total_s: float | None
+    pull_idle_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """Silence before the first heartbeat of an answer, and each further one; None is never."""
+
+    heartbeat_after_s: float | None
+    heartbeat_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +140,8 @@ class BackendSpec:
     One backend as configured.
 
     *url* is ``scheme://host:port[/path]``. *slots* None is learned. *tls* is
-    None for http, *timeouts* is None where nothing differs from the common ones.
+    None for http, *timeouts* is None where nothing differs from the common ones. A *provider* is
+    ollama.com itself, and always *cloud*.
     """
 
     name: str
@@ -120,6 +154,31 @@ class BackendSpec:
     auth_headers: tuple[tuple[str, Secret], ...]
     tls: Tls | None
     timeouts: Timeouts | None
+    store: str | None = None
+    cloud: bool = False
+    provider: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A host that may be there: its *url*, and which variable or port it came from."""
+
+    url: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """
+    Where hosts are looked for that nobody wrote down.
+
+    *sources* are those in effect; *candidates* are what they name, in the order they are tried.
+    """
+
+    sources: tuple[DiscoverySource, ...]
+    refresh_s: float
+    ports: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +235,43 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What clients are told; *version* is ``min``, ``max`` or a version."""
+    """
+    What clients are told; *version* is ``min``, ``max`` or a version.
+
+    *aliases* are pairs of a name and the models it stands for, *hide* globs of what is not listed.
+    """
 
     version: str
     remember_s: float
+    aliases: tuple[tuple[str, tuple[str, ...]], ...]
+    hide: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """Who may change what is installed."""
+
+    allow: Allow
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadRight:
+    """The same, and on which backends: names, or ``all``."""
+
+    allow: Allow
+    target: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manage:
+    """Changes of what is installed; *parallel* stores work at once."""
+
+    pull: SpreadRight
+    create: SpreadRight
+    push: Right
+    copy: Right
+    delete: Right
+    parallel: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +294,28 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Systemd:
+    """What systemd is told; ``auto``: what it asks for."""
+
+    notify: IfAsked
+    watchdog: IfAsked
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What survives a restart, and the file it is in; None: nothing does."""
+
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dashboard:
+    """The status page."""
+
+    enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Demo:
     """The simulated fleet."""
 
@@ -215,22 +329,29 @@ class Config:
 
     *warnings* are for the operator. *written* is the same in the words of the
     file, secrets masked, and *origins* says by dotted path where a value came
-    from (``file:LINE``, ``env:NAME``, ``flag``); what is absent is a default.
+    from (``file:LINE``, ``env:NAME``, ``flag``, ``found:SOURCE``); what is absent is a default.
     """
 
     server: Server
     admin: Admin
     auth: Auth
+    cors: Cors
     backends: tuple[BackendSpec, ...]
+    discovery: Discovery
     health: Health
     breaker: Breaker
     retry: Retry
     queue: Queue
     routing: Routing
     models: Models
+    manage: Manage
     timeouts: Timeouts
+    streaming: Streaming
     logging: Logging
     metrics: Metrics
+    systemd: Systemd
+    state: State
+    dashboard: Dashboard
     demo: Demo
     warnings: tuple[str, ...] = field(default=(), compare=False)
     written: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -1,4 +1,4 @@
-"""Durations, sizes and shares: text outside; float seconds, int bytes and ratios inside."""
+"""Durations, instants, sizes, shares: text outside; float seconds, int bytes, ratios inside."""
 
 import datetime as dt
 import math
@@ -9,8 +9,10 @@ import durationpy
 from .problems import shown
 
 DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h|d))+$"
+INSTANT_PATTERN = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ].+)?$"
 SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(([KkMmGgTt][Ii]?)?[Bb])?$"
 
+_DAY = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 _LONGEST_S = 366 * 86_400.0
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt]i?)?b)?", re.IGNORECASE)
@@ -59,6 +61,41 @@ def format_duration(seconds: float) -> str:
 def format_limit(seconds: float | None) -> str | int:
     """Write a limit; None is -1."""
     return -1 if seconds is None else format_duration(seconds)
+
+
+def parse_expiry(value: object) -> float:
+    """
+    Read the Unix time at which something ends: a day, which is its last one (UTC), or an instant.
+
+    Raises:
+        ValueError: Neither.
+    """
+    moment: object = value
+    if isinstance(value, str):
+        text = value.strip()
+        read = dt.date.fromisoformat if re.fullmatch(_DAY, text) else dt.datetime.fromisoformat
+        try:
+            moment = read(text)
+        except ValueError:
+            moment = None
+    try:
+        if isinstance(moment, dt.datetime):
+            at = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+            return at.timestamp()
+        if isinstance(moment, dt.date):
+            midnight = dt.datetime(moment.year, moment.month, moment.day, tzinfo=dt.UTC)
+            return (midnight + dt.timedelta(days=1)).timestamp()
+    except (OverflowError, ValueError):
+        pass  # beyond the calendar
+    raise ValueError(
+        f"{shown(value)} is neither a day such as 2027-12-31 nor an instant such as "
+        "2027-12-31T18:00:00Z."
+    )
+
+
+def format_instant(at: float) -> str:
+    """Write Unix time as `parse_expiry` reads it."""
+    return dt.datetime.fromtimestamp(at, dt.UTC).isoformat().replace("+00:00", "Z")
 
 
 def parse_size(value: object) -> int:

@@ -18,6 +18,10 @@ _NEEDS_RESTART = (
     "admin.listen",
     "metrics.enabled",
     "metrics.model_label_limit",
+    "systemd.notify",
+    "systemd.watchdog",
+    "state.path",
+    "dashboard.enabled",
     "demo.enabled",
 )
 
@@ -48,6 +52,19 @@ def effective(config: Config) -> list[Setting]:
         )
         for path, value in leaves(config.written)
     ]
+
+
+def places(config: Config) -> dict[str, str]:
+    """Tell where each backend was written, by name; nothing where that is not known."""
+    if config.demo.enabled:
+        return {spec.name: "simulated" for spec in config.backends}
+    told = {}
+    for index, spec in enumerate(config.backends):
+        origin = config.origins.get(f"backends[{index}].url", "")
+        where, _, what = origin.partition(":")
+        words = {"file": f"line {what}", "env": what, "flag": "--backend", "found": what}
+        told[spec.name] = words.get(where, "")
+    return told
 
 
 def to_yaml(config: Config) -> str:

@@ -26,7 +26,7 @@ from balancer.core.errors import BadRequest, OptionError, UnknownModel, UnknownR
 from balancer.core.routes import EMBEDDING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from balancer.core.names import ModelName
 
@@ -230,6 +230,29 @@ def read(route: Route, body: bytes, content_type: str = "", query: str = "") -> 
         raise BadRequest("exceeded max depth") from None
 
 
+def renamed(route: Route, body: bytes, content_type: str, model: str) -> bytes:
+    """
+    A body that could be read, with another model named; every other byte as it was.
+
+    Args:
+        content_type: Of the request; only a form needs it.
+        model: A valid name; it needs no escapes.
+    """
+    if route.operation == "v1_transcriptions":
+        return multipart.replaced(body, content_type, "model", model)
+    try:
+        spans = list(_spans(body))
+    except msgspec.MsgspecError:
+        spans = list(_spans(_mended(body)))  # as long, byte for byte
+    places = {_fold(key): (start, end) for key, start, end in spans}  # the last counts
+    for field in ("model", "name"):
+        start, end = places.get(field, (0, 0))
+        value = body[start:end].rstrip(b" \t\r\n")
+        if value[:1] == b'"' and value != b'""':
+            return b'%b"%b"%b' % (body[:start], model.encode(), body[start + len(value) :])
+    return body
+
+
 def _read_loosely(route: Route, body: bytes) -> Body:
     try:
         fields = _known(_LOOSE, _members(_LOOSE, body))
@@ -385,11 +408,16 @@ def _walk_mended(shape: _Shape, body: bytes) -> dict[str, Raw]:
     except msgspec.MsgspecError:
         if len(body) > _MENDABLE:
             raise BadRequest(_complaint(body)) from None
-        mended = _HALF.sub(lambda match: match[1] or rb"\ufffd", body, 2 * _MOST_HALVES)
+        mended = _mended(body)
     try:
         return _walk(shape, mended)
     except msgspec.MsgspecError:
         raise BadRequest(_complaint(mended)) from None
+
+
+def _mended(body: bytes) -> bytes:
+    """With U+FFFD for halves of pairs, which takes as many bytes."""
+    return _HALF.sub(lambda match: match[1] or rb"\ufffd", body, 2 * _MOST_HALVES)
 
 
 def _complaint(text: bytes) -> str:
@@ -416,22 +444,30 @@ def _complaint(text: bytes) -> str:
 
 def _walk(shape: _Shape, text: bytes) -> dict[str, Raw]:
     """Go over the top level member by member; exact about repeated keys and the value's end."""
-    opened = _OPEN.match(text)
-    if opened is None:
+    if _OPEN.match(text) is None:
         return _no_object(shape, text)
-    view, position, done = memoryview(text), opened.end(), bool(opened[1])
+    view = memoryview(text)
     members: dict[str, Raw] = {}
-    for _ in range(_MOST_FIELDS):
-        if done:
-            _check_utf8(text, position)
-            return members
-        field = _expect(_FIELD, text, position)
-        key = _STR.decode(field[1])
-        end = field.end() + _value_length(view[field.end() :])
-        value = Raw(view[field.end() : end])
+    for key, start, end in _spans(text):
+        value = Raw(view[start:end])
         if key in members and not (_is_plain(value) and _is_plain(members[key])):
             raise BadRequest(f"field {names.quoted(key[:80])} is given more than once")
         members[key] = value
+    return members
+
+
+def _spans(text: bytes) -> Iterator[tuple[str, int, int]]:
+    """Each key of an object, and where its value begins and ends, white space behind included."""
+    opened = _expect(_OPEN, text, 0)
+    view, position, done = memoryview(text), opened.end(), bool(opened[1])
+    for _ in range(_MOST_FIELDS):
+        if done:
+            _check_utf8(text, position)
+            return
+        field = _expect(_FIELD, text, position)
+        key = _STR.decode(field[1])
+        end = field.end() + _value_length(view[field.end() :])
+        yield key, field.end(), end
         after = _expect(_AFTER, text, end)
         position, done = after.end(), after[1] == b"}"
     raise BadRequest("too many fields")

@@ -19,10 +19,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from balancer.core import names
+from balancer.core.aliases import Aliases
 from balancer.core.domain import PlacementKey, Residency
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
+
+    from balancer.core.aliases import Alias
 
 _SECOND: Final = 1_000_000_000
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -345,8 +348,11 @@ class _Entry:
 class _Listing:
     """Tags merged over all backends; good until something changes, or `until`."""
 
-    def __init__(self, shelves: dict[str, _Shelf], now: float, remember_s: float) -> None:
+    def __init__(
+        self, shelves: dict[str, _Shelf], now: float, remember_s: float, aliases: Aliases
+    ) -> None:
         self.remember_s = remember_s
+        self.aliases = aliases
         kept = [
             (name, shelf) for name, shelf in shelves.items() if not shelf.lapsed(now, remember_s)
         ]
@@ -365,8 +371,19 @@ class _Listing:
 
     @cached_property
     def rows(self) -> list[_Row]:
-        fit = (entry.best for entry in self.entries.values() if entry.best.fit)
-        return sorted(fit, key=lambda row: (-(row.at_ns // _SECOND), row.display))
+        found = {canonical: entry.best for canonical, entry in self.entries.items()}
+        for alias in self.aliases:  # one that is called like a model hides it, as calls go by it
+            found.pop(alias.canonical, None)
+            meant = self.meant(alias)
+            if meant is not None:
+                found[alias.canonical] = _called(alias.name, self.entries[meant].best)
+        shown = [r for name, r in found.items() if r.fit and not self.aliases.hides(name)]
+        return sorted(shown, key=lambda row: (-(row.at_ns // _SECOND), row.display))
+
+    def meant(self, alias: Alias) -> str | None:
+        """The first of an alias's models that any backend lists."""
+        models = (names.parse(model).canonical for model in alias.models)
+        return next((model for model in models if model in self.entries), None)
 
     @cached_property
     def tags(self) -> dict[str, Any]:
@@ -392,9 +409,35 @@ class _Listing:
         return tuple(sorted(entry.best.display for entry in self.entries.values()))
 
     @cached_property
+    def conflicts(self) -> dict[str, dict[str, list[str]]]:
+        found: dict[str, dict[str, list[str]]] = {}
+        for canonical, entry in self.entries.items():
+            held: dict[str, list[str]] = {}
+            for backend, row in entry.holders:
+                if row.digest and not row.cloud:
+                    held.setdefault(row.digest, []).append(backend)
+            if len(held) > 1:
+                found[canonical] = held
+        return found
+
+    @cached_property
     def digests(self) -> frozenset[str]:
         held = (row.digest for entry in self.entries.values() for _, row in entry.holders)
         return frozenset(digest for digest in held if digest)
+
+
+def _called(name: str, row: _Row) -> _Row:
+    """A model's row under another name."""
+    data = row.data | {field: name for field in ("name", "model") if field in row.data}
+    parsed = names.parse(name)
+    return replace(
+        row,
+        data=data,
+        text=go_json(data),
+        canonical=parsed.canonical,
+        display=name,
+        owner=parsed.namespace,
+    )
 
 
 def _newest(row: _Row) -> tuple[bool, int]:
@@ -443,9 +486,20 @@ class Catalog:
         self._show_limit = shows
         self._shelves: dict[str, _Shelf] = {}
         self._shows: dict[str, _Show] = {}
+        self._aliases = Aliases()
         self._versions: tuple[_Version, _Version] | None = None
         self._listing: _Listing | None = None
         self._ps: tuple[dict[str, Any], bytes] | None = None
+
+    @property
+    def aliases(self) -> Aliases:
+        """Names that stand for models: in what is listed, and nowhere else here."""
+        return self._aliases
+
+    @aliases.setter
+    def aliases(self, aliases: Aliases) -> None:
+        self._aliases = aliases
+        self._listing = None
 
     # What happened
 
@@ -605,6 +659,11 @@ class Catalog:
         entry = self._view().entries.get(canonical)
         return names.display(canonical) if entry is None else entry.best.display
 
+    def meant(self, canonical: str) -> str | None:
+        """The model a name stands for in the listings: itself, or the first of an alias's; None."""
+        alias = self._aliases.find(canonical)
+        return canonical if alias is None else self._view().meant(alias)
+
     def was_read(self, backend: str) -> bool:
         """Whether its list of models was ever read."""
         return self._shelf(backend).read
@@ -627,6 +686,11 @@ class Catalog:
         shelf = self._shelf(backend)
         return canonical in shelf.rows and not shelf.lapsed(self._clock(), self.remember_s)
 
+    def is_stub(self, backend: str, canonical: str) -> bool:
+        """Whether what it lists under that name is a model that runs at ollama.com."""
+        row = self._shelf(backend).rows.get(canonical)
+        return row is not None and row.cloud
+
     def listed(self, backend: str) -> list[str]:
         """The models it listed last."""
         return list(self._shelf(backend).rows)
@@ -634,6 +698,10 @@ class Catalog:
     def names(self) -> tuple[str, ...]:
         """The display names of all known models, sorted."""
         return self._view().names
+
+    def offered(self) -> tuple[str, ...]:
+        """The names to hint at: those listed to clients."""
+        return tuple(row.display for row in self._view().rows)
 
     def listed_again_after_missing(self, backend: str, canonical: str) -> bool:
         """
@@ -656,6 +724,11 @@ class Catalog:
         row = self._shelf(backend).rows.get(canonical)
         return None if row is None else row.digest
 
+    def size_on(self, backend: str, canonical: str) -> int:
+        """Bytes of its files there, 0 if unknown."""
+        row = self._shelf(backend).rows.get(canonical)
+        return 0 if row is None else row.size
+
     def size(self, canonical: str) -> int:
         """Bytes of its files, 0 if unknown."""
         entry = self._view().entries.get(canonical)
@@ -677,15 +750,17 @@ class Catalog:
 
     def conflicts(self) -> dict[str, dict[str, list[str]]]:
         """Models of which backends hold different ones: canonical name, digest, backends."""
-        found: dict[str, dict[str, list[str]]] = {}
-        for canonical, entry in self._view().entries.items():
-            held: dict[str, list[str]] = {}
-            for backend, row in entry.holders:
-                if row.digest:
-                    held.setdefault(row.digest, []).append(backend)
-            if len(held) > 1:
-                found[canonical] = held
-        return found
+        return self._view().conflicts
+
+    def usual_digest(self, canonical: str, among: Collection[str]) -> str | None:
+        """The digest most of those backends list; of as many the newest, then the greatest."""
+        entry = self._view().entries.get(canonical)
+        held: dict[str, list[int]] = {}
+        for backend, row in entry.holders if entry else ():
+            if row.digest and backend in among:
+                held.setdefault(row.digest, []).append(row.at_ns)
+        ranks = {digest: (len(times), max(times), digest) for digest, times in held.items()}
+        return max(held, key=ranks.__getitem__, default=None)
 
     # What is in memory
 
@@ -777,7 +852,7 @@ class Catalog:
             name = names.parse(text)
         except names.InvalidName:
             return None
-        entry = self._view().entries.get(name.canonical)
+        entry = self._view().entries.get(self.meant(name.canonical) or "")
         return None if entry is None else _openai(text, name.namespace, entry.best)
 
     def ps(self) -> dict[str, Any]:
@@ -856,7 +931,8 @@ class Catalog:
     def _view(self) -> _Listing:
         now, listing = self._clock(), self._listing
         if listing is None or now >= listing.until or listing.remember_s != self.remember_s:
-            self._listing = listing = _Listing(self._shelves, now, self.remember_s)
+            listing = _Listing(self._shelves, now, self.remember_s, self._aliases)
+            self._listing = listing
         return listing
 
     def _ps_view(self) -> tuple[dict[str, Any], bytes]:

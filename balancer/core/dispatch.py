@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from balancer.core.admission import Admission
-from balancer.core.domain import Attempt, Call, PlacementKey, Residency, Route
+from balancer.core.domain import Attempt, Call, Candidate, PlacementKey, Residency, Route
 from balancer.core.errors import (
     AttemptsExhausted,
     BalancerError,
@@ -25,6 +25,7 @@ from balancer.core.errors import (
     NoBackend,
     QueueTimeout,
     UnknownModel,
+    UnknownRoute,
 )
 from balancer.core.events import CallQueued, Emit, LeaseGranted
 from balancer.core.pool import Lease, Pool, Prospect, ProspectKind, discreet
@@ -34,6 +35,7 @@ from balancer.core.scheduler import (
     Fact,
     Load,
     LoadAnswered,
+    Option,
     Refuse,
     Scheduler,
     Ticket,
@@ -58,11 +60,48 @@ class LoadFailed(BalancerError):
 
     status = 503
     code = "load_failed"
+    shown = False  # another attempt follows, or what all of them said
 
     def __init__(self, attempt: Attempt, answer: Answer | None) -> None:
         super().__init__(attempt.outcome.text)
         self.attempt = attempt
         self.answer = answer
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """
+    What would become of a call.
+
+    Args:
+        kind: ``now``; ``load``: it waits for one; ``queue``: for a slot; ``away``: for a backend
+            to come back; ``refused``.
+        status: 200, or that of the refusal.
+        backend: Where it would go, or where the load is; empty: not known.
+        wait_s: An estimate; inf: nobody can tell.
+        text: For people.
+        options: The scheduler's candidates, best first.
+    """
+
+    kind: str
+    status: int
+    backend: str
+    wait_s: float
+    text: str
+    options: tuple[Option, ...]
+
+
+class _Glance:
+    """The pool through a window: what is asked about here does not count as asked for."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.loading = pool.loading
+
+    def candidates(self, call: Call, excluded: frozenset[str]) -> list[Candidate]:
+        """Backends that may serve *call* now."""
+        standings = self._pool.standings(call, excluded)
+        return [standing.candidate for standing in standings if standing.bar is None]
 
 
 @dataclass(slots=True)
@@ -165,6 +204,67 @@ class Dispatcher:
             self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
         return ticket
 
+    def forecast(self, call: Call, excluded: frozenset[str] = frozenset()) -> Forecast:
+        """What would become of *call*, were it submitted now; nothing comes of asking."""
+        now, max_wait_s = self._clock(), self._admission.limits.max_wait_s
+        view = _Glance(self._pool)
+        ticket = Ticket(call, self._seq + 1, excluded, (), now, now + max_wait_s)
+        plan = self._scheduler.rehearse(ticket, view, now)
+        options = plan.options
+        prospect = self._pool.prospect(call, excluded, exists=False)
+        error = self._hopeless(ticket, prospect, view)
+        if error is not None:
+            return Forecast("refused", error.status, "", math.inf, error.text, options)
+        if isinstance(plan.effect, Commit):
+            goes = plan.effect.backend
+            return Forecast("now", 200, goes, 0.0, f"goes to {goes} now", options)
+        usable = {c.backend for c in view.candidates(call, excluded)}
+        under_way = [load.backend for load in view.loading(call.key) if load.backend in usable]
+        if isinstance(plan.effect, Load):
+            text = f"is loaded on {plan.effect.backend} first"
+            return Forecast("load", 200, plan.effect.backend, plan.wait_s, text, options)
+        if under_way:
+            text = f"waits for the load on {under_way[0]}"
+            return Forecast("load", 200, under_way[0], plan.wait_s, text, options)
+        if prospect.kind is not ProspectKind.OPEN:
+            text = f"waits for a backend to come back. {prospect.text}"
+            return Forecast("away", 200, "", prospect.retry_in_s, text, options)
+        if not max_wait_s:
+            text = "no slot is free, and queue.max_wait lets nobody wait"
+            return Forecast("refused", QueueTimeout.status, "", math.inf, text, options)
+        text = "waits in the queue for a slot"
+        if max_wait_s < plan.wait_s < math.inf:
+            text += f"; after {max_wait_s:.0f} s (queue.max_wait) it is refused"
+        return Forecast("queue", 200, "", plan.wait_s, text, options)
+
+    def _hopeless(self, ticket: Ticket, prospect: Prospect, view: _Glance) -> BalancerError | None:
+        """What `submit` would refuse it with."""
+        now, call = self._clock(), ticket.call
+        if not _can_wait(prospect, now, math.inf):
+            return refusal(call.model, prospect)
+        candidates = view.candidates(call, frozenset())
+        if not any(c.residency is Residency.LOADED and c.in_flight < c.slots for c in candidates):
+            try:
+                self._admission.check(call.key.model)
+            except BalancerError as error:
+                return error
+        return None if _can_wait(prospect, now, ticket.limit_at) else refusal(call.model, prospect)
+
+    def choose(self, calls: Sequence[Call], *, exists: bool = True) -> int:
+        """
+        Which of the *calls*, equal but for their model, is to be made.
+
+        The first that can be served now; else the first whose model is known, and which waiting
+        may help; else the first. Calls that do not *exist* leave no trace.
+        """
+
+        def rank(at: int) -> tuple[int, int]:
+            kind = self._pool.prospect(calls[at], frozenset(), exists=exists).kind
+            may_come = kind is ProspectKind.AWAY and self._pool.catalog.knows(calls[at].key.model)
+            return 0 if kind is ProspectKind.OPEN else 1 if may_come else 2, at
+
+        return min(range(len(calls)), key=rank)
+
     def is_served_elsewhere(self, call: Call, excluded: frozenset[str]) -> bool:
         """Whether a backend that is not *excluded* could serve *call* now."""
         return self._pool.prospect(call, excluded).kind is ProspectKind.OPEN
@@ -266,7 +366,9 @@ class Dispatcher:
         owner.on_grant(lease)
 
     def _why(self, commit: Commit) -> str:
-        """The first that holds: short-context, failover, only, cold, warm."""
+        """The first that holds: other-weights, short-context, failover, only, cold, warm."""
+        if commit.backend in self._pool.strangers(commit.ticket.call):
+            return "other-weights"
         if commit.why == "short-context":
             return commit.why
         if commit.ticket.attempts:
@@ -309,10 +411,11 @@ class Dispatcher:
             ahead = self._admission.depths().get(ticket.call.key.model, 1)
             return QueueTimeout(
                 f"No slot came free for {ticket.call.model!r} in "
-                f"{self._admission.limits.max_wait_s:.0f} s; {ahead} calls wait for it.",
+                f"{self._admission.limits.max_wait_s:.0f} s (queue.max_wait); {ahead} calls wait "
+                "for it.",
                 retry_after_s=self._admission.drain_s(ahead),
             )
-        return _refusal(ticket.call, prospect, ticket.attempts)
+        return refusal(ticket.call.model, prospect, ticket.attempts)
 
     def _review(self) -> None:
         """Something in the pool changed: refuse those whom waiting cannot help any more."""
@@ -324,14 +427,14 @@ class Dispatcher:
                 prospects[alike] = self._pool.prospect(call, ticket.excluded)
             prospect = prospects[alike]
             if not _can_wait(prospect, self._clock(), ticket.limit_at):
-                self._refuse(ticket, _refusal(ticket.call, prospect, ticket.attempts))
+                self._refuse(ticket, refusal(ticket.call.model, prospect, ticket.attempts))
 
     def _check_prospect(
         self, call: Call, excluded: frozenset[str], attempts: tuple[Attempt, ...], limit_at: float
     ) -> None:
         prospect = self._pool.prospect(call, excluded)
         if not _can_wait(prospect, self._clock(), limit_at):
-            raise _refusal(call, prospect, attempts)
+            raise refusal(call.model, prospect, attempts)
 
     def _refuse(self, ticket: Ticket, error: BalancerError) -> None:
         owner = self._finish(ticket, TicketState.REFUSED)
@@ -354,20 +457,23 @@ def _is_late(ticket: Ticket, now: float) -> bool:
 
 
 def _can_wait(prospect: Prospect, now: float, limit_at: float) -> bool:
-    if prospect.kind in (ProspectKind.UNKNOWN, ProspectKind.EXHAUSTED, ProspectKind.FORBIDDEN):
+    if prospect.kind not in (ProspectKind.OPEN, ProspectKind.AWAY):
         return False
     return prospect.kind is ProspectKind.OPEN or now + prospect.retry_in_s <= limit_at
 
 
-def _refusal(call: Call, prospect: Prospect, attempts: tuple[Attempt, ...]) -> BalancerError:
+def refusal(model: str, prospect: Prospect, attempts: tuple[Attempt, ...] = ()) -> BalancerError:
+    """Why nobody serves *model* (as asked for), after those *attempts*."""
     if prospect.kind is ProspectKind.UNKNOWN:
         return UnknownModel(prospect.text)
     if prospect.kind is ProspectKind.FORBIDDEN:
         return Forbidden(prospect.text)
+    if prospect.kind is ProspectKind.NO_ROUTE:
+        return UnknownRoute(prospect.text)
     tried = "; ".join(f"{a.backend}: {discreet(a.outcome.text)}" for a in attempts)
     if attempts and prospect.kind is ProspectKind.EXHAUSTED:
         return AttemptsExhausted(
-            f"Every backend that could serve {call.model!r} failed: {tried}", retry_after_s=5.0
+            f"Every backend that could serve {model!r} failed: {tried}", retry_after_s=5.0
         )
     text = f"{prospect.text} Tried before: {tried}" if tried else prospect.text
     return NoBackend(text, retry_after_s=_sane(prospect.retry_in_s))

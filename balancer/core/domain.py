@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+OTHER = "other"  # the operation of a route that is in no table, and its label
+ALL = ("*",)  # globs that cover every name
+
 
 class Dialect(Enum):
     """Whose error shapes and stream shapes a route speaks."""
 
     OLLAMA = "ollama"
     OPENAI = "openai"
+    RESPONSES = "responses"  # OpenAI's newer one: the same errors, other streams
     ANTHROPIC = "anthropic"
 
 
@@ -27,9 +31,10 @@ class Kind(Enum):
     """Who answers a route."""
 
     ONE = "one"  # one backend, chosen by the scheduler
+    MANY = "many"  # every backend that it concerns: what changes what is installed
     MERGE = "merge"  # our own catalogue, a union over backends
     LOCAL = "local"  # we ourselves
-    LATER = "later"  # a route of Ollama's that we do not serve yet: 501, never forwarded
+    ACCOUNT = "account"  # the one backend that speaks for the account at ollama.com
 
 
 class Role(Enum):
@@ -59,6 +64,7 @@ class Route:
         stream_framing: How a streamed answer is framed; None: the route never streams.
         streams_by_default: Whether a body without ``stream`` asks for a stream.
         replayable: Whether a call that was sent may be sent again elsewhere before commit.
+        optional: Not every Ollama of today has it; where no backend has it, it is no route at all.
     """
 
     method: str
@@ -70,6 +76,12 @@ class Route:
     streams_by_default: bool = False
     replayable: bool = False
     role: Role = Role.USER
+    optional: bool = False
+
+    @property
+    def feature(self) -> str:
+        """What a backend has, or has not: routes that are in no table are told apart by path."""
+        return self.path if self.operation == OTHER else self.operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,10 @@ class Backend:
         allow: Globs over model names; a model must match one.
         deny: Globs over model names; a match rules the model out here.
         enabled: False: listed, never used.
+        source: Where it was written or found, for people.
+        store: Where it keeps its models, by a name of the operator's; empty: not said.
+        cloud: Cloud models go there, and what concerns the account.
+        provider: It is ollama.com itself: no host of ours, and nothing to load.
     """
 
     name: str
@@ -91,6 +107,10 @@ class Backend:
     allow: tuple[str, ...] = ("*",)
     deny: tuple[str, ...] = ()
     enabled: bool = True
+    source: str = ""
+    store: str = ""
+    cloud: bool = False
+    provider: bool = False
 
 
 class Switch(Enum):
@@ -128,19 +148,31 @@ class PlacementKey:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is asking. `name` is a key's name or ``anonymous``; never key material."""
+    """
+    Who is asking.
+
+    Args:
+        name: A key's name or ``anonymous``; never key material.
+        models: Globs over the models it may use.
+    """
 
     name: str
     role: Role
+    models: tuple[str, ...] = ALL
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Who may go on, the address it comes from, and the CORS headers its answer needs."""
+    """
+    Who may go on, and the address it comes from.
+
+    Args:
+        discreet: This caller is not told which backends there are.
+    """
 
     principal: Principal
     client: str
-    cors: tuple[tuple[str, str], ...] = ()
+    discreet: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,19 +62,19 @@ class OptionError(BalancerError):
 
 
 class Unauthorized(BalancerError):
-    """A key is needed and there is none, it is unknown, or too many wrong ones came before."""
+    """A key is needed and there is none, it is unknown or expired, or too many wrong ones came."""
 
     status = 401
     code = "unauthorized"
     retryable = False
     remedy = (
-        "Send a key as `Authorization: Bearer KEY` or `x-api-key: KEY`; after ten wrong ones "
-        "wait a minute."
+        "Send a key as the text says; new ones come from `ollama-balancer key new NAME`. After ten "
+        "wrong ones wait a minute."
     )
 
 
 class Forbidden(BalancerError):
-    """The caller may not do this: role, address, Host, Origin, or the rules of the backends."""
+    """The caller may not: role, models of its key, address, Host, Origin, rules of the backends."""
 
     status = 403
     code = "forbidden"
@@ -92,7 +92,7 @@ class UnknownModel(BalancerError):
     status = 404
     code = "model_not_found"
     retryable = False
-    remedy = "Check the name (the text has the closest that is there), or pull the model on a host."
+    remedy = "Check the name (the text has the closest that is there), or pull the model."
 
 
 class UnknownRoute(BalancerError):
@@ -132,7 +132,7 @@ class UnsupportedEncoding(BalancerError):
 
 
 class NotServed(BalancerError):
-    """The route is Ollama's, but the balancer does not serve it yet."""
+    """The route is Ollama's, but has no meaning for what would answer it."""
 
     status = 501
     code = "not_served"

@@ -31,7 +31,7 @@ class CallQueued(Event):
 
 @dataclass(frozen=True, slots=True)
 class LeaseGranted(Event):
-    """A call got a slot. `why`: only, warm, cold, failover, short-context."""
+    """A call got a slot. `why`: only, warm, cold, failover, short-context, other-weights."""
 
     call_id: str
     model: str
@@ -61,6 +61,7 @@ class CallEnded(Event):
     `outcome`: ok, client_abort, upstream_error, timeout, shed, rejected.
     `phase` (of a client_abort): queued, before_first_token, streaming.
     Times are seconds; `first_byte_s` and `duration_s` count from arrival.
+    `alias`: the name under which the model was asked for, if it is not its own.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class CallEnded(Event):
     error: str = ""
     inference: bool = False
     streaming: bool = False
+    alias: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +186,42 @@ class MemberLeft(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class HostPassedOver(Event):
+    """Discovery found a host that is no further backend. `note`: which, and why."""
+
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
 class SwitchMoved(Event):
-    """The operator turned a backend's switch."""
+    """The operator turned a backend's switch. `by`: the name of the key; may be empty."""
 
     backend: str
     switch: Switch
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendDrained(Event):
+    """The last that ran on a draining backend has ended."""
+
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakersReset(Event):
+    """The operator closed a backend's breakers, its models' included."""
+
+    backend: str
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchesLost(Event):
+    """The file that keeps the operator's switches could not be read, or not be written."""
+
+    path: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,3 +273,20 @@ class Mishap(Event):
 
 
 Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class OrderEnded(Event):
+    """
+    A change of what is installed was carried out, or broken off: what, and where.
+
+    `operation`: pull, push, create, copy, delete, blob. `by`: the key's name. `done`: the backends
+    that have done it; `failed`: those that have not, with their texts.
+    """
+
+    operation: str
+    model: str
+    by: str
+    done: tuple[str, ...]
+    failed: tuple[str, ...]
+    finished: bool

@@ -33,7 +33,21 @@ def field(body: bytes, content_type: str, wanted: str) -> str:
     Raises:
         BadRequest: Not a form, or not one that all readers would read alike.
     """
-    for head, value in _parts(body, _boundary(content_type)):
+    start, end = _place(body, content_type, wanted)
+    try:
+        return str(body[start:end], "utf-8")
+    except UnicodeDecodeError:
+        raise _unclear(f"the field {wanted!r} is not UTF-8") from None
+
+
+def replaced(body: bytes, content_type: str, wanted: str, value: str) -> bytes:
+    """The form with another value of that field, which is there; raises as `field` does."""
+    start, end = _place(body, content_type, wanted)
+    return b"%b%b%b" % (body[:start], value.encode(), body[end:])
+
+
+def _place(body: bytes, content_type: str, wanted: str) -> tuple[int, int]:
+    for head, start, end in _parts(body, _boundary(content_type)):
         disposition = _fields(head).get("content-disposition", "")
         kind, parameters = _parsed(disposition)
         if kind != "form-data" or parameters.get("name") != wanted:
@@ -41,13 +55,10 @@ def field(body: bytes, content_type: str, wanted: str) -> str:
         is_file = any(name.startswith("filename") for name in parameters)
         if is_file or "content-transfer-encoding" in _fields(head):
             raise _unclear(f"the field {wanted!r} is no plain text")
-        if len(value) > MOST_VALUE_BYTES:
+        if end - start > MOST_VALUE_BYTES:
             raise _unclear(f"the field {wanted!r} is too long")
-        try:
-            return str(value, "utf-8")
-        except UnicodeDecodeError:
-            raise _unclear(f"the field {wanted!r} is not UTF-8") from None
-    return ""
+        return start, end
+    return 0, 0
 
 
 def _unclear(why: str) -> BadRequest:
@@ -64,8 +75,8 @@ def _boundary(content_type: str) -> bytes:
     return b"--" + boundary.encode()
 
 
-def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Head and value of each part."""
+def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Each part's head, and where its value begins and ends."""
     opening = boundary + b"\r\n"
     if not body.startswith(opening):
         raise _unclear("it does not begin with the boundary")
@@ -78,7 +89,7 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, memoryview]]:
             raise _unclear("a part's head does not end")
         value_start = head_end + 4
         value_end = _next(body, delimiter, head_end + 2)
-        yield body[start:head_end], memoryview(body)[value_start : max(value_start, value_end)]
+        yield body[start:head_end], value_start, max(value_start, value_end)
         after = value_end + len(delimiter)
         if body.startswith(b"--", after):
             return

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 HOST: Final = "registry.ollama.ai"
 NAMESPACE: Final = "library"
@@ -138,6 +138,11 @@ def display(canonical: str) -> str:
     return _parse(canonical).display
 
 
+def without_source(text: str) -> str:
+    """A name as it was written, but for ``:cloud``, ``-cloud`` or ``:local`` at its end."""
+    return _split_source(text.strip(_SPACE))[0]
+
+
 def _split_source(text: str) -> tuple[str, str]:
     """The name without its source, and the source; empty: none was given."""
     base, colon, suffix = text.rpartition(":")
@@ -186,6 +191,17 @@ def matches(glob: str, name: ModelName) -> bool:
     if ":" not in pattern.rpartition("/")[2]:
         patterns.append(f"{pattern}:{TAG}")
     return any(fnmatchcase(form, each) for form in _forms(name) for each in patterns)
+
+
+def covered(globs: Iterable[str], canonical: str) -> bool:
+    """Whether any of the globs covers the model of that canonical name."""
+    name = _parse(canonical)
+    return any(matches(glob, name) for glob in globs)
+
+
+def visible(globs: Sequence[str], shown: Iterable[str]) -> list[str]:
+    """Of these names those that any of the globs covers."""
+    return [name for name in shown if covered(globs, _parse(name).canonical)]
 
 
 def _forms(name: ModelName) -> set[str]:

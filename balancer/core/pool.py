@@ -23,6 +23,7 @@ from balancer.core import names
 from balancer.core.breaker import Gate, Permit, Rule
 from balancer.core.catalog import Catalog
 from balancer.core.domain import (
+    ALL,
     Backend,
     BreakerState,
     Call,
@@ -37,7 +38,9 @@ from balancer.core.domain import (
 )
 from balancer.core.events import (
     AttemptEnded,
+    BackendDrained,
     BreakerMoved,
+    BreakersReset,
     CatalogChanged,
     CheckEnded,
     Emit,
@@ -52,10 +55,17 @@ from balancer.core.events import (
 from balancer.core.health import Health
 from balancer.core.load import Load as Load_
 from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
-from balancer.core.verdicts import Facts, Judgement, marks
+from balancer.core.verdicts import Facts, Judgement, is_cloud, marks
 from balancer.core.watchdog import Suspect, Watchdog
 
 UNFIT_WINDOW_S: Final = 60.0
+ANSWERS_IN_S: Final = 60.0  # so long after it joined, a silent backend may yet have any model
+BROKEN: Final = frozenset({"breaker", "model breaker"})  # of the codes of a `Bar`
+LASTING: Final = frozenset(
+    {"unread", "not listed", "cloud", "rule", "route", "weights", "excluded"}
+)
+PASSED_ON: Final = 1000  # calls at once on a model that no GPU of ours runs
+PROVIDER_INTERVAL_S: Final = 60.0  # the least between checks of what is not ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,7 @@ class ProspectKind(Enum):
     EXHAUSTED = "every backend that could was tried"
     FORBIDDEN = "the rules allow it nowhere"
     UNKNOWN = "no backend has the model"
+    NO_ROUTE = "no backend that has the model has the route, as Ollama may not have it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,35 @@ class Prospect:
     text: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Why a backend may not serve a call now: *code* for programs, *text* for people."""
+
+    code: str
+    text: str
+
+
+LACKS: Final = Bar("lacks", "does not serve this model")
+STRANGE: Final = Bar("weights", "has other weights of this model")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """
+    How one backend stands to a call.
+
+    Args:
+        bar: None: it may serve it now.
+        returns_in_s: When it may again; 0: now; inf: nobody knows.
+        candidate: As a scheduler sees it, or would.
+    """
+
+    backend: str
+    bar: Bar | None
+    returns_in_s: float
+    candidate: Candidate
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """
@@ -117,6 +157,9 @@ class Lease:
     `settle` is synchronous and idempotent, and must be called; a lease that is dropped without
     it warns. `on_revoke` is the holder's: called when the backend is confirmed dead or hung and
     this call has not had a byte.
+
+    Args:
+        remote: The backend only passes the call on, to where the model runs.
     """
 
     backend: Backend
@@ -126,7 +169,8 @@ class Lease:
     granted_at: float
     cold: bool
     _pool: Pool = field(repr=False)
-    _permits: tuple[Permit, Permit] = field(repr=False)
+    _permits: tuple[Permit, ...] = field(repr=False)
+    remote: bool = False
     on_revoke: Callable[[Judgement], None] | None = None
     others_move: bool = False  # revoked for its model's silence; other models there make progress
     began: bool = False
@@ -164,7 +208,7 @@ class Loading:
     key: PlacementKey
     since: float
     why: str
-    permits: tuple[Permit, Permit] | None
+    permits: tuple[Permit, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +237,7 @@ class Member:
     unfit: dict[str, float] = field(default_factory=dict)
     suspects: set[str] = field(default_factory=set)
     trouble: str = ""  # why it refuses us, if it does
+    joined_at: float = 0.0
 
     @property
     def name(self) -> str:
@@ -210,6 +255,7 @@ class BreakerView:
     retry_in_s: float
     trips: int
     stale: int
+    trial: str = ""  # when the next is, for people; empty while closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +281,8 @@ class BackendView:
     loaded: tuple[str, ...]
     vram_bytes: int
     trouble: str
+    source: str = ""
+    cloud: bool = False
 
 
 class Pool:
@@ -296,23 +344,29 @@ class Pool:
             else:
                 member.backend = new
                 member.load.configured = new.slots
-                member.health.configure(
-                    self.settings.interval_s, self.settings.fall, self.settings.rise
-                )
+                interval_s = self._interval_s(new)
+                member.health.configure(interval_s, self.settings.fall, self.settings.rise)
         for name, backend in wanted.items():
             if name not in self.members:
                 joined.append(name)
                 self.members[name] = self._member(backend)
                 self.catalog.join(name)
                 self._emit(MemberJoined(self.now(), name, backend.url))
+        for name in wanted:  # who comes first is who speaks for the account
+            self.members[name] = self.members.pop(name)
         self._touch()
         return joined, left
 
     def _member(self, backend: Backend) -> Member:
         s = self.settings
-        health = Health(self.now, self._rng, s.interval_s, s.fall, s.rise)
+        health = Health(self.now, self._rng, self._interval_s(backend), s.fall, s.rise)
         gate = self._gate(backend.name, None, s.host)
-        return Member(backend, health, gate, Load_(self.now, backend.slots))
+        load = Load_(self.now, backend.slots)
+        return Member(backend, health, gate, load, joined_at=self.now())
+
+    def _interval_s(self, backend: Backend) -> float:
+        interval_s = self.settings.interval_s
+        return max(interval_s, PROVIDER_INTERVAL_S) if backend.provider else interval_s
 
     def _gate(self, name: str, model: str | None, settings: GateSettings) -> Gate:
         def moved(old: BreakerState, new: BreakerState, reason: str, retry_in_s: float) -> None:
@@ -353,6 +407,7 @@ class Pool:
         return any(
             other.name != name
             and other.backend.enabled
+            and not other.backend.provider
             and other.health.up
             and other.gate.state is BreakerState.CLOSED
             and other.switch is Switch.SERVING
@@ -389,11 +444,45 @@ class Pool:
 
     def candidates(self, call: Call, excluded: frozenset[str]) -> list[Candidate]:
         """Backends that may serve *call* now."""
-        return [
-            self._candidate(member, call)
-            for member in self.members.values()
-            if self._bar(member, call, excluded) is None
-        ]
+        bars = self._bars(call, excluded, self._bar)
+        return [self._candidate(member, call) for member, bar in bars if bar is None]
+
+    def _bars(
+        self,
+        call: Call,
+        excluded: frozenset[str],
+        bar: Callable[[Member, Call, frozenset[str]], Bar | None],
+    ) -> list[tuple[Member, Bar | None]]:
+        """
+        Every member, and why it may not serve *call* now; *bar* says it of one by itself.
+
+        Vectors of different weights do not compare, so embeddings never leave theirs; other calls
+        do when nobody else can serve them now.
+        """
+        bars = [(member, bar(member, call, excluded)) for member in self.members.values()]
+        strange = self.strangers(call)
+        any_usual = any(bar is None and m.name not in strange for m, bar in bars)
+        if strange and (call.embedding or any_usual):
+            return [
+                (m, STRANGE if m.name in strange and (b is None or call.embedding) else b)
+                for m, b in bars
+            ]
+        return bars
+
+    def strangers(self, call: Call) -> frozenset[str]:
+        """
+        Backends with other weights of the model than those its calls stay on.
+
+        They stay on what most backends have that could serve the call; one that is merely away
+        counts, so that an outage moves nothing, one that is disabled does not.
+        """
+        model = call.key.model
+        if model not in self.catalog.conflicts():
+            return frozenset()
+        holders = [m for m in self.members.values() if self._holds(m, call)]
+        counted = [m.name for m in holders if m.backend.enabled and m.switch is not Switch.DISABLED]
+        usual = self.catalog.usual_digest(model, counted or [m.name for m in holders])
+        return frozenset(m.name for m in holders if self.catalog.digest(m.name, model) != usual)
 
     def _candidate(self, member: Member, call: Call) -> Candidate:
         model = call.key.model
@@ -401,8 +490,8 @@ class Pool:
             backend=member.name,
             residency=self.residency(member, call.key),
             in_flight=member.load.in_flight(model),
-            slots=_slots(member, model),
-            host_in_flight=member.load.in_flight(),
+            slots=self._slots(member, model),
+            host_in_flight=self._at_work(member),
             load_token=member.loading is None,
             first_byte_s=member.load.first_byte_s(model),
             context=self.catalog.known_context(member.name, call.key),
@@ -414,15 +503,64 @@ class Pool:
         """Where *key* is on that member, our own loads included."""
         if member.loading is not None and member.loading.key == key:
             return Residency.LOADING
+        if is_cloud(key.model):
+            return Residency.LOADED
         return self.catalog.residency(member.name, key)
+
+    def _at_work(self, member: Member) -> int:
+        """Calls there that it does not merely pass on."""
+        counts = member.load.counts()
+        return sum(n for model, n in counts.items() if not self.is_remote(member.name, model))
+
+    def _slots(self, member: Member, model: str) -> int:
+        """Believed slots; one where only being the last one standing keeps the breaker closed."""
+        if self.is_remote(member.name, model):
+            return PASSED_ON
+        return 1 if member.gate.one_at_a_time else member.load.slots(model)
+
+    def is_remote(self, backend: str, model: str) -> bool:
+        """Whether the backend only passes calls for *model* on, to ollama.com."""
+        return is_cloud(model) or self.catalog.is_stub(backend, model)
+
+    def serves(self, member: Member, model: str) -> bool:
+        """
+        Whether calls for *model* go there.
+
+        Cloud models go to the backends that are marked for them, whatever those list. Where none
+        is, to the first that lists a stub and to no other: the next one's account is another. One
+        that is alone needs neither.
+        """
+        if not is_cloud(model):
+            return self.catalog.lists(member.name, model)
+        marked = self._marked()
+        if marked:
+            return member in marked
+        listing = (m for m in self.members.values() if self.catalog.lists(m.name, model))
+        return member is next(listing, None)
+
+    def _marked(self) -> list[Member]:
+        """The backends for cloud models and the account; with one alone there is no doubt."""
+        members = list(self.members.values())
+        return [m for m in members if m.backend.cloud] or (members if len(members) == 1 else [])
+
+    def holders(self, model: str) -> list[Member]:
+        """The backends that calls for *model* go to, those that are away included."""
+        return [member for member in self.members.values() if self.serves(member, model)]
+
+    def account(self) -> Member | None:
+        """Who speaks for the account: the first that is marked for it, of those that are up."""
+        marked = self._marked()
+        usable = [m for m in marked if m.backend.enabled and m.switch is not Switch.DISABLED]
+        up = [m for m in usable if m.health.up]
+        return next(iter(up or usable), None)
 
     def _holds(self, member: Member, call: Call) -> bool:
         """Whether it has the model, the route and the right: what waiting cannot change."""
         model = call.key.model
         return (
-            self.catalog.lists(member.name, model)
+            self.serves(member, model)
             and self.allows(member.backend, model)
-            and self.catalog.supports(member.name, call.route.operation)
+            and self.catalog.supports(member.name, call.route.feature)
         )
 
     @staticmethod
@@ -433,36 +571,76 @@ class Pool:
             names.matches(glob, name) for glob in backend.deny
         )
 
-    def _bar(self, member: Member, call: Call, excluded: frozenset[str]) -> str | None:
-        """Why *member* may not serve *call* now, for people; None: it may."""
+    def _bar(self, member: Member, call: Call, excluded: frozenset[str]) -> Bar | None:
+        """As `bar`, for a call that is there: a broken backend remembers what was asked for."""
         if not self._holds(member, call):
-            return "does not serve this model"
+            return LACKS  # what, only people want to know, and this is asked often
+        bar = self._unready(member, call, excluded)
+        broken = bar is not None and bar.code in BROKEN
+        if broken and not self.is_remote(member.name, call.key.model):
+            _note_asked(member, call.key)
+        return bar
+
+    def bar(self, member: Member, call: Call, excluded: frozenset[str]) -> Bar | None:
+        """Why *member* may not serve *call* now; None: it may."""
+        if not self._holds(member, call):
+            return self._lack(member, call)
+        return self._unready(member, call, excluded)
+
+    def _unready(self, member: Member, call: Call, excluded: frozenset[str]) -> Bar | None:
         if member.name in excluded:
-            return "was tried"
+            return Bar("excluded", "was tried")
         return self._away(member, call)
 
-    def _away(self, member: Member, call: Call) -> str | None:
+    def _lack(self, member: Member, call: Call) -> Bar:
+        """What *member* lacks to ever serve *call*."""
+        model = call.key.model
+        if is_cloud(model) and not self.serves(member, model):
+            return Bar("cloud", "is not where this cloud model goes (cloud: true)")
+        if not is_cloud(model) and not self.catalog.was_read(member.name):
+            error = member.health.last_error
+            return Bar("unread", f"its models are not known yet{f': {error}' if error else ''}")
+        if not self.serves(member, model):
+            return Bar("not listed", "does not have this model")
+        if not self.allows(member.backend, model):
+            return Bar("rule", "its allow and deny rules rule this model out")
+        return Bar("route", f"its Ollama does not know {call.route.path}")
+
+    def _away(self, member: Member, call: Call) -> Bar | None:
         """Why *member*, which has the model, cannot serve it at this moment."""
         model = call.key.model
         if not member.backend.enabled or member.switch is Switch.DISABLED:
-            return "disabled"
+            return Bar("disabled", "disabled")
         if member.switch is Switch.DRAINING:
-            return "draining"
+            return Bar("draining", "draining")
         if not member.health.up:
-            return f"down, {member.health.last_error or 'not checked yet'}"
+            check_s = math.ceil(member.health.due_in())
+            soon = f", next check in {check_s} s" if check_s else ""
+            return Bar("down", f"down, {member.health.last_error or 'not checked yet'}{soon}")
         if member.gate.state is not BreakerState.CLOSED:
-            _note_asked(member, call.key)
-            return f"breaker open ({member.gate.reason}), {_next_trial(member.gate)}"
+            told = f"({member.gate.reason}), {_next_trial(member.gate)}"
+            return Bar("breaker", f"breaker open {told}")
         gate = member.models.get(model)
         if gate is not None and gate.state is not BreakerState.CLOSED:
-            _note_asked(member, call.key)
-            return f"breaker of this model open ({gate.reason}), {_next_trial(gate)}"
+            told = f"({gate.reason}), {_next_trial(gate)}"
+            return Bar("model breaker", f"breaker of this model open {told}")
         if model in member.suspects:
-            return "silent, a canary is under way"
+            return Bar("suspect", "silent, a canary is under way")
         cooling_s = member.load.cooling_s(model)
         if cooling_s > 0:
-            return f"busy, cooling off for {math.ceil(cooling_s)} s"
+            return Bar("cooling", f"busy, cooling off for {math.ceil(cooling_s)} s")
         return None
+
+    def standings(self, call: Call, excluded: frozenset[str]) -> list[Standing]:
+        """How every backend stands to *call*, which need not exist: nothing remembers it."""
+        found = []
+        for member, bar in self._bars(call, excluded, self.bar):
+            returns_in_s = 0.0
+            if bar is not None:
+                returns_in_s = math.inf if bar.code in LASTING else self._returns_in(member, call)
+            standing = Standing(member.name, bar, returns_in_s, self._candidate(member, call))
+            found.append(standing)
+        return found
 
     def _returns_in(self, member: Member, call: Call) -> float:
         """Seconds until *member* may serve *call* again; inf: only an operator can tell."""
@@ -474,14 +652,19 @@ class Pool:
         waits = [_trial_in(member.gate), member.load.cooling_s(call.key.model)]
         return max([*waits, _trial_in(gate)] if gate is not None else waits)
 
-    def prospect(self, call: Call, excluded: frozenset[str]) -> Prospect:
-        """What waiting may bring *call*."""
-        if any(self._bar(m, call, excluded) is None for m in self.members.values()):
+    def prospect(self, call: Call, excluded: frozenset[str], *, exists: bool = True) -> Prospect:
+        """What waiting may bring *call*; one that does not *exist* leaves no trace."""
+        bar = self._bar if exists else self.bar
+        if any(barred is None for _, barred in self._bars(call, excluded, bar)):
             return Prospect(ProspectKind.OPEN)
-        holders = [m for m in self.members.values() if self._holds(m, call)]
+        strange = self.strangers(call) if call.embedding else frozenset()
+        holders = [
+            m for m in self.members.values() if m.name not in strange and self._holds(m, call)
+        ]
         left = [m for m in holders if m.name not in excluded]
         if left:
-            why = "; ".join(f"{m.name}: {discreet(self._away(m, call) or '')}" for m in left)
+            bars = ((m, self._away(m, call)) for m in left)
+            why = "; ".join(f"{m.name}: {discreet(bar.text if bar else '')}" for m, bar in bars)
             retry_in_s = min(self._returns_in(m, call) for m in left)
             hint = "" if math.isinf(retry_in_s) else f" Retry after {max(1, round(retry_in_s))} s."
             text = f"No backend can serve {call.model!r} now ({why}).{hint}"
@@ -491,35 +674,77 @@ class Pool:
         return self._nowhere(call)
 
     def _nowhere(self, call: Call) -> Prospect:
+        unasked = self._unasked()
+        if unasked is not None:
+            return unasked
+        model = call.key.model
+        listing = [m for m in self.members.values() if self.serves(m, model)]
+        if any(self.allows(m.backend, model) for m in listing):
+            text = f"No backend with {call.model!r} serves {call.route.path}; update Ollama there."
+            kind = ProspectKind.NO_ROUTE if call.route.optional else ProspectKind.AWAY
+            return Prospect(kind, math.inf, text)
+        if listing:
+            text = f"No backend may serve {call.model!r}: the allow and deny rules rule it out."
+            return Prospect(ProspectKind.FORBIDDEN, text=text)
+        quote = '"' if call.route.operation in ("embed", "embeddings") else "'"
+        return self.absent(call.model, model, quote, call.principal.models)
+
+    def absent(
+        self, shown: str, canonical: str, quote: str = "'", globs: Sequence[str] = ALL
+    ) -> Prospect:
+        """
+        What becomes of a call for a model that no backend is known to have.
+
+        "Not found" only if all were asked: a backend that never answered may have it.
+
+        Args:
+            shown: The name as the text is to have it.
+            quote: Around it, as Ollama has it on that route.
+            globs: Over the models that the caller may hear of.
+        """
+        unasked = self._unasked()
+        if unasked is not None:
+            return unasked
+        near = names.closest(shown, names.visible(globs, self.catalog.offered()))
+        hint = f" Closest: {near}" if near else ""
+        silent = [m for m in self.members.values() if self._may_have(m, canonical)]
+        if silent:
+            told = "; ".join(
+                f"{m.name}: {discreet(m.health.last_error or 'its models are not read yet')}"
+                for m in silent
+            )
+            text = f"Nobody has {shown!r}, but not all backends have answered yet ({told}).{hint}"
+            return Prospect(ProspectKind.AWAY, math.inf, text)
+        count = len(self.members)
+        where = "" if count == 1 else f" on any of {count} backends"
+        advice = self._how_to_pull(shown, canonical)
+        if is_cloud(canonical):
+            advice += ", or mark a backend that is signed in to ollama.com with cloud: true"
+        text = f"model {quote}{shown}{quote} not found{where}, {advice}"
+        return Prospect(ProspectKind.UNKNOWN, text=f"{text}.{hint}" if hint else text)
+
+    def _how_to_pull(self, shown: str, canonical: str) -> str:
+        """Begins with Ollama's own advice, which clients show, and says where a pull goes."""
+        hosts = [m.backend for m in self.members.values() if not m.backend.provider]
+        goes = sum(host.enabled and self.allows(host, canonical) for host in hosts)
+        many = "all" if goes == len(hosts) else f"{goes} of"
+        reach = f" goes to {many} {len(hosts)}" if len(hosts) > 1 else ""
+        return f"try pulling it first (ollama pull {shown}{reach})"
+
+    def _unasked(self) -> Prospect | None:
         if not self.members:
             return Prospect(ProspectKind.AWAY, math.inf, "There is no backend yet.")
         if not self.catalog.settled():
             return Prospect(ProspectKind.AWAY, 0.5, "The backends have not been asked yet.")
-        model = call.key.model
-        listing = [m for m in self.members.values() if self.catalog.lists(m.name, model)]
-        if any(self.allows(m.backend, model) for m in listing):
-            text = f"No backend with {call.model!r} serves {call.route.path}; update Ollama there."
-            return Prospect(ProspectKind.AWAY, math.inf, text)
-        if listing:
-            text = f"No backend may serve {call.model!r}: the allow and deny rules rule it out."
-            return Prospect(ProspectKind.FORBIDDEN, text=text)
-        close = names.closest(call.model, self.catalog.names())
-        hint = f". Closest: {close}" if close else ""
-        quote = '"' if call.route.operation in ("embed", "embeddings") else "'"
-        text = (
-            f"model {quote}{call.model}{quote} not found{self._where()}, try pulling it first{hint}"
-        )
-        return Prospect(ProspectKind.UNKNOWN, text=text + self._unread())
+        return None
 
-    def _where(self) -> str:
-        n = len(self.members)
-        return "" if n == 1 else f" on any of {n} backends"
-
-    def _unread(self) -> str:
-        """Who may have a model that nobody else has: backends that never told what they list."""
-        silent = [m for m in self.members.values() if not self.catalog.was_read(m.name)]
-        told = ", ".join(f"{m.name}: {m.health.last_error or 'not read yet'}" for m in silent)
-        return f" (not asked yet, because they did not answer: {told})" if told else ""
+    def _may_have(self, member: Member, model: str) -> bool:
+        """Whether it never told what it lists, and might be used for *model* if it has it."""
+        is_closed = not member.backend.enabled or member.switch is Switch.DISABLED
+        unread = not is_closed and not self.catalog.was_read(member.name)
+        if unread and not member.health.up and self.now() - member.joined_at > ANSWERS_IN_S:
+            return False  # a computer that is switched off must not make a 503 of every typo
+        return unread and self.allows(member.backend, model)
 
     def has_room(self, call: Call) -> bool:
         """Whether a copy in memory has a free slot."""
@@ -550,26 +775,34 @@ class Pool:
         member = self.members.get(backend)
         if member is None or self._bar(member, call, frozenset()) is not None:
             return None
+        if call.embedding and backend in self.strangers(call):
+            return None
         model = call.key.model
-        is_full = member.load.in_flight(model) >= _slots(member, model)
-        permits = None if is_full else self._permits(member, model)
+        remote = self.is_remote(backend, model)
+        is_full = member.load.in_flight(model) >= self._slots(member, model)
+        permits = None if is_full else self._permits(member, None if remote else model)
         if permits is None:
             return None
         now = self.now()
         cold = why == "cold"
-        lease = Lease(member.backend, call, number, why, now, cold, self, permits)
+        lease = Lease(member.backend, call, number, why, now, cold, self, permits, remote)
         member.load.enter(model)
         member.leases[lease] = None
+        if remote:  # its silence says nothing of what runs here
+            return lease
         answer_tokens = 0 if call.embedding else call.output_tokens
         self.watchdog.began(
             id(lease), backend, model, call.prompt_tokens, call.streaming, answer_tokens
         )
         return lease
 
-    def _permits(self, member: Member, model: str) -> tuple[Permit, Permit] | None:
+    def _permits(self, member: Member, model: str | None) -> tuple[Permit, ...] | None:
+        """Of the backend's breaker and the model's; *model* None: it has none here."""
         host = member.gate.acquire()
         if host is None:
             return None
+        if model is None:
+            return (host,)
         own = self._model_gate(member, model).acquire()
         if own is None:
             host.settle(Mark.NEITHER)
@@ -589,7 +822,7 @@ class Pool:
             member, key = self._member_of(lease), lease.call.key
             wait_s = self.now() - lease.granted_at
             self.note(FirstByte(lease.backend.name, key, wait_s))
-            if member is not None and lease.call.streaming:
+            if member is not None and lease.call.streaming and not lease.remote:
                 member.load.note_first_byte(key.model, wait_s)
 
     def _member_of(self, lease: Lease) -> Member | None:
@@ -597,7 +830,7 @@ class Pool:
         member = self.members.get(lease.backend.name)
         return member if member is not None and lease in member.leases else None
 
-    def _settle(self, lease: Lease, outcome: Outcome, permits: tuple[Permit, Permit]) -> None:
+    def _settle(self, lease: Lease, outcome: Outcome, permits: tuple[Permit, ...]) -> None:
         call = lease.call
         busy_s = self.now() - lease.granted_at
         self.watchdog.ended(id(lease))
@@ -607,7 +840,11 @@ class Pool:
             del member.leases[lease]
             member.load.leave(call.key.model)
             spared = lease.others_move
-            self._conclude(member, call.key, call.route.operation, outcome, permits, spared)
+            if lease.remote:
+                self._conclude_remote(member, call.route.feature, outcome, permits[0])
+            else:
+                self._conclude(member, call.key, call.route.feature, outcome, permits, spared)
+            self._tell_drained(member)
         else:  # the backend left the pool while the call ran
             for permit in permits:
                 permit.settle(Mark.NEITHER)
@@ -624,13 +861,31 @@ class Pool:
         )
         self._touch()
 
+    def _conclude_remote(
+        self, member: Member, feature: str, outcome: Outcome, permit: Permit
+    ) -> None:
+        """
+        What follows for a backend that only passed a call on.
+
+        That it could not be reached is its own fault. Everything else, in whatever words, may be
+        the provider's, the account's or the way's: no GPU here had a part in it.
+        """
+        verdict = outcome.verdict
+        if verdict is Verdict.NO_ROUTE and feature:
+            self.catalog.note_no_route(member.name, feature)
+        if member.backend.provider and verdict is Verdict.OK:
+            member.trouble = ""
+        if member.backend.provider and outcome.status in (401, 403):
+            member.trouble = f"refuses us: {outcome.text}"
+        permit.settle(Mark.BLAME if outcome.unreached else Mark.NEITHER, 1, outcome.text)
+
     def _conclude(
         self,
         member: Member,
         key: PlacementKey,
-        operation: str,
+        feature: str,
         outcome: Outcome,
-        permits: tuple[Permit, Permit] | None,
+        permits: tuple[Permit, ...] | None,
         others_move: bool = False,  # noqa: FBT001, FBT002 - a fact among others
     ) -> None:
         """Everything that follows from an outcome on this member."""
@@ -661,8 +916,8 @@ class Pool:
                 member.asked.pop(model, None)
                 self.catalog.note_missing(member.name, model)
                 self.refresh(member.name)
-            case Verdict.NO_ROUTE if operation:
-                self.catalog.note_no_route(member.name, operation)
+            case Verdict.NO_ROUTE if feature:
+                self.catalog.note_no_route(member.name, feature)
             case Verdict.UNFIT:
                 self.catalog.note_unloaded(member.name, model)
                 self.refresh(member.name)
@@ -725,6 +980,7 @@ class Pool:
         self._emit(
             LoadEnded(self.now(), backend, names.display(key.model), ok, load_s, outcome.text)
         )
+        self._tell_drained(member)
         self.refresh(backend)
         self.version += 1
         if loading.permits is None:
@@ -895,18 +1151,47 @@ class Pool:
 
     # -- the operator --------------------------------------------------------------------------
 
-    def turn(self, name: str, switch: Switch) -> None:
-        """Turn a backend's switch. Raises KeyError for an unknown name."""
-        self.members[name].switch = switch
-        self._emit(SwitchMoved(self.now(), name, switch))
-        self._touch()
+    def turn(self, name: str, switch: Switch, by: str = "") -> bool:
+        """
+        Turn a backend's switch; False: it stood there already.
 
-    def reset(self, name: str) -> None:
-        """Close a backend's breakers by hand. Raises KeyError for an unknown name."""
+        Args:
+            by: Who does it, for the log.
+
+        Raises:
+            KeyError: For an unknown name.
+        """
         member = self.members[name]
-        for gate in (member.gate, *member.models.values()):
+        moved = member.switch is not switch
+        if moved:
+            member.switch = switch
+            self._emit(SwitchMoved(self.now(), name, switch, by))
+            self._tell_drained(member)
+        self._touch()
+        return moved
+
+    def _tell_drained(self, member: Member) -> None:
+        if member.switch is Switch.DRAINING and not member.leases and member.loading is None:
+            self._emit(BackendDrained(self.now(), member.name))
+
+    def reset(self, name: str, by: str = "") -> bool:
+        """
+        Close a backend's breakers by hand, and its models'; False: none was open.
+
+        Args:
+            by: Who does it, for the log.
+
+        Raises:
+            KeyError: For an unknown name.
+        """
+        member = self.members[name]
+        gates = (member.gate, *member.models.values())
+        any_open = any(gate.state is not BreakerState.CLOSED for gate in gates)
+        self._emit(BreakersReset(self.now(), name, by))
+        for gate in gates:
             gate.reset()
         self._touch()
+        return any_open
 
     # -- seeing --------------------------------------------------------------------------------
 
@@ -929,9 +1214,26 @@ class Pool:
         """Every member as it is now."""
         return [self._view(member) for member in self.members.values()]
 
+    def view(self, name: str) -> BackendView:
+        """One of them. Raises KeyError for an unknown name."""
+        return self._view(self.members[name])
+
+    def _trial_told(self, member: Member, model: str | None, gate: Gate) -> str:
+        """When the next trial is; a backend that is down or disabled has none, and waits."""
+        if gate.state is BreakerState.CLOSED:
+            return ""
+        if not member.backend.enabled or member.switch is Switch.DISABLED:
+            return "no trial while it is disabled"
+        if not member.health.up:
+            return "a trial when it is up again"
+        if model is not None and member.gate.state is not BreakerState.CLOSED:
+            return "a trial once the backend's own breaker is closed"
+        if model is not None and not gate.retry_in() and not self._worth_a_trial(member, model):
+            return "a trial when a call asks for it"
+        return _next_trial(gate)
+
     def _view(self, member: Member) -> BackendView:
-        gates: list[tuple[str | None, Gate]] = [(None, member.gate)]
-        gates += [(names.display(model), gate) for model, gate in member.models.items()]
+        gates: list[tuple[str | None, Gate]] = [(None, member.gate), *member.models.items()]
         loading = member.loading
         now = self.now()
         return BackendView(
@@ -946,7 +1248,15 @@ class Pool:
             slots=member.backend.slots,
             in_flight={names.display(m): n for m, n in member.load.counts().items()},
             breakers=tuple(
-                BreakerView(model, g.state, g.reason, g.retry_in(), g.trips, g.stale)
+                BreakerView(
+                    None if model is None else names.display(model),
+                    g.state,
+                    g.reason,
+                    g.retry_in(),
+                    g.trips,
+                    g.stale,
+                    self._trial_told(member, model, g),
+                )
                 for model, g in gates
             ),
             loading=None if loading is None else names.display(loading.key.model),
@@ -957,6 +1267,8 @@ class Pool:
             loaded=tuple(names.display(m) for m in self.catalog.loaded(member.name)),
             vram_bytes=self.catalog.vram(member.name),
             trouble=member.trouble,
+            source=member.backend.source,
+            cloud=member.backend.cloud,
         )
 
 
@@ -975,11 +1287,6 @@ def _note_asked(member: Member, key: PlacementKey) -> None:
     known = member.asked.get(key.model)
     if known is None or not key.options:
         member.asked[key.model] = key
-
-
-def _slots(member: Member, model: str) -> int:
-    """Believed slots; one where only being the last one standing keeps the breaker closed."""
-    return 1 if member.gate.one_at_a_time else member.load.slots(model)
 
 
 def _rule(settings: GateSettings) -> Rule:

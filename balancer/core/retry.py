@@ -91,13 +91,21 @@ class Budget:
             self._slices.popleft()
 
 
-def again(call: Call, attempts: Sequence[Attempt], budget: Budget, *, unsent: bool = False) -> bool:
+def again(
+    call: Call,
+    attempts: Sequence[Attempt],
+    budget: Budget,
+    *,
+    unsent: bool = False,
+    earlier: int = 0,
+) -> bool:
     """
     Whether *call* may be tried once more, on a backend that is not `excluded`.
 
     If so, the repeat is paid for from *budget*. *attempts* are all so far, the last one just ended,
     nothing of it passed on; *unsent* says that nothing of its request had gone out, which is what
-    a call that is not replayable needs, unless the backend does not even know the route.
+    a call that is not replayable needs, unless the backend does not even know the route. The loads
+    of the *earlier* attempts count no more: they were of other models.
     """
     last = attempts[-1]
     untouched = unsent or last.outcome.verdict is Verdict.NO_ROUTE
@@ -105,7 +113,7 @@ def again(call: Call, attempts: Sequence[Attempt], budget: Budget, *, unsent: bo
         return False
     if call.deadline is not None and last.outcome.ended_at >= call.deadline:
         return False
-    if not _allowed(attempts) or _worn_out(attempts):
+    if not _allowed(attempts) or _worn_out(attempts, earlier):
         return False
     return _is_free(attempts) or budget.spend(_cost(last), last.outcome.verdict.value)
 
@@ -135,12 +143,12 @@ def _allowed(attempts: Sequence[Attempt]) -> bool:
     return before in (Before.ANOTHER, Before.SAME_FRESH)
 
 
-def _worn_out(attempts: Sequence[Attempt]) -> bool:
+def _worn_out(attempts: Sequence[Attempt], earlier: int) -> bool:
     """Whether the call has done enough harm, or taken enough time."""
     outcomes = [attempt.outcome for attempt in attempts]
     return (
         sum(o.crash for o in outcomes) >= MAX_CRASHES
-        or sum(o.caused_load for o in outcomes) >= MAX_LOADS
+        or sum(o.caused_load for o in outcomes[earlier:]) >= MAX_LOADS
         or sum(o.ended_at - o.sent_at > LONG_S for o in outcomes) >= MAX_LONG
     )
 

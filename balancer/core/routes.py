@@ -34,8 +34,13 @@ def _read(method: str, path: str, operation: str, dialect: Dialect = _N) -> Rout
     return Route(method, path, dialect, operation, Kind.MERGE, replayable=True)
 
 
-def _later(method: str, path: str, operation: str, dialect: Dialect = _N) -> Route:
-    return Route(method, path, dialect, operation, Kind.LATER, role=Role.ADMIN)
+def _account(method: str, path: str, operation: str) -> Route:
+    return Route(method, path, _N, operation, Kind.ACCOUNT, role=Role.ADMIN)
+
+
+def _managed(method: str, path: str, operation: str) -> Route:
+    """Who may do it is a setting, and looked up by who does it."""
+    return Route(method, path, _N, operation, Kind.MANY)
 
 
 TABLE: Final[tuple[Route, ...]] = (
@@ -60,20 +65,20 @@ TABLE: Final[tuple[Route, ...]] = (
     _v1("/v1/messages", "v1_messages", _A, streams=True),
     replace(_v1("/v1/messages/count_tokens", "v1_count_tokens", _A, streams=False), optional=True),
     _v1("/v1/audio/transcriptions", "v1_transcriptions", streams=False),
-    _later("POST", "/api/pull", "pull"),
-    _later("POST", "/api/push", "push"),
-    _later("POST", "/api/create", "create"),
-    _later("POST", "/api/copy", "copy"),
-    _later("DELETE", "/api/delete", "delete"),
-    _later("HEAD", "/api/blobs/{digest}", "blobs"),
-    _later("POST", "/api/blobs/{digest}", "blobs"),
-    _later("POST", "/api/me", "me"),
-    _later("POST", "/api/signout", "signout"),
-    _later("DELETE", "/api/user/keys/{key}", "signout"),
-    _later("GET", "/api/status", "cloud_status"),
-    _later("POST", "/api/experimental/web_search", "web_search"),
-    _later("POST", "/api/experimental/web_fetch", "web_fetch"),
-    _later("GET", "/api/experimental/model-recommendations", "recommendations"),
+    _managed("POST", "/api/pull", "pull"),
+    _managed("POST", "/api/push", "push"),
+    _managed("POST", "/api/create", "create"),
+    _managed("POST", "/api/copy", "copy"),
+    _managed("DELETE", "/api/delete", "delete"),
+    _managed("HEAD", "/api/blobs/{digest}", "blobs"),
+    _managed("POST", "/api/blobs/{digest}", "blobs"),
+    _account("POST", "/api/me", "me"),
+    _account("POST", "/api/signout", "signout"),
+    _account("DELETE", "/api/user/keys/{key}", "signout"),
+    _account("GET", "/api/status", "cloud_status"),
+    _account("POST", "/api/experimental/web_search", "web_search"),
+    _account("POST", "/api/experimental/web_fetch", "web_fetch"),
+    _account("GET", "/api/experimental/model-recommendations", "recommendations"),
 )
 
 EMBEDDING: Final = frozenset({"embed", "embeddings", "v1_embeddings"})
@@ -85,7 +90,7 @@ ZSTD: Final = frozenset(
 FREE_FORM: Final = frozenset({"v1_transcriptions", OTHER})
 
 KEYED: Final = "/k/"  # what follows, up to the next slash, is an API key
-_KEY_IN_PATH = re.compile(r"(?:/|%2f)+(?:k|%6b|%4b)(?:/|%2f)+(?!\*\*\*(?:/|$))[^/?]+", re.IGNORECASE)
+_KEY_IN_PATH = re.compile(r"(?:/|%2f)+(?:k|%6b|%4b)(?:/|%2f)+[^/?]+", re.IGNORECASE)
 _PLAIN = re.compile(r"/(?:api|v1)(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_~.-]{1,64}){1,8}")
 _CLOSED: Final = "/api/experimental/"  # acts on a host or for its account
 
@@ -101,6 +106,8 @@ def other(method: str, path: str) -> Route | None:
     """The route of a path that is in no row; None: it is none. Sent once, nobody else is asked."""
     if method != "POST" or path.startswith(_CLOSED) or not _PLAIN.fullmatch(path):
         return None
+    if without_key(path) != path:
+        return None  # a key in the wrong place: no backend may see it
     return Route(method, path, dialect_of(path), OTHER, Kind.ONE, optional=True)
 
 
@@ -109,7 +116,7 @@ def split_key(path: str) -> tuple[str, str]:
     if not path.startswith(KEYED):
         return "", path
     key, _, rest = path.removeprefix(KEYED).partition("/")
-    return key, f"/{rest}"
+    return (key, f"/{rest}") if key else ("", path)
 
 
 def without_key(path: str) -> str:

@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Final, Protocol
 
 from balancer.core.domain import Attempt, Call, Candidate, PlacementKey, Residency
@@ -145,13 +145,33 @@ Fact = CommitRefused | FirstByte | Ended | LoadAnswered
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One backend as `explain` tells it: lower score wins; `wait_s` is an estimate."""
+    """
+    One candidate of a rehearsal.
+
+    Args:
+        state: What a call would find there, for people.
+        why: What puts it before the next, or behind the best, for people.
+    """
 
     backend: str
-    verdict: str
-    score: float
+    state: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """
+    What a pass would do for one more ticket.
+
+    Args:
+        options: Every candidate, best first.
+        effect: None: it would wait.
+        wait_s: An estimate of how long; inf: nobody can tell.
+    """
+
+    options: tuple[Option, ...]
+    effect: Commit | Load | None
     wait_s: float
-    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +207,8 @@ class Scheduler(Protocol):
     def plan(self, now: float) -> list[Effect]:
         """Decide what can start now."""
 
-    def wait_estimate(self, call: Call, now: float) -> float:
-        """Seconds until *call* would start; inf: nobody can tell."""
-
-    def explain(self, call: Call, now: float) -> list[Option]:
-        """Every candidate for *call*, best first."""
+    def rehearse(self, ticket: Ticket, view: View, now: float) -> Rehearsal:
+        """What would be decided for *ticket*, which waits nowhere; nothing comes of asking."""
 
     def waiting(self) -> Sequence[Ticket]:
         """All tickets that wait, in order."""
@@ -205,11 +222,13 @@ class Policy:
     Args:
         rank: Order among backends; the least is chosen. Gets the candidate with this pass's
             commits counted, and how long ago it was last chosen (a rank, not seconds).
+        terms: For people, what it means to be less, and more, in each part of the rank.
         copies: Whether a second copy may be loaded while one is in memory.
         cold_is_equal: A backend without the model in memory competes with those that have it.
     """
 
     rank: Callable[[Candidate, int], tuple[float, ...]]
+    terms: tuple[tuple[str, str], ...]
     copies: bool
     cold_is_equal: bool = False
 
@@ -221,10 +240,24 @@ def _by_load(candidate: Candidate, last_used: int) -> tuple[float, ...]:
     return (share, candidate.host_in_flight, quick, last_used)
 
 
+_TURN: Final = ("was used longer ago", "was used more lately")
+_TERMS: Final = (
+    ("has fewer calls for its slots", "has more calls for its slots"),
+    ("has fewer calls in all", "has more calls in all"),
+    ("answers sooner", "answers later"),
+    _TURN,
+)
+_COLD_TERMS: Final = (
+    ("would evict no running variant", "runs the model with other options"),
+    ("has fewer models in memory", "has more models in memory"),
+)
+
 POLICIES: Final[Mapping[str, Policy]] = {
-    "least-loaded": Policy(_by_load, copies=True),
-    "warm-first": Policy(_by_load, copies=False),
-    "round-robin": Policy(lambda _, last_used: (last_used,), copies=False, cold_is_equal=True),
+    "least-loaded": Policy(_by_load, _TERMS, copies=True),
+    "warm-first": Policy(_by_load, _TERMS, copies=False),
+    "round-robin": Policy(
+        lambda _, last_used: (last_used,), (_TURN,), copies=False, cold_is_equal=True
+    ),
 }
 
 # A load that takes this much longer than its size suggests no longer holds up its callers.
@@ -292,7 +325,7 @@ class Greedy:
         """Commit from one queue until its head must wait."""
         full: set[tuple[str, frozenset[str]]] = set()
         for ticket in list(self._queues[key]):
-            alike = (ticket.call.route.operation, ticket.excluded)
+            alike = (ticket.call.route.feature, ticket.excluded)
             if alike in full or self._start(ticket, run):
                 continue
             # Of those behind it, only one that needs less context may still find a slot.
@@ -365,7 +398,7 @@ class Greedy:
         if not able:
             return False
         # A busy variant of the same model would have to be evicted; an empty backend evicts nobody.
-        best = min(able, key=lambda c: (c.in_flight, c.models_loaded, *self._rank(c)))
+        best = min(able, key=self._cold_rank)
         self._start_load(ticket, best, why, run)
         return True
 
@@ -386,36 +419,117 @@ class Greedy:
     def _rank(self, candidate: Candidate) -> tuple[float, ...]:
         return self._policy.rank(candidate, self._last_used.get(candidate.backend, 0))
 
+    def _cold_rank(self, candidate: Candidate) -> tuple[float, ...]:
+        return (candidate.in_flight, candidate.models_loaded, *self._rank(candidate))
+
     def _used(self, backend: str) -> None:
         self._uses += 1
         self._last_used[backend] = self._uses
 
-    def wait_estimate(self, call: Call, now: float) -> float:  # noqa: ARG002 - the door's shape
-        """Calls ahead times how long each holds a slot, over the slots there are."""
-        ahead = len(self._queues.get(call.key, ()))
-        warm = [
-            c for c in self._view.candidates(call, frozenset()) if c.residency is Residency.LOADED
-        ]
-        busy_s = self._busy_s.get(call.key.model, 5.0)
-        slots = sum(c.slots for c in warm)
-        if not slots:
-            return math.inf
-        if not ahead and any(c.in_flight < c.slots for c in warm):
-            return 0.0
-        return (ahead + 1) * busy_s / slots
+    def rehearse(self, ticket: Ticket, view: View, now: float) -> Rehearsal:
+        """Plan with a twin of ours that looks through *view*, and see what becomes of *ticket*."""
+        twin = Greedy(self._policy, view)
+        twin._queues = {key: list(queue) for key, queue in self._queues.items()}
+        twin._last_used, twin._uses = dict(self._last_used), self._uses
+        wait_s = self._wait_s(ticket, view, now)
+        options = self._options(ticket, view)
+        twin.enqueue(ticket)
+        for effect in twin.plan(now):
+            if isinstance(effect, Commit | Load) and effect.ticket is ticket:
+                load_s = load_estimate_s(_size(view.candidates(ticket.call, ticket.excluded)))
+                return Rehearsal(options, effect, 0.0 if isinstance(effect, Commit) else load_s)
+        return Rehearsal(options, None, wait_s)
 
-    def explain(self, call: Call, now: float) -> list[Option]:  # noqa: ARG002 - the door's shape
-        """Every candidate, best first, with the parts of its rank."""
+    def _wait_s(self, ticket: Ticket, view: View, now: float) -> float:
+        """A load's remainder, or calls ahead times how long each holds a slot, over the slots."""
+        call = ticket.call
+        candidates = view.candidates(call, ticket.excluded)
+        slots = sum(c.slots for c in candidates if c.residency is Residency.LOADED)
+        if slots:
+            ahead = len(self._queues.get(call.key, ()))
+            return (ahead + 1) * self._busy_s.get(call.key.model, 5.0) / slots
+        usable = {c.backend for c in candidates}
+        since = [load.since for load in view.loading(call.key) if load.backend in usable]
+        if not since:
+            return math.inf
+        return max(0.0, min(since) + load_estimate_s(_size(candidates)) - now)
+
+    def _options(self, ticket: Ticket, view: View) -> tuple[Option, ...]:
+        """Every candidate, best first."""
+        candidates = view.candidates(ticket.call, ticket.excluded)
+        _, short = split_by_context(ticket.call, candidates)
+        too_short = {c.backend for c in short}
+        equal = self._policy.cold_is_equal and not view.loading(ticket.call.key)
+        ranked = sorted(
+            (self._place(c, is_short=c.backend in too_short, equal=equal), index)
+            for index, c in enumerate(candidates)
+        )
         options = []
-        for c in self._view.candidates(call, frozenset()):
-            warm = c.residency is Residency.LOADED
-            wait_s = 0.0 if warm else load_estimate_s(c.size_bytes)
-            share = c.in_flight / c.slots
-            terms = {"calls_per_slot": share, "calls": float(c.host_in_flight)}
-            terms["first_byte_s"] = c.first_byte_s
-            score = share + (0 if warm else 1000)
-            options.append(Option(c.backend, c.residency.value, score, wait_s, terms))
-        return sorted(options, key=lambda option: (option.score, option.backend))
+        for at, (place, index) in enumerate(ranked):
+            other = ranked[0] if at else ranked[1] if len(ranked) > 1 else None
+            why = "is the only one" if other is None else ""
+            if other is not None:
+                than = candidates[other[1]].backend
+                alike = f"is as good as {than}, but listed {'later' if at else 'before it'}"
+                why = self._difference(place, other[0], than, equal=equal) or alike
+            c = candidates[index]
+            options.append(Option(c.backend, _state(c, is_short=c.backend in too_short), why))
+        return tuple(options)
+
+    def _place(self, c: Candidate, *, is_short: bool, equal: bool) -> tuple[float, ...]:
+        """What `_start` looks at, in its order: context, readiness, then the rank."""
+        tier = _tier(c)
+        if equal:
+            return (is_short, 0 if tier is _Tier.COLD else tier, *self._rank(c))
+        return (is_short, tier, *(self._cold_rank(c) if tier >= _Tier.COLD else self._rank(c)))
+
+    def _difference(
+        self, mine: tuple[float, ...], other: tuple[float, ...], than: str, *, equal: bool
+    ) -> str:
+        """The first part in which two places differ, for people; empty: none."""
+        cold = () if equal or mine[1] < _Tier.COLD else _COLD_TERMS
+        terms = (_CONTEXT, _READY, *cold, *self._policy.terms)
+        for value, others, (less, more) in zip(mine, other, terms, strict=False):
+            if value != others:
+                return f"{less if value < others else more} than {than}"
+        return ""
+
+
+class _Tier(IntEnum):
+    """How soon a candidate could begin."""
+
+    FREE = 0
+    FULL = 1
+    LOADING = 2
+    COLD = 3
+    BLOCKED = 4  # it loads something else
+
+
+_CONTEXT: Final = ("has more context", "has less context")
+_READY: Final = ("could begin sooner", "could begin later")
+_STATES: Final = {
+    _Tier.FREE: "in memory, a slot is free",
+    _Tier.FULL: "in memory, every slot is taken",
+    _Tier.LOADING: "being loaded",
+    _Tier.COLD: "not in memory",
+    _Tier.BLOCKED: "not in memory, another load is under way",
+}
+
+
+def _tier(c: Candidate) -> _Tier:
+    if c.residency is Residency.LOADED:
+        return _Tier.FREE if c.in_flight < c.slots else _Tier.FULL
+    if c.residency is Residency.LOADING:
+        return _Tier.LOADING
+    return _Tier.COLD if c.load_token else _Tier.BLOCKED
+
+
+def _state(c: Candidate, *, is_short: bool) -> str:
+    return f"{_STATES[_tier(c)]}{f', context of {c.context} is too short' if is_short else ''}"
+
+
+def _size(candidates: Sequence[Candidate]) -> int:
+    return max((c.size_bytes for c in candidates), default=0)
 
 
 @dataclass(slots=True)

@@ -113,7 +113,12 @@ TABLE: Final[Mapping[Verdict, Row]] = {
         Before.ONE_OTHER,
     ),
     Verdict.ACCOUNT: Row(
-        "401, 402, 403, 429, 502 or 503 on a cloud model", NEITHER, NEITHER, Before.RELAY
+        "401, 402, 403, 429 or any 5xx, or an error record, on a model that runs at ollama.com",
+        NEITHER,
+        NEITHER,
+        Before.RELAY,
+        "whatever becomes of such a call, no breaker hears of it, unless the backend itself could "
+        "not be reached",
     ),
     Verdict.MISCONFIGURED: Row(
         "401 or 403 on a local model, or any redirect",
@@ -264,7 +269,7 @@ EMBED_FAILURES: Final = (
     'post "http://127.0.0.1:',
 )
 _EMBED_400: Final = frozenset({"embed", "v1_embeddings"})
-_ACCOUNT: Final = frozenset({401, 402, 403, 429, 502, 503})
+_ACCOUNT: Final = frozenset({401, 402, 403, 429})
 
 
 def error_text(body: bytes) -> str | None:
@@ -306,16 +311,21 @@ def _of_text(text: str) -> Judgement:
     return Judgement(Verdict.UNCLEAR, text=line(text))
 
 
-def of_record(record_text: str) -> Judgement:
-    """Judge the text of an error record in a 200 stream."""
+def of_record(record_text: str, *, remote: bool = False) -> Judgement:
+    """Judge the text of an error record in a 200 stream; *remote* as for `of_answer`."""
+    if remote:
+        return Judgement(Verdict.ACCOUNT, text=line(record_text))
     return _of_text(record_text)
 
 
-def of_answer(route: Route, model: str, status: int, body: bytes) -> Judgement:
+def of_answer(route: Route, status: int, body: bytes, *, remote: bool = False) -> Judgement:
     """
     Judge a whole answer that is not 200 (it may hold no more than a megabyte).
 
     Where two rows fit, the narrower counts: text and route before status.
+
+    Args:
+        remote: The model runs at ollama.com; the backend only passed the call on.
     """
     text = error_text(body)
     told = line(text) if text is not None else f"HTTP {status}"
@@ -323,8 +333,10 @@ def of_answer(route: Route, model: str, status: int, body: bytes) -> Judgement:
         return Judgement(Verdict.OK)
     if 300 <= status < 400:
         return Judgement(Verdict.MISCONFIGURED, text=f"answers with a redirect ({status})")
-    if status in _ACCOUNT and is_cloud(model):
+    if remote and (status in _ACCOUNT or status >= 500):
         return Judgement(Verdict.ACCOUNT, text=told)
+    if remote and (status != 404 or text is not None):
+        return Judgement(Verdict.CALLER, text=told)
     if status in (401, 403):
         return Judgement(Verdict.MISCONFIGURED, text=f"refuses us: {told}")
     if status in (429, 503):
@@ -354,7 +366,7 @@ def of_answer(route: Route, model: str, status: int, body: bytes) -> Judgement:
 
 
 def is_cloud(model: str) -> bool:
-    """Whether a model of that canonical name is served by a provider behind the backend."""
+    """Whether a model of that canonical name runs at ollama.com, by the name alone."""
     tag = model.rpartition(":")[2]
     return tag == "cloud" or tag.endswith("-cloud")
 

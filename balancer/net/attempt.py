@@ -69,7 +69,7 @@ class Attempt:
         self.status, self.headers = status, headers
         self.head_at = self._clock()
         self.content_type = next((v for k, v in headers if k.lower() == "content-type"), "")
-        self.framing = _framing(self.content_type)
+        self.framing = framing_of(self.content_type)
         if status == 200 and self.framing is not Framing.JSON:
             self._opening = Opening(self.framing, self._call.route.dialect)
 
@@ -105,9 +105,9 @@ class Attempt:
 
     # -- the holder ----------------------------------------------------------------------------
 
-    async def first(self) -> None:
-        """Wait until the answer can be judged; afterwards the attributes tell what it is."""
-        await self._decided
+    def first(self) -> asyncio.Future[None]:
+        """Done when the answer can be judged; from then on the attributes tell what it is."""
+        return self._decided
 
     def take(self) -> bytes:
         """What came and was not taken yet; empty: nothing."""
@@ -123,8 +123,13 @@ class Attempt:
         return data
 
     async def more(self) -> None:
-        """Wait until there is something to take, or the end."""
+        """Wait until there is something to take, or the end, or a call of `rouse`."""
         await self._news.wait()
+        self._news.clear()
+
+    def rouse(self) -> None:
+        """Wake whoever waits for more, without any."""
+        self._news.set()
 
     @property
     def is_over(self) -> bool:
@@ -161,7 +166,8 @@ class Attempt:
         self._over()
 
 
-def _framing(content_type: str) -> Framing:
+def framing_of(content_type: str) -> Framing:
+    """How a body of that content type is framed."""
     if content_type.startswith("application/x-ndjson"):
         return Framing.NDJSON
     return Framing.SSE if content_type.startswith("text/event-stream") else Framing.JSON

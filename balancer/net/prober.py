@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
-from balancer.core import names, routes, verdicts
+from balancer.core import cloud, names, routes, verdicts
 from balancer.core.body import duration_ns
 from balancer.core.catalog import Catalog
 from balancer.core.dialect import compact
@@ -51,6 +52,8 @@ CANARY_TOKENS: Final = 8
 CANARY_TOKENS_MIDSTREAM: Final = 32
 UNDECIDED_S: Final = 5.0
 UNLOAD_S: Final = 30.0
+FAR_S: Final = 10.0  # for a check or a list over the internet
+PROVIDER_LIST_S: Final = 300.0  # the least between two readings of what is not ours
 # What a trial may end in that speaks against what is tried. A backend that answers, if only with
 # a refusal, is well as a backend; a model's own failure says nothing of the backend.
 AGAINST_BACKEND: Final = frozenset({Verdict.FAULT, Verdict.SLOW, Verdict.OVERDUE})
@@ -141,6 +144,10 @@ class Prober:
 
     # -- checks and lists ----------------------------------------------------------------------
 
+    def _is_provider(self, name: str) -> bool:
+        member = self._pool.members.get(name)
+        return member is not None and member.backend.provider
+
     async def _keep(self, name: str) -> None:
         due = self._due[name]
         check_at = self._clock()
@@ -169,12 +176,22 @@ class Prober:
                 later = self._clock() + self.settings.loaded_interval_s
                 due.models_at = due.loaded_at = later
 
+    async def look(self, name: str) -> CheckResult:
+        """Make a check now, because somebody asks for it; it counts as any other."""
+        result = await self.check(name)
+        self._pool.observe(name, result)
+        if result.ok:
+            self.refresh(name)
+        return result
+
     async def check(self, name: str) -> CheckResult:
         """Ask for the version: is it alive, and is it Ollama?"""
         began = self._clock()
+        far = self._is_provider(name)
+        limit_s = self.settings.timeout_s
         try:
             status, _, body = await self._ask(
-                name, "GET", "/api/version", limit_s=self.settings.timeout_s
+                name, "GET", "/api/version", limit_s=max(limit_s, FAR_S) if far else limit_s
             )
         except UpstreamError as error:
             kind = error.failure.kind
@@ -183,6 +200,9 @@ class Prober:
             return CheckResult(False, self._clock() - began, error=text, connected=connected)
         latency_s = self._clock() - began
         version = _field(body, "version")
+        if far and status < 500:  # it answers; of which version it is, or that we ask, is no matter
+            version = version if isinstance(version, str) else cloud.VERSION
+            return CheckResult(True, latency_s, version=version)
         if status != 200 or not isinstance(version, str):
             told = verdicts.error_text(body) or f"HTTP {status}, not Ollama's answer"
             return CheckResult(False, latency_s, error=verdicts.line(told))
@@ -191,6 +211,8 @@ class Prober:
     async def _read_lists(self, name: str, due: _Due) -> bool:
         """Read what is due; False: it was not told, so that a check should look after it."""
         now = self._clock()
+        if self._is_provider(name):
+            return await self._read_provider(name, due)
         if due.loaded_at <= now:
             due.loaded_at = now + self.settings.loaded_interval_s
             rows = await self._rows(name, "/api/ps")
@@ -205,6 +227,33 @@ class Prober:
             self._pool.note_tags(name, rows, now)
             await self._read_shows(name)
         return True
+
+    async def _read_provider(self, name: str, due: _Due) -> bool:
+        """What ollama.com lists, now and then; it has no memory of ours to tell of."""
+        now = self._clock()
+        due.loaded_at = math.inf
+        if due.models_at <= now:
+            due.models_at = now + max(self.settings.models_interval_s, PROVIDER_LIST_S)
+            rows = await self._rows(name, "/api/tags", FAR_S)
+            if rows is None:
+                self._untold(name)  # a list that fails is no reason to check it sooner
+            else:
+                self._pool.note_tags(name, cloud.stubs(rows), now)
+        return True
+
+    async def relist(self, name: str) -> None:
+        """Read what a backend has now, because something has just been changed there."""
+        now = self._clock()
+        rows = await self._rows(name, "/api/tags")
+        if rows is not None:
+            self._pool.note_tags(name, rows, now)
+
+    async def reload_ps(self, name: str) -> None:
+        """Read what a backend has in memory now, because somebody is about to change it."""
+        now = self._clock()
+        rows = await self._rows(name, "/api/ps", self.settings.timeout_s)
+        if rows is not None:
+            self._pool.note_ps(name, rows, now)
 
     def _untold(self, name: str) -> bool:
         if not self._catalog.settled():
@@ -433,6 +482,26 @@ class Prober:
         if self.dispatcher is not None:
             self.dispatcher.load_ended(load, attempt, answer, load_s)
 
+    async def warm(self, name: str, model: str) -> str:
+        """
+        Load a model (canonical name) there because somebody asks for it.
+
+        Who stops waiting does not stop it. What went wrong, empty: nothing.
+        """
+        key = PlacementKey(model)
+        if self._catalog.residency(name, key) is Residency.LOADED:
+            return ""
+        if not self._pool.take_token(name, key, "asked for"):
+            return "another load is under way there, or a breaker is open"
+        loading = self._tasks.spawn(self._warm(name, key), f"load of {model} on {name}")
+        await asyncio.wait({loading})
+        return str(loading.result()) if not loading.cancelled() else "was stopped"
+
+    async def _warm(self, name: str, key: PlacementKey) -> str:
+        judgement, _ = await self._run_load(name, key, None, embed=False)
+        self._kick()
+        return "" if judgement.verdict is Verdict.OK else judgement.text or judgement.verdict.value
+
     async def _run_load(
         self,
         backend: str,
@@ -530,7 +599,7 @@ class Prober:
         if status == 200:
             return Judgement(Verdict.OK), answer
         route = routes.find("POST", path)
-        return verdicts.of_answer(route, str(body["model"]), status, text), answer
+        return verdicts.of_answer(route, status, text), answer
 
     async def _ask(
         self,

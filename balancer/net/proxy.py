@@ -8,34 +8,39 @@ Laws:
   an error record of ours never follows half a record of the backend's.
 - A lease is settled in the frame that got it, whatever happens, cancellation included.
 - Leaving is nobody's fault: a client that hangs up costs a backend nothing but the call.
+
+How the client is told, and kept from thinking us dead, is the matter of `reply`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from aiohttp import web
 
 from balancer.core import names, verdicts
-from balancer.core.body import Body, read
-from balancer.core.dialect import relayed, trailer
+from balancer.core.aliases import Aliases
+from balancer.core.body import Body, read, renamed
+from balancer.core.dialect import relayed
 from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
 from balancer.core.domain import (
-    Attempt as Tried,
-)
-from balancer.core.domain import (
+    OTHER,
     Call,
     Dialect,
     Framing,
     Outcome,
+    PlacementKey,
     Purpose,
     Role,
+    Route,
     Usage,
     Verdict,
+)
+from balancer.core.domain import (
+    Attempt as Tried,
 )
 from balancer.core.errors import (
     AttemptsExhausted,
@@ -45,19 +50,23 @@ from balancer.core.errors import (
     DeadlineExceeded,
     Draining,
     Forbidden,
+    NoBackend,
     Unavailable,
+    UnknownModel,
 )
 from balancer.core.framing import Ending, Splitter, json_terminal, splitter
 from balancer.core.pool import Lease, discreet
 from balancer.core.retry import Budget, again, excluded, repeats_crash
-from balancer.core.routes import EMBEDDING
+from balancer.core.routes import EMBEDDING, FREE_FORM
 from balancer.core.verdicts import Failure, Judgement
 from balancer.net.attempt import Attempt
+from balancer.net.reply import Reply
 from balancer.net.server import Exchange, read_body
 from balancer.net.upstream import Upstream
 
-WRITE_STALL_S: Final = 60.0
 MAX_DEADLINE_S: Final = 3600.0
+# Nobody serves the model; another may do instead.
+_LOST: Final = (NoBackend, AttemptsExhausted, UnknownModel, Forbidden)
 RELAYED: Final = frozenset({"content-type", "cache-control"})
 # Hop-by-hop, ours to set, or credentials: none of these goes up.
 WITHHELD: Final = frozenset(
@@ -81,6 +90,10 @@ WITHHELD: Final = frozenset(
         "cookie",
         "authorization",
         "x-api-key",
+        "api-key",
+        "x-goog-api-key",
+        "x-auth-token",
+        "referer",  # may hold a key in its path
         "forwarded",
         "x-forwarded-for",
         "x-forwarded-host",
@@ -98,19 +111,36 @@ WITHHELD: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """Limits of the proxy: bytes and seconds; None: none."""
+    """
+    Limits of the proxy: bytes and seconds; None: none.
+
+    Args:
+        heartbeat_after_s, heartbeat_s: Of silence before the first heartbeat, and each further one.
+    """
 
     max_body: int = 256 * 1024 * 1024
     replay_memory: int = 512 * 1024 * 1024
     total_s: float | None = None
+    heartbeat_after_s: float | None = 20.0
+    heartbeat_s: float | None = 15.0
+    aliases: Aliases = field(default_factory=Aliases)
 
 
 @dataclass(slots=True)
 class _Course:
-    """What a call has been through so far."""
+    """
+    What a call has been through so far.
+
+    Args:
+        others: The same call for the models that may take over, best first.
+        earlier: How many of the attempts were with models that have given way.
+    """
 
     call: Call
+    others: tuple[Call, ...]
+    reply: Reply
     limit: asyncio.Timeout
+    earlier: int = 0
     tried: tuple[Tried, ...] = ()
     excluded: frozenset[str] = frozenset()
     answer: Answer | None = None
@@ -126,6 +156,11 @@ class _Course:
             self.answer = None
         self.unsent = unsent
 
+    @property
+    def with_model(self) -> tuple[Tried, ...]:
+        """The attempts with the model that is now to serve."""
+        return self.tried[self.earlier :]
+
     def _only_missing(self) -> bool:
         """Whether all answers so far said that the model is not there."""
         answered = [t for t in self.tried if t.outcome.status is not None]
@@ -139,6 +174,7 @@ class Proxy:
     Args:
         unload: Answers a call that unloads a model, which goes to every backend that has it.
         token: Ours in ``Via``.
+        stamp: The wall time as Ollama writes it.
 
     Attributes:
         stopping: From now on a backend's connection that ends was ended by us.
@@ -153,6 +189,7 @@ class Proxy:
         clock: Callable[[], float],
         unload: Callable[[Exchange, Call], object],
         token: str,
+        stamp: Callable[[], str],
     ) -> None:
         self.settings = settings
         self._dispatcher = dispatcher
@@ -161,6 +198,7 @@ class Proxy:
         self._clock = clock
         self._unload = unload
         self._token = token
+        self._stamp = stamp
         self._replay_bytes = 0
         self.stopping = False
 
@@ -170,19 +208,43 @@ class Proxy:
             self._dispatcher.admission.check("")  # before the body is read
         body = await read_body(exchange, self.settings.max_body, self._clock)
         call = self._identify(exchange, body)
-        exchange.model, exchange.streaming = call.model, call.streaming
+        exchange.streaming = call.streaming
+        exchange.use(call.model, call.key.model)
+        call, *others = self._meant(exchange, call)
         if call.purpose is Purpose.UNLOAD:
             if exchange.principal.role is not Role.ADMIN:
                 raise Forbidden("Unloading a model needs a key with the role admin.")
             return await self._unload(exchange, call)  # type: ignore[no-any-return, misc]
+        reply = self._reply(exchange, call)
         self._replay_bytes += len(body)
         try:
+            return await self._in_time(exchange, call, others, reply)
+        except BalancerError as error:
+            if not reply.begun:
+                raise
+            return await reply.refuse(error)
+        finally:
+            reply.close()
+            self._replay_bytes -= len(body)
+
+    def _reply(self, exchange: Exchange, call: Call) -> Reply:
+        return Reply(
+            exchange,
+            call,
+            self._clock,
+            self._stamp,
+            after_s=self.settings.heartbeat_after_s,
+            every_s=self.settings.heartbeat_s,
+        )
+
+    async def _in_time(
+        self, exchange: Exchange, call: Call, others: Sequence[Call], reply: Reply
+    ) -> web.StreamResponse:
+        try:
             async with asyncio.timeout_at(call.deadline) as limit:
-                return await self._serve(exchange, call, limit)
+                return await self._serve(exchange, _Course(call, tuple(others), reply, limit))
         except TimeoutError:
             raise DeadlineExceeded("The call's time limit has passed.") from None
-        finally:
-            self._replay_bytes -= len(body)
 
     # -- identify ------------------------------------------------------------------------------
 
@@ -190,7 +252,8 @@ class Proxy:
         route = exchange.route
         if route is None:
             raise BadRequest("no route")
-        told: Body = read(route, body)
+        query = exchange.request.raw_path.partition("?")[2]
+        told: Body = read(route, body, exchange.request.headers.get("Content-Type", ""), query)
         limits = [s for s in (self.settings.total_s, _wanted_s(exchange)) if s is not None]
         deadline = exchange.started_at + min(limits) if limits else None
         return Call(
@@ -207,15 +270,32 @@ class Proxy:
             arrived_at=exchange.started_at,
             deadline=deadline,
             body=body,
-            headers=self._forwarded(exchange),
-            query=exchange.request.raw_path.partition("?")[2],
+            headers=self.forwarded(exchange),
+            query=query,
             keep_alive=told.keep_alive,
             prompt_tokens=told.prompt_tokens,
             output_tokens=told.output_tokens,
             embedding=route.operation in EMBEDDING,
         )
 
-    def _forwarded(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
+    def _meant(self, exchange: Exchange, call: Call) -> list[Call]:
+        """The call; for an alias one for each of its models, from the one that is to serve on."""
+        alias = self.settings.aliases.find(call.key.model)
+        if alias is None:
+            return [call]
+        exchange.alias = call.model
+        calls = [_for_model(call, model) for model in alias.models]
+        first, *others = calls[self._dispatcher.choose(calls) :]
+        return [self._named(exchange, first), *others]
+
+    @staticmethod
+    def _named(exchange: Exchange, call: Call) -> Call:
+        """A call for an alias, its body naming the model that is to serve."""
+        kind = exchange.request.headers.get("Content-Type", "")
+        exchange.model = call.model
+        return replace(call, body=renamed(call.route, call.body, kind, call.model))
+
+    def forwarded(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
         """The client's headers that go up, and ours."""
         headers = exchange.request.headers
         lines = ",".join(headers.getall("Connection", []))
@@ -223,7 +303,7 @@ class Proxy:
         kept = [
             (name, value)
             for name, value in headers.items()
-            if name.lower() not in WITHHELD and name.lower() not in named
+            if not _is_withheld(name.lower()) and name.lower() not in named
         ]
         kept += [
             ("Accept-Encoding", "identity"),
@@ -236,11 +316,8 @@ class Proxy:
 
     # -- the attempt loop ----------------------------------------------------------------------
 
-    async def _serve(
-        self, exchange: Exchange, call: Call, limit: asyncio.Timeout
-    ) -> web.StreamResponse:
+    async def _serve(self, exchange: Exchange, course: _Course) -> web.StreamResponse:
         self._budget.note_call()
-        course = _Course(call, limit)
         while True:
             if self.stopping:
                 raise Draining("The balancer is stopping.", retry_after_s=5.0)
@@ -251,17 +328,19 @@ class Proxy:
                 course.add(failed.attempt, answer, unsent=True)
                 exchange.attempts = len(course.tried)
                 exchange.backend = failed.attempt.backend
-                if not self._again(course):
+                if not self._goes_on(exchange, course):
                     return await self._give_up(exchange, course)
                 continue
-            except Unavailable:
-                if course.answer is not None:
+            except BalancerError as error:
+                if isinstance(error, _LOST) and self._falls(exchange, course):
+                    continue
+                if isinstance(error, Unavailable) and course.answer is not None:
                     return await self._give_up(exchange, course)
                 raise
             response = await self._attempt(exchange, course, lease)
             if response is not None:
                 return response
-            if not self._again(course):
+            if not self._goes_on(exchange, course):
                 return await self._give_up(exchange, course)
 
     async def _acquire(self, exchange: Exchange, course: _Course) -> Lease:
@@ -289,8 +368,8 @@ class Proxy:
         )
         course.seq = ticket.seq
         try:
-            return await granted
-        except asyncio.CancelledError:
+            return await course.reply.until(granted)
+        except (asyncio.CancelledError, ConnectionError):  # the client has left, or stopped reading
             exchange.phase = "queued"
             self._dispatcher.withdraw(ticket)
             if granted.done() and not granted.cancelled() and granted.exception() is None:
@@ -310,19 +389,20 @@ class Proxy:
         try:
             attempt.handle = self._upstream.open(lease, call, attempt)
             exchange.phase = "before_first_token"
-            await attempt.first()
+            await course.reply.until(attempt.first())
             if attempt.head_at is not None:
                 exchange.upstream_s = attempt.head_at - attempt.sent_at
             if attempt.begun:
+                course.reply.check(attempt.framing)
                 return await self._relay(exchange, course, lease, attempt)
-            judgement, answer, usage = self._judge(call, attempt)
+            judgement, answer, usage = self._judge(call, attempt, remote=lease.remote)
             outcome = self._outcome(course, attempt, judgement, usage)
             lease.settle(outcome)
             attempt.handle.abort()
             if judgement.verdict is Verdict.OK and answer is not None:
                 exchange.usage = usage
                 exchange.first_byte_s = self._clock() - exchange.started_at
-                return await self._whole(exchange, answer)
+                return await self._whole(exchange, course, answer)
             tried = Tried(lease.number, lease.backend.name, outcome)
             course.add(tried, answer, unsent=outcome.unreached)
             return None
@@ -333,6 +413,29 @@ class Proxy:
             lease.settle(self._outcome(course, attempt, Judgement(Verdict.GONE), Usage()))
             raise
 
+    def _goes_on(self, exchange: Exchange, course: _Course) -> bool:
+        """Whether to try once more: with the same model as long as anybody can serve it."""
+        if course.others:
+            tried = excluded(course.with_model)
+            if not self._dispatcher.is_served_elsewhere(course.call, tried):
+                return self._falls(exchange, course) or self._again(course)
+        return self._again(course) or self._falls(exchange, course)
+
+    def _falls(self, exchange: Exchange, course: _Course) -> bool:
+        """Whether the next model of an alias takes over: one that can be served now."""
+        served = self._dispatcher.is_served_elsewhere
+        at = next((at for at, c in enumerate(course.others) if served(c, frozenset())), None)
+        count = len(course.tried)
+        if at is None or (count > course.earlier and not self._may_repeat(course, count)):
+            return False
+        course.call = self._named(exchange, course.others[at])
+        course.others = course.others[at + 1 :]
+        course.earlier, course.excluded = count, frozenset()
+        return True
+
+    def _may_repeat(self, course: _Course, earlier: int) -> bool:
+        return again(course.call, course.tried, self._budget, unsent=course.unsent, earlier=earlier)
+
     def _again(self, course: _Course) -> bool:
         """
         Whether to try once more, and where not.
@@ -341,7 +444,7 @@ class Proxy:
         the call waits for its breaker's trial, and outlasts a restart of a single host. An answer
         that could be relayed is not kept waiting for that.
         """
-        keep_away = excluded(course.tried)
+        keep_away = excluded(course.with_model)
         waits = course.tried[-1].outcome.unreached and course.answer is None
         if waits and not self._dispatcher.is_served_elsewhere(course.call, keep_away):
             keep_away -= {course.tried[-1].backend}
@@ -350,9 +453,11 @@ class Proxy:
         unclear = last.verdict is Verdict.UNCLEAR and not last.caused_load
         if unclear and not self._dispatcher.is_warm_elsewhere(course.call, keep_away):
             return False  # worth a second opinion, not a load, which may evict what others use
-        return again(course.call, course.tried, self._budget, unsent=course.unsent)
+        return self._may_repeat(course, course.earlier)
 
-    def _judge(self, call: Call, attempt: Attempt) -> tuple[Judgement, Answer | None, Usage]:
+    def _judge(
+        self, call: Call, attempt: Attempt, *, remote: bool
+    ) -> tuple[Judgement, Answer | None, Usage]:
         """Judge an attempt that has not begun a stream."""
         if attempt.revoked is not None:
             return attempt.revoked, None, Usage()
@@ -364,12 +469,15 @@ class Proxy:
         body = attempt.take()
         answer = Answer(attempt.status, attempt.content_type, body)
         if attempt.status != 200:
-            judged = verdicts.of_answer(call.route, call.key.model, attempt.status, body)
+            judged = verdicts.of_answer(call.route, attempt.status, body, remote=remote)
             if judged.verdict is Verdict.FAULT:
                 return judged, None, Usage()
             return judged, answer, Usage()
+        is_json = "json" in attempt.content_type
+        if call.route.operation in FREE_FORM and not (body and is_json):
+            return _judge_freely(call.route, answer)
         if attempt.opened is not None:
-            return self._judge_opened(attempt, answer)
+            return self._judge_opened(attempt, answer, remote=remote)
         ending = json_terminal(call.route, body)
         if not body or not ending.whole:
             return Judgement(Verdict.FAULT, text="sent an answer that is not whole"), None, Usage()
@@ -381,10 +489,12 @@ class Proxy:
         return verdicts.of_failure(failure, committed=committed, received=attempt.received)
 
     @staticmethod
-    def _judge_opened(attempt: Attempt, answer: Answer) -> tuple[Judgement, Answer | None, Usage]:
+    def _judge_opened(
+        attempt: Attempt, answer: Answer, *, remote: bool
+    ) -> tuple[Judgement, Answer | None, Usage]:
         opened = attempt.opened
         if opened is not None and opened.kind == "error":
-            return verdicts.of_record(opened.error_text), answer, Usage()
+            return verdicts.of_record(opened.error_text, remote=remote), answer, Usage()
         if opened is not None and opened.blank_model:
             text = "lost its runner before the first token"
             return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, Usage()
@@ -423,11 +533,12 @@ class Proxy:
         headers["X-Balancer-Queue-Ms"] = str(round(exchange.queue_s * 1000))
         return headers
 
-    async def _whole(self, exchange: Exchange, answer: Answer) -> web.StreamResponse:
+    async def _whole(
+        self, exchange: Exchange, course: _Course, answer: Answer
+    ) -> web.StreamResponse:
         """An answer that was collected whole."""
         headers = self._headers(exchange, (("Content-Type", answer.content_type),))
-        exchange.status, exchange.bytes_out = answer.status, len(answer.body)
-        return web.Response(status=answer.status, body=answer.body, headers=headers)
+        return await course.reply.answer(answer, headers)
 
     async def _give_up(self, exchange: Exchange, course: _Course) -> web.StreamResponse:
         """Relay the last answer of a backend; where there was none, 503 and what was tried."""
@@ -437,7 +548,7 @@ class Proxy:
         exchange.outcome = "upstream_error" if last.verdict is not Verdict.CALLER else "rejected"
         exchange.error = last.text
         if course.answer is not None:
-            return await self._whole(exchange, course.answer)
+            return await self._whole(exchange, course, course.answer)
         tried = "; ".join(f"{each.backend}: {discreet(each.outcome.text)}" for each in course.tried)
         raise AttemptsExhausted(
             f"{course.call.model!r} could not be served: {tried}", retry_after_s=5.0
@@ -448,10 +559,7 @@ class Proxy:
     ) -> web.StreamResponse:
         """Pass a stream on, record by record, until it ends; the call is committed from here."""
         split = None if attempt.framing is Framing.JSON else splitter(attempt.framing)
-        response = web.StreamResponse(headers=self._headers(exchange, attempt.headers))
-        if split is not None:
-            response.headers["X-Accel-Buffering"] = "no"
-        exchange.status = 200
+        reply = course.reply
         exchange.phase = "streaming"
         exchange.first_byte_s = self._clock() - exchange.started_at
         settled = False
@@ -467,22 +575,25 @@ class Proxy:
                 lease.settle(replace(outcome, committed=True, blank_model=blank))
 
         try:
-            await response.prepare(exchange.request)
+            await reply.begin(self._headers(exchange, attempt.headers))
+            if split is not None:
+                reply.rousing(attempt.rouse)
             while True:
                 data = attempt.take()
                 if data:
                     out = data if split is None else split.feed(data)
                     if out:
-                        exchange.bytes_out += len(out)
-                        await _write(response, out)
+                        await reply.write(out)
                 elif attempt.is_over:
                     break
                 else:
+                    if split is not None and not split.mid_record and not split.finished:
+                        await reply.beat()
                     await attempt.more()
             half = split is not None and split.mid_record
-            judgement, ending, last = self._end(attempt, split)
+            judgement, ending, last = self._end(course.call.route, attempt, split, lease)
             settle(judgement, ending)
-            await self._finish(exchange, response, judgement, split, last, half=half)
+            return await self._finish(exchange, reply, judgement, split, last, half=half)
         except (asyncio.CancelledError, ConnectionError) as error:
             # A client that leaves after the terminal record has had all it wanted.
             done = split is not None and split.finished
@@ -497,15 +608,14 @@ class Proxy:
             if isinstance(error, asyncio.CancelledError) and not done:
                 if course.limit.expired():
                     half = split is None or split.mid_record
-                    await self._finish(exchange, response, _STOPPED, split, b"", half=half)
-                    return response
+                    return await self._finish(exchange, reply, _STOPPED, split, b"", half=half)
                 raise
             if not done:
                 exchange.outcome = "client_abort"
-        return response
+            return await reply.end()
 
     def _end(
-        self, attempt: Attempt, split: Splitter | None
+        self, route: Route, attempt: Attempt, split: Splitter | None, lease: Lease
     ) -> tuple[Judgement, Ending | None, bytes]:
         """Judge the end of a stream: the verdict, what it told, and the bytes still held."""
         is_whole = split is not None and split.finished
@@ -516,8 +626,8 @@ class Proxy:
         last = split.flush()
         ending = split.ending()
         if ending.error_record is not None:
-            return verdicts.of_record(ending.error_text), ending, last
-        if not ending.complete:
+            return verdicts.of_record(ending.error_text, remote=lease.remote), ending, last
+        if not ending.complete and route.operation != OTHER:
             text = "ended its answer without the terminal record"
             return Judgement(Verdict.UNFINISHED, text=text), ending, last
         return Judgement(Verdict.OK), ending, last
@@ -525,13 +635,13 @@ class Proxy:
     async def _finish(
         self,
         exchange: Exchange,
-        response: web.StreamResponse,
+        reply: Reply,
         judgement: Judgement,
         split: Splitter | None,
         last: bytes,
         *,
         half: bool,
-    ) -> None:
+    ) -> web.StreamResponse:
         """
         Write what is left, and an error record where the end would look like success.
 
@@ -546,24 +656,37 @@ class Proxy:
         if verdict is not Verdict.OK:
             exchange.outcome = stopped if verdict is Verdict.STOPPED else "upstream_error"
             exchange.error = judgement.text
-        told = cut or silent
-        if told and (split is None or half):
-            # No record fits behind half a record: a broken body is what tells the client.
-            if exchange.request.transport is not None:
-                exchange.request.transport.abort()
-            return
-        with contextlib.suppress(ConnectionError):
-            if last and not told:
-                exchange.bytes_out += len(last)
-                await _write(response, last)
-            if told:
-                who = "the answer" if verdict is Verdict.STOPPED else f"backend {exchange.backend}"
-                error = CutStream(f"{who} {judgement.text}")
-                framing = Framing.SSE if exchange.dialect is not Dialect.OLLAMA else Framing.NDJSON
-                record = trailer(error, exchange.dialect, framing, exchange.id)
-                if record is not None:
-                    await _write(response, record)
-            await response.write_eof()
+        if not cut and not silent:
+            return await reply.end(last)
+        if split is None or half:
+            return reply.abort()  # no record fits behind half a one
+        who = "the answer" if verdict is Verdict.STOPPED else f"backend {exchange.backend}"
+        return await reply.refuse(CutStream(f"{who} {judgement.text}"), split.records)
+
+
+def _for_model(call: Call, model: str) -> Call:
+    """The same call for another model; its body still has the first one's name."""
+    name = names.parse(model)
+    options = () if name.cloud else call.key.options
+    return replace(
+        call,
+        model=model,
+        key=PlacementKey(name.canonical, options),
+        replayable=call.replayable and not name.cloud,
+    )
+
+
+def _is_withheld(name: str) -> bool:
+    """Whether a header stays here; web servers in front put identities and tokens into some."""
+    return name in WITHHELD or name.startswith(("x-forwarded-", "x-auth-request-"))
+
+
+def _judge_freely(route: Route, answer: Answer) -> tuple[Judgement, Answer | None, Usage]:
+    """A whole answer of any type; a transcription of no bytes is how Ollama tells a crash."""
+    if answer.body or route.operation == OTHER:
+        return Judgement(Verdict.OK), answer, Usage()
+    text = "lost its runner: it answered nothing"
+    return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, Usage()
 
 
 def _in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:
@@ -576,15 +699,6 @@ def _in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:
 
 _STOPPED: Final = Judgement(Verdict.STOPPED, text="was stopped: the call's time limit has passed")
 _STOPPING: Final = Judgement(Verdict.STOPPED, text="was stopped: the balancer is stopping")
-
-
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    """Write, and give up on a client that does not read for a minute."""
-    try:
-        async with asyncio.timeout(WRITE_STALL_S):
-            await response.write(data)
-    except TimeoutError:
-        raise ConnectionResetError("the client stopped reading") from None
 
 
 def _wanted_s(exchange: Exchange) -> float | None:

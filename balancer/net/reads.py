@@ -7,18 +7,22 @@ the model, up ones first, and the next if that fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import quote
 
 from aiohttp import web
 
-from balancer.core import names, verdicts
-from balancer.core.body import Body, read
+from balancer.core import cloud, names, verdicts
+from balancer.core.body import Body, read, renamed
+from balancer.core.catalog import go_json
 from balancer.core.dialect import compact
-from balancer.core.dispatch import Answer
-from balancer.core.domain import Call, Kind
-from balancer.core.errors import BadRequest, NoBackend, Unavailable, UnknownModel
-from balancer.core.pool import Pool
+from balancer.core.dispatch import Answer, refusal
+from balancer.core.domain import ALL, Call, Kind
+from balancer.core.errors import BadRequest, BalancerError, NoBackend, Unavailable, UnknownModel
+from balancer.core.pool import Member, Pool
 from balancer.net.prober import Prober
 from balancer.net.server import Exchange, Handler, read_body
 from balancer.net.upstream import ClientUpstream, UpstreamError
@@ -78,23 +82,44 @@ class Reads:
 
     async def tags(self, exchange: Exchange) -> web.StreamResponse:
         """The union of what the backends list."""
-        return _answer(exchange, self._catalog.tags_json(), NATIVE)
+        body = _visible(exchange, self._catalog.tags(), "models")
+        return _answer(exchange, self._catalog.tags_json() if body is None else body, NATIVE)
 
     async def ps(self, exchange: Exchange) -> web.StreamResponse:
         """What is in memory, on all of them."""
-        return _answer(exchange, self._catalog.ps_json(), NATIVE)
+        body = _visible(exchange, self._catalog.ps(), "models")
+        return _answer(exchange, self._catalog.ps_json() if body is None else body, NATIVE)
 
     async def models(self, exchange: Exchange) -> web.StreamResponse:
         """The union, as OpenAI lists it."""
-        return _answer(exchange, self._catalog.models_json(), OPENAI)
+        body = _visible(exchange, self._catalog.models(), "data")
+        whole = self._catalog.models_json() if body is None else body + b"\n"
+        return _answer(exchange, whole, OPENAI)
 
     async def model(self, exchange: Exchange) -> web.StreamResponse:
         """One of them."""
         found = self._catalog.model(exchange.argument)
         exchange.model = exchange.argument
-        if found is None:
-            raise UnknownModel(f"model '{_normal(exchange.argument)}' not found")
-        return _answer(exchange, compact(found) + b"\n", OPENAI)
+        with suppress(names.InvalidName):
+            exchange.use(exchange.argument, names.parse(exchange.argument).canonical)
+        if found is not None:
+            return _answer(exchange, compact(found) + b"\n", OPENAI)
+        model = self._canonical(exchange.argument)
+        if not verdicts.is_cloud(model) or not self._pool.holders(model):
+            raise self._absent(exchange.argument, exchange.principal.models)
+
+        def path(member: Member) -> str:
+            here = cloud.there(model) if member.backend.provider else exchange.argument
+            return f"/v1/models/{quote(here, safe=':/')}"
+
+        return await self._ask(exchange, model, "GET", path, lambda _: None)
+
+    @staticmethod
+    def _canonical(text: str) -> str:
+        try:
+            return names.parse(text).canonical
+        except names.InvalidName:
+            return ""
 
     async def show(self, exchange: Exchange) -> web.StreamResponse:
         """A model's details, kept per digest."""
@@ -102,12 +127,31 @@ class Reads:
             raise BadRequest("no route")
         text = await read_body(exchange, MAX_BODY, self._clock)
         body = read(exchange.route, text)
-        exchange.model = body.model
         model = body.name.canonical
+        exchange.use(body.model, model)
+        alias = self._catalog.aliases.find(model)
+        if alias is not None:
+            model = self._catalog.meant(model) or names.parse(alias.models[0]).canonical
+            exchange.alias, exchange.model = body.model, self._catalog.shown(model)
+            text = renamed(exchange.route, text, "", exchange.model)
         kept = None if self._is_special(exchange, body) else self._catalog.show(model)
+        if kept is not None and self._is_twins(kept, model):
+            kept = None
         if kept is not None:
             return _answer(exchange, kept, NATIVE)
-        return await self._ask_show(exchange, model, text)
+        route = exchange.route
+
+        def sent(member: Member) -> bytes:
+            if not member.backend.provider:
+                return text
+            return renamed(route, text, "", cloud.there(model))
+
+        return await self._ask(exchange, model, "POST", lambda _: "/api/show", sent)
+
+    def _is_twins(self, kept: bytes, model: str) -> bool:
+        """Whether the modelfile in it names another model, which has the same files."""
+        own = f"# FROM {self._catalog.shown(model)}\\n"
+        return b"# FROM " in kept and own.encode() not in kept
 
     @staticmethod
     def _is_special(exchange: Exchange, body: Body) -> bool:
@@ -115,13 +159,18 @@ class Reads:
         agent = exchange.request.headers.get("User-Agent", "")
         return body.verbose or body.system or body.options_given or agent.startswith(COPILOT)
 
-    async def _ask_show(self, exchange: Exchange, model: str, text: bytes) -> web.StreamResponse:
-        holders = self._catalog.holders(model)
-        if not holders:
-            if not self._catalog.settled():
-                raise Unavailable("The backends have not been asked yet.", retry_after_s=1.0)
-            raise UnknownModel(f"model '{_normal(exchange.model)}' not found")
-        members = [self._pool.members[name] for name in holders if name in self._pool.members]
+    async def _ask(
+        self,
+        exchange: Exchange,
+        model: str,
+        method: str,
+        path: Callable[[Member], str],
+        body: Callable[[Member], bytes | None],
+    ) -> web.StreamResponse:
+        """Ask one that has the model, the next if that fails; an account's refusal is final."""
+        members = self._pool.holders(model)
+        if not members:
+            raise self._absent(exchange.model, exchange.principal.models)
         answer: Answer | None = None
         agent = exchange.request.headers.get("User-Agent", "")
         for member in sorted(members, key=lambda member: not member.health.up):
@@ -132,9 +181,9 @@ class Reads:
             try:
                 status, kind, told = await self._upstream.ask(
                     target,
-                    "POST",
-                    "/api/show",
-                    text,
+                    method,
+                    path(member),
+                    body(member),
                     limit_s=SHOW_S,
                     headers=(("User-Agent", agent),),
                 )
@@ -143,39 +192,68 @@ class Reads:
             if status == 200:
                 return _answer(exchange, told, kind)
             answer = Answer(status, kind, told)
+            if self._pool.is_remote(member.name, model):
+                break
             if status == 404:
                 self._prober.refresh(member.name)
         if answer is not None and verdicts.error_text(answer.body) is not None:
             return _answer(exchange, answer.body, answer.content_type, answer.status)
-        away = ", ".join(holders)
+        away = ", ".join(member.name for member in members)
         raise NoBackend(
             f"The backends with {exchange.model!r} cannot be reached now ({away}).",
             retry_after_s=5.0,
         )
 
+    def _absent(self, text: str, globs: Sequence[str]) -> BalancerError:
+        """For a model nobody has, under the name that Ollama would print."""
+        try:
+            name = names.parse(text)
+        except names.InvalidName:
+            return UnknownModel(f"model '{text}' not found")
+        prospect = self._pool.absent(name.display, name.canonical, globs=globs)
+        return refusal(name.display, prospect)
+
     async def unload(self, exchange: Exchange, call: Call) -> web.StreamResponse:
         """
         An empty call with ``keep_alive: 0``: to every backend that has the model in memory.
 
-        Where none has, Ollama answers 200 all the same, if the model exists.
+        The others are asked whether somebody else has loaded it there a moment ago. Where none has
+        it, Ollama answers 200 all the same, if the model exists.
         """
         model = call.key.model
-        holders = self._catalog.holders(model)
-        if not holders:
-            raise UnknownModel(f"model '{call.model}' not found")
-        loaded = [
-            member.name
-            for member in self._pool.members.values()
-            if member.health.up and self._catalog.resident(member.name, model) is not None
-        ]
-        exchange.backend = ",".join(loaded)
-        failed = await self._prober.unload_all(loaded, model)
+        if not self._pool.holders(model):
+            raise refusal(call.model, self._pool.absent(call.model, model))
+        members = self._pool.members
+        up = [m.name for m in members.values() if m.health.up and not m.backend.provider]
+        loaded = [name for name in up if self._catalog.resident(name, model) is not None]
+        others = [name for name in up if name not in loaded]
+        failed, _ = await asyncio.gather(
+            self._prober.unload_all(loaded, model),
+            asyncio.gather(*map(self._prober.reload_ps, others)),
+        )
+        found = [name for name in others if self._catalog.resident(name, model) is not None]
+        failed += await self._prober.unload_all(found, model)
+        exchange.backend = ",".join([*loaded, *found])
         if failed:
             raise NoBackend(
                 f"{call.model!r} could not be unloaded from {', '.join(failed)}.",
                 retry_after_s=5.0,
             )
         return _answer(exchange, _unloaded(call, self._prober.stamp()), NATIVE)
+
+
+def _visible(exchange: Exchange, told: dict[str, Any], of: str) -> bytes | None:
+    """The rows that the caller's key is for; None: all of them."""
+    principal = exchange.principal
+    if principal.models == ALL:
+        return None
+    called = ("id",) if of == "data" else ("name", "model")
+    kept = []
+    for row in told[of]:
+        name = next(text for key in called if isinstance(text := row.get(key), str) and text)
+        if names.covered(principal.models, names.parse(name).canonical):
+            kept.append(row)
+    return go_json({**told, of: kept})
 
 
 def _unloaded(call: Call, stamp: str) -> bytes:
@@ -185,14 +263,6 @@ def _unloaded(call: Call, stamp: str) -> bytes:
         empty = {"message": {"role": "assistant", "content": ""}}
     told = {"model": call.model, "created_at": stamp, **empty}
     return compact(told | {"done": True, "done_reason": "unload"})
-
-
-def _normal(text: str) -> str:
-    """The name as Ollama prints it; as it is where it is none."""
-    try:
-        return names.parse(text).display
-    except names.InvalidName:
-        return text
 
 
 def _answer(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -21,32 +22,48 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
-from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong, PayloadEncodingError
 from aiohttp.http_parser import HttpRequestParser
+from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
+from balancer.core import names
 from balancer.core.dialect import Rendered, render
 from balancer.core.domain import Admitted, Dialect, Kind, Principal, Role, Route, Usage
 from balancer.core.errors import (
     BadRequest,
     BalancerError,
     BodyTooLarge,
+    CutStream,
     Draining,
+    Forbidden,
     Loop,
-    NotServed,
     RequestTimeout,
+    Unavailable,
+    UnknownRoute,
     UnsupportedEncoding,
 )
 from balancer.core.events import CallEnded, Emit, Mishap
-from balancer.core.routes import TABLE, dialect_of
+from balancer.core.routes import TABLE, ZSTD, dialect_of, other, split_key, without_key
+from balancer.net import writing
+from balancer.net.inflate import unzstd
 
 BACKLOG: Final = 4096
-HEAD_LIMIT: Final = 64 * 1024
+HEAD_LINES: Final = 4  # how many lines of the longest kind may make up a head
+MAX_FRAMING: Final = 64 * 1024  # bytes that frame a body in chunks,
+FRAMING_RATIO: Final = 16  # and so many for each byte of it; one chunk per byte takes six
 MAX_HEADERS: Final = 128
 BODY_STALL_S: Final = 30.0
 SAFE_ID: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
 TEXT: Final = "text/plain"
+MALFORMED: Final = "malformed"
+PLAIN: Final = "text/plain; charset=utf-8"
+_TOO_LONG: Final = b"431 Request Header Fields Too Large"
+CONTINUE: Final = "100-continue"
+LOOPBACK: Final = ("127.0.0.1", "::1")
+# What tells clients of backends, and stays away where `server.headers` is minimal.
+TELLING: Final = ("Backend", "Attempts", "Route", "Queue-Ms", "Skipped", "Version")
 
 
 NOBODY: Final = Principal("anonymous", Role.USER)
@@ -54,7 +71,14 @@ NOBODY: Final = Principal("anonymous", Role.USER)
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """One request on its way through, with what its `CallEnded` will tell."""
+    """
+    One request on its way through, with what its `CallEnded` will tell.
+
+    Args:
+        path: By which it is routed, a key in front of it taken off.
+        shown: The path for people, a key in it made unreadable.
+        discreet: The caller is not told which backends there are.
+    """
 
     request: web.BaseRequest
     id: str
@@ -63,13 +87,16 @@ class Exchange:
     dialect: Dialect
     route: Route | None = None
     argument: str = ""  # what stood in the route's {name}
+    shown: str = ""
     principal: Principal = NOBODY
+    discreet: bool = False
     client: str = ""
     cors: tuple[tuple[str, str], ...] = ()
     endpoint: str = "other"
     status: int = 0
     outcome: str = ""
     model: str = ""
+    alias: str = ""  # under which it was asked for
     backend: str = ""
     attempts: int = 0
     why: str = ""
@@ -83,20 +110,51 @@ class Exchange:
     error: str = ""
     streaming: bool = False
     extra: Mapping[str, str] = field(default_factory=dict)
+    watching: bool = False  # a page that only looks on: a stop does not wait for it
 
     def headers(self) -> dict[str, str]:
         """The headers that every answer carries."""
-        return {"X-Request-Id": self.id, **self.extra, **dict(self.cors)}
+        model = {"X-Balancer-Model": self.model} if self.alias else {}
+        return {"X-Request-Id": self.id, **model, **self.extra, **dict(self.cors)}
+
+    def use(self, model: str, canonical: str) -> None:
+        """
+        Note which model the call is for.
+
+        Raises:
+            Forbidden: The caller's key is not for it.
+        """
+        self.model = model
+        if not names.covered(self.principal.models, canonical):
+            globs = ", ".join(self.principal.models)
+            raise Forbidden(
+                f"The key {self.principal.name!r} is not for the model {model[:128]!r}, only for: "
+                f"{globs}. Ask for one of these, or ask the operator."
+            )
+
+    def told(self, error: BalancerError) -> BalancerError:
+        """The error as its caller may read it; the log has all of it."""
+        if not self.discreet or not isinstance(error, (Unavailable, CutStream, Loop)):
+            return error
+        said = (type(error).__doc__ or "").strip().splitlines()[0]
+        return type(error)(said, retry_after_s=error.retry_after_s)
 
 
 class Doorkeeper(Protocol):
     """Decides who comes in; raises a BalancerError for those who do not."""
 
+    @property
+    def takes_path(self) -> bool:
+        """Whether a key may stand in front of the path."""
+
     def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
         """The headers of the 204 that answers a preflight; None: it is none."""
 
-    def admit(self, request: web.BaseRequest, now: float) -> Admitted:
-        """Check Origin, key and Host."""
+    def cors(self, request: web.BaseRequest) -> tuple[tuple[str, str], ...]:
+        """Check the Origin; the headers that every answer then needs."""
+
+    def admit(self, request: web.BaseRequest, now: float, path: str, key: str) -> Admitted:
+        """Check key and Host; *key* stood in front of the path."""
 
     def require(self, principal: Principal, role: Role) -> None:
         """Check the role."""
@@ -106,6 +164,7 @@ class Doorkeeper(Protocol):
 
 
 Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
+Refusal = Callable[[Rendered, BalancerError], Rendered]
 
 
 def check_parser() -> None:
@@ -127,11 +186,15 @@ class Front:
 
     Args:
         handlers: By `Kind` or by a route's operation; the operation is looked up first.
-        pages: Our own, by (method, path): ``/_balancer/…`` and ``/metrics``.
+        pages: Our own, by (method, path): ``/_balancer/…`` and ``/metrics``. A path that ends in
+            ``/{rest}`` has all that lie below it; what stood there is the exchange's argument.
         open_pages: Paths of those that answer anybody.
         is_draining: New calls are refused when this says so.
         token: Ours in ``Via``, by which a loop is seen.
         extra_headers: On every answer.
+        refusals: By path: how a refusal looks to people, where a browser asks.
+        chance: 0..1, by which refused clients are told to come back at different times.
+        led_here: Told the Host of a request that came back to us: what leads here, for people.
     """
 
     def __init__(
@@ -146,7 +209,13 @@ class Front:
         token: str,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
         extra_headers: Mapping[str, str] = MappingProxyType({}),
+        refusals: Mapping[str, Refusal] = MappingProxyType({}),
+        chance: Callable[[], float] = lambda: 0.0,
+        led_here: Callable[[str], str] = lambda _: "one of its backends is its own address",
     ) -> None:
+        self._led_here = led_here
+        self._refusals = refusals
+        self._chance = chance
         self._handlers = dict(handlers)
         self._pages = dict(pages)
         self._open_pages = open_pages
@@ -170,6 +239,10 @@ class Front:
             table.setdefault(stem, {})[route.method] = route
         self._prefixed = list(prefixes.items())
 
+    def busy(self) -> int:
+        """How many requests a stop waits for."""
+        return sum(not exchange.watching for exchange in self.running)
+
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         path = request.raw_path.partition("?")[0]
@@ -178,7 +251,8 @@ class Front:
             self._request_id(request),
             path,
             self._clock(),
-            dialect_of(path),
+            dialect_of(split_key(path)[1]),
+            shown=without_key(path),
             extra=self._extra_headers,
         )
         self.running.add(exchange)
@@ -207,8 +281,10 @@ class Front:
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
         request = exchange.request
         _check_framing(request)
-        path = exchange.path = self._clean_path(request)
-        page = self._pages.get((request.method, path))
+        if _expected(request) not in ("", CONTINUE):
+            return self._unexpected(exchange)
+        path, key = self._find_path(exchange)
+        page = self._page(exchange, path)
         if page is not None and path in self._open_pages:
             exchange.endpoint = "balancer"
             return await self._run(page, exchange)
@@ -219,9 +295,12 @@ class Front:
             exchange.endpoint = "preflight"
             return self._plain(exchange, 204, b"", preflight)
         exchange.client = request.remote or ""  # until the door knows better, or refuses
-        admitted = self.door.admit(request, exchange.started_at)
+        exchange.cors = self.door.cors(request)
+        admitted = self.door.admit(request, exchange.started_at, path, key)
         exchange.principal, exchange.client = admitted.principal, admitted.client
-        exchange.cors = admitted.cors
+        exchange.discreet = admitted.discreet
+        if isinstance(request, _Request):
+            request.discreet = admitted.discreet
         if page is not None:
             exchange.endpoint = "metrics" if path == "/metrics" else "balancer"
             self.door.guard(request, admitted.principal, metrics=path == "/metrics")
@@ -230,6 +309,8 @@ class Front:
             exchange.endpoint = "balancer"
             self.door.guard(request, admitted.principal, metrics=False)
         route = methods.get(request.method)
+        if route is None and not methods:
+            route = other(request.method, path.removesuffix("/"))
         if route is None:
             return self._unrouted(exchange, allow)
         exchange.route, exchange.argument = route, argument
@@ -241,24 +322,30 @@ class Front:
     async def _run(self, handler: Handler, exchange: Exchange) -> web.StreamResponse:
         response = await handler(exchange)
         exchange.status = response.status
-        if not exchange.bytes_out and isinstance(response, web.Response):
-            exchange.bytes_out = response.content_length or 0
+        if isinstance(response, web.Response):
+            exchange.bytes_out = exchange.bytes_out or response.content_length or 0
+            return await writing.whole(exchange.request, response)
         return response
 
     def _check_route(self, exchange: Exchange, route: Route) -> None:
         if any(self._token in via for via in exchange.request.headers.getall("Via", [])):
-            raise Loop(
-                "This balancer forwarded the request to itself; one of its backends is its own "
-                "address. If OLLAMA_HOST is set for the service, unset it there."
-            )
+            why = self._led_here(exchange.request.headers.get("Host", ""))
+            raise Loop(f"This balancer forwarded the request to itself: {why}. Take it out there.")
         if self._is_draining():
             raise Draining("The balancer is stopping.", retry_after_s=5.0)
         self.door.require(exchange.principal, route.role)
-        if route.kind is Kind.LATER:
-            raise NotServed(
-                f"{route.method} {route.path} is not served by this balancer yet. Ask one of the "
-                "backends directly."
-            )
+
+    def _page(self, exchange: Exchange, path: str) -> Handler | None:
+        method = exchange.request.method
+        found = self._pages.get((method, path))
+        if found is not None:
+            return found
+        for (known, pattern), page in self._pages.items():
+            stem, mark, _ = pattern.partition("{rest}")
+            if mark and method == known and path.startswith(stem) and path != stem:
+                exchange.argument = path.removeprefix(stem)
+                return page
+        return None
 
     def _match(self, path: str) -> tuple[Mapping[str, Route], str]:
         """The methods of a path; one trailing slash is forgiven, as Ollama forgives it."""
@@ -273,9 +360,23 @@ class Front:
                     return methods, rest
         return {}, ""
 
+    def _find_path(self, exchange: Exchange) -> tuple[str, str]:
+        """By which path to route, and the key that stood in front of it."""
+        whole, key, path = self._clean_path(exchange.request)
+        if key and not self.door.takes_path:
+            exchange.error = "a key in the path is not accepted (auth.accept)"
+            key, path = "", without_key(whole)
+        exchange.path, exchange.shown = path, without_key(whole)
+        exchange.dialect = dialect_of(path)
+        return path, key
+
     @staticmethod
-    def _clean_path(request: web.BaseRequest) -> str:
-        """The path, decoded once; refused where two readers could understand two things by it."""
+    def _clean_path(request: web.BaseRequest) -> tuple[str, str, str]:
+        """
+        The path, decoded once, and split into a key in front and the rest.
+
+        Refused where two readers could understand two things by it.
+        """
         target = request.raw_path
         if not target.startswith("/"):
             target = _origin_form(target, request.headers.get("Host", ""))
@@ -284,12 +385,15 @@ class Front:
             path = unquote(raw, errors="strict")
         except UnicodeDecodeError:
             raise BadRequest("the path is not UTF-8") from None
-        escaped_slash = "%2f" in raw.lower() and not raw.startswith("/v1/models/")
+        key, rest = (part.lower() for part in split_key(raw))
+        escaped = "%2f" in rest and not rest.startswith("/v1/models/")
+        escaped_slash = escaped or "%2f" in key
         dotted = "/../" in f"{path}/" or "/./" in f"{path}/"
-        plain = target.isascii() and "#" not in target and "//" not in path
+        printed = not any(char < " " or char == "\x7f" for char in path)
+        plain = target.isascii() and printed and "#" not in target and "//" not in path
         if escaped_slash or dotted or not plain:
             raise BadRequest("the path is not in its plain form")
-        return path
+        return path, *split_key(path)
 
     def _request_id(self, request: web.BaseRequest) -> str:
         given = request.headers.get("X-Request-Id", "")
@@ -297,8 +401,17 @@ class Front:
             return given
         return self._new_id()
 
+    def _unexpected(self, exchange: Exchange) -> web.Response:
+        """417 as Go's server says it."""
+        exchange.outcome, exchange.error = "rejected", "unsupported expectation"
+        response = self._plain(exchange, 417, b"", ())
+        response.force_close()
+        return response
+
     def _unrouted(self, exchange: Exchange, allow: str) -> web.Response:
-        """404 and 405 as gin says them."""
+        """404 and 405 as gin says them; to OPTIONS on loopback, by name, only what is allowed."""
+        if allow and exchange.request.method == "OPTIONS" and _is_local_name(exchange.request):
+            return self._plain(exchange, 204, b"", (("Allow", allow),))
         exchange.outcome = "rejected"
         if allow:
             body, status = b"405 method not allowed", 405
@@ -322,9 +435,13 @@ class Front:
     def _refused(self, exchange: Exchange, error: BalancerError) -> web.Response:
         """The error in the caller's dialect; an empty text is an empty body, as Ollama's 403."""
         if not exchange.outcome:
-            exchange.outcome = _outcome(error)
+            exchange.outcome = outcome_of(error)
         exchange.error = exchange.error or error.text or _foreign(exchange.request)
-        told: Rendered = render(error, exchange.dialect, exchange.id)
+        if isinstance(error, UnknownRoute):
+            return self._unrouted(exchange, "")
+        told: Rendered = render(exchange.told(error), exchange.dialect, exchange.id, self._chance())
+        if exchange.path in self._refusals:
+            told = self._refusals[exchange.path](told, error)
         if not error.text:
             response = self._plain(exchange, error.status, b"", ())
         else:
@@ -335,6 +452,22 @@ class Front:
             response.force_close()
         return response
 
+    def malformed(self, client: str, status: int) -> None:
+        """What could not be parsed was answered so; nothing of what was sent is told."""
+        self._emit(
+            CallEnded(
+                at=self._clock(),
+                request_id=self._new_id(),
+                method="",
+                path="",
+                endpoint=MALFORMED,
+                status=status,
+                outcome="rejected",
+                duration_s=0.0,
+                client=client,
+            )
+        )
+
     def _tell(self, exchange: Exchange) -> None:
         now = self._clock()
         route = exchange.route
@@ -344,7 +477,7 @@ class Front:
                 at=now,
                 request_id=exchange.id,
                 method=exchange.request.method,
-                path=exchange.path,
+                path=exchange.shown,
                 endpoint=exchange.endpoint,
                 status=exchange.status,
                 outcome=outcome,
@@ -353,6 +486,7 @@ class Front:
                 user_agent=exchange.request.headers.get("User-Agent", ""),
                 key=exchange.principal.name,
                 model=exchange.model,
+                alias=exchange.alias,
                 backend=exchange.backend,
                 attempts=exchange.attempts,
                 why=exchange.why,
@@ -396,7 +530,8 @@ def _foreign(request: web.BaseRequest) -> str:
     return f"{told} is not allowed without a key (server.allowed_hosts)"
 
 
-def _outcome(error: BalancerError) -> str:
+def outcome_of(error: BalancerError) -> str:
+    """What a call that ends in *error* is counted as."""
     if error.status in (503, 429):
         return "shed"
     if error.status in (408, 504):
@@ -419,32 +554,49 @@ def _check_framing(request: web.BaseRequest) -> None:
         or request.version < (1, 1)
     ):
         raise BadRequest("unsupported transfer encoding")
-    if "Upgrade" in headers and headers["Upgrade"].lower() != "h2c":
+    if any(asked.lower() != "h2c" for asked in headers.getall("Upgrade", [])):
         raise BadRequest("this server does not upgrade connections")
-    if request.version not in ((1, 0), (1, 1)):
+    if isinstance(request, _Request) and not request.known_version:
         raise BadRequest("unsupported protocol version")
-    if headers.get("Expect", "100-continue").lower() != "100-continue":
-        raise BadRequest("unsupported expectation")
+
+
+def _expected(request: web.BaseRequest) -> str:
+    return ",".join(request.headers.getall("Expect", [])).strip().lower()
+
+
+def _is_local_name(request: web.BaseRequest) -> bool:
+    """Whether we are addressed on loopback, and by a name instead of an address."""
+    reached = () if request.transport is None else request.transport.get_extra_info("sockname")
+    name = re.sub(r":\d*$", "", request.headers.get("Host", ""))
+    is_address = name.replace(".", "").isdecimal() or name.startswith("[")
+    return isinstance(reached, tuple) and str(reached[0]) in LOOPBACK and not is_address
+
+
+def ask_for_body(request: web.BaseRequest) -> None:
+    """Tell a client that waits for it that its body is wanted."""
+    if _expected(request) and request.version >= (1, 1) and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 async def read_body(exchange: Exchange, max_bytes: int, clock: Callable[[], float]) -> bytes:
     """
-    The whole body, so that it can be sent again.
+    The whole body, so that it can be sent again; a compressed one as it was before.
 
     Raises:
+        BadRequest: It is damaged.
         BodyTooLarge: Above *max_bytes*; told before it is read where the length is declared.
         RequestTimeout: Nothing came for 30 s, or it trickles (below 1 KiB/s after 10 s).
-        UnsupportedEncoding: It is compressed.
+        UnsupportedEncoding: It is compressed where, or how, Ollama does not take it.
     """
-    request = exchange.request
-    encoding = request.headers.get("Content-Encoding", "identity").lower()
-    if encoding not in ("", "identity"):
+    request, route = exchange.request, exchange.route
+    encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
+    is_zstd = encoding == "zstd" and route is not None and route.operation in ZSTD
+    if encoding not in ("", "identity") and not is_zstd:
         raise UnsupportedEncoding(f"Content-Encoding {encoding[:32]!r} is not supported here.")
     declared = request.content_length
     if declared is not None and declared > max_bytes:
         raise _too_large(max_bytes)
-    if request.headers.get("Expect") is not None and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    ask_for_body(request)
     parts: list[bytes] = []
     size = 0
     began = clock()
@@ -454,6 +606,8 @@ async def read_body(exchange: Exchange, max_bytes: int, clock: Callable[[], floa
                 part = await request.content.readany()
         except TimeoutError:
             raise RequestTimeout("The request's body stopped coming.") from None
+        except PayloadEncodingError:
+            raise BadRequest("the request's body is not framed as HTTP has it") from None
         if not part:
             break
         parts.append(part)
@@ -464,7 +618,12 @@ async def read_body(exchange: Exchange, max_bytes: int, clock: Callable[[], floa
         if spent_s > 10 and size < 1024 * spent_s:
             raise RequestTimeout("The request's body comes too slowly.")
     exchange.bytes_in = size
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    body: bytes | None = parts[0] if len(parts) == 1 else b"".join(parts)
+    if is_zstd:
+        body = await unzstd(body or b"", max_bytes)
+    if body is None:
+        raise _too_large(max_bytes)
+    return body
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
@@ -478,15 +637,40 @@ class _Connection(RequestHandler):
     One client connection, with an absolute time limit for a request's head.
 
     aiohttp uses one time limit both for idle keep-alive and for a head that does not come; a
-    short one races the clients' pools, a long one lets half-sent heads sit.
+    short one races the clients' pools, a long one lets half-sent heads sit. It also bounds a
+    head's lines and their number but not their sum, and not what frames a body in chunks.
+
+    Args:
+        max_head: Bytes of a whole head.
+        refused: Told of a request that could not be parsed: the client, the answer's status.
     """
 
-    __slots__ = ("_head_timer", "head_timeout_s")
+    __slots__ = (
+        "_body",
+        "_framing_bytes",
+        "_head_bytes",
+        "_head_timer",
+        "_max_head",
+        "_refused",
+        "head_timeout_s",
+    )
 
-    def __init__(self, *args: Any, head_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        head_timeout_s: float,
+        max_head: int,
+        refused: Callable[[str, int], None],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.head_timeout_s = head_timeout_s
+        self._refused = refused
         self._head_timer: asyncio.TimerHandle | None = None
+        self._max_head = max_head
+        self._head_bytes = 0
+        self._body: StreamReader | None = None
+        self._framing_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -496,12 +680,45 @@ class _Connection(RequestHandler):
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        waiting = not self._messages and self._current_request is None
+        request, queued = self._current_request, len(self._messages)
+        waiting = not queued and request is None
         super().data_received(data)
+        if request is not None and not request.content.is_eof():
+            self._check_body(request.content, len(data), broken=len(self._messages) > queued)
         if self._messages or self._current_request is not None:
             self._disarm()
-        elif waiting and self._head_timer is None:
-            self._arm()
+            self._head_bytes = 0
+        elif waiting:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._max_head:
+                self._refuse_head()
+            elif self._head_timer is None:
+                self._arm()
+
+    def _check_body(self, body: StreamReader, more: int, *, broken: bool) -> None:
+        """
+        End a body that is damaged, or whose chunks are mostly extensions.
+
+        Args:
+            broken: What came could not be parsed; aiohttp tells whoever reads next, not the
+                reader of this body, who would wait for the rest of it.
+        """
+        self._framing_bytes = more + (self._framing_bytes if body is self._body else 0)
+        self._body = body
+        if broken or self._framing_bytes > MAX_FRAMING + FRAMING_RATIO * body.total_bytes:
+            body.set_exception(PayloadEncodingError("bad chunks"))
+            self._messages.clear()
+            self._lingering_time = 0.0  # there is no telling where it would end
+
+    def _refuse_head(self) -> None:
+        """Answer a head that is too long before all of it has come."""
+        if self.transport is not None and not self.transport.is_closing():
+            peer = self.transport.get_extra_info("peername")
+            self._refused(str(peer[0]) if isinstance(peer, tuple) else "", 431)
+            head = f"HTTP/1.0 431 {_TOO_LONG.decode()[4:]}\r\nContent-Type: {PLAIN}\r\n"
+            head += f"Content-Length: {len(_TOO_LONG)}\r\nConnection: close\r\n\r\n"
+            self.transport.write(head.encode() + _TOO_LONG)
+        self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._disarm()
@@ -531,9 +748,11 @@ class _Connection(RequestHandler):
         self.log_exception("Error handling request from %s", request.remote, exc_info=exc)
         if isinstance(exc, LineTooLong):
             status = 431
-        texts = {400: b"400 Bad Request", 431: b"431 Request Header Fields Too Large"}
+        if isinstance(exc, HttpProcessingError):
+            self._refused(request.remote or "", status)
+        texts = {400: b"400 Bad Request", 431: _TOO_LONG}
         response = web.Response(status=status, body=texts.get(status, b"error"))
-        response.headers["Content-Type"] = "text/plain; charset=utf-8"
+        response.headers["Content-Type"] = PLAIN
         response.force_close()
         return response
 
@@ -544,31 +763,48 @@ class _Request(web.BaseRequest):
 
     Attributes:
         begun: The answer's head has gone out.
+        discreet: Without the headers that tell of backends.
+        known_version: It is HTTP/1.0 or 1.1; anything else is answered as 1.0.
     """
 
-    ATTRS = web.BaseRequest.ATTRS | {"begun"}
+    ATTRS = web.BaseRequest.ATTRS | {"begun", "discreet", "known_version"}
     begun = False
+    discreet = False
+    known_version = True
 
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         self.begun = True
         response.headers.popall("Server", None)
+        for name in TELLING if self.discreet else ():
+            response.headers.popall(f"X-Balancer-{name}", None)
 
 
 def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> _Request:
     """What the server makes of a parsed head."""
-    return _Request(message, payload, protocol, writer, task, asyncio.get_running_loop())
+    known = message.version in (HttpVersion10, HttpVersion11)
+    if not known:
+        message = message._replace(version=HttpVersion10, should_close=True)
+    request = _Request(message, payload, protocol, writer, task, asyncio.get_running_loop())
+    request.known_version = known
+    return request
 
 
 class _Server(web.Server):
     """aiohttp's server with our connections."""
 
-    def __init__(self, handler: Any, *, head_timeout_s: float, **kwargs: Any) -> None:
-        super().__init__(handler, request_factory=_request, **kwargs)
+    def __init__(self, front: Front, *, head_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(front.handle, request_factory=_request, **kwargs)
         self._head_timeout_s = head_timeout_s
+        self._refused = front.malformed
 
     def __call__(self) -> RequestHandler:
         return _Connection(
-            self, loop=self._loop, head_timeout_s=self._head_timeout_s, **self._kwargs
+            self,
+            loop=self._loop,
+            head_timeout_s=self._head_timeout_s,
+            max_head=HEAD_LINES * self._kwargs["max_field_size"],
+            refused=self._refused,
+            **self._kwargs,
         )
 
 
@@ -577,7 +813,7 @@ def make_server(
 ) -> _Server:
     """aiohttp's low-level server over *front*, set up for a proxy."""
     return _Server(
-        front.handle,
+        front,
         head_timeout_s=head_timeout_s,
         handler_cancellation=True,
         keepalive_timeout=keepalive_s,

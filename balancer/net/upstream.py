@@ -25,6 +25,7 @@ import aiohttp
 from aiohttp import ClientTimeout, DummyCookieJar, TCPConnector
 from yarl import URL
 
+from balancer.core import cloud
 from balancer.core.domain import Call
 from balancer.core.pool import Lease
 from balancer.core.verdicts import Failure, FailureKind
@@ -35,6 +36,8 @@ RESOLVE_S: Final = 3.0  # for a name, on top of the time to connect
 SEND_STALL_S: Final = 30.0
 SEND_BYTES_PER_S: Final = 1e6  # slower than any network that a model is served over
 MAX_INTERIM_FIELD: Final = 16 * 1024
+# What OpenSSL makes of an answer in plain text, by its version.
+_NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"})
 SKIPPED_DEFAULTS: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
 
 
@@ -146,9 +149,47 @@ class ClientUpstream:
     def open(self, lease: Lease, call: Call, sink: Sink) -> Handle:
         """Send *call* and push the answer; see the protocol."""
         target = self.targets.get(lease.backend.name) or Target(lease.backend.url)
-        exchange = _Exchange(self._session, target, call, sink)
+        if lease.backend.provider:
+            call = cloud.at_provider(call)
+        return self.send(target, call, sink, patient=not lease.remote)
+
+    def send(self, target: Target, call: Call, sink: Sink, *, patient: bool = True) -> Handle:
+        """
+        The same without a lease, for work that takes no slot: pulling, creating.
+
+        Args:
+            patient: Silence before the answer's head has no limit; else that of any other.
+        """
+        exchange = _Exchange(self._session, target, call, sink, patient=patient)
         exchange.task = self._tasks.spawn(exchange.run(), f"exchange {call.id}")
         return exchange
+
+    async def upload(
+        self,
+        target: Target,
+        path: str,
+        pieces: AsyncIterator[bytes],
+        headers: Sequence[tuple[str, str]],
+    ) -> tuple[int, bytes]:
+        """
+        Send a body of any size as it comes: status, and the answer's body.
+
+        Raises:
+            UpstreamError: It was not taken whole, or not answered.
+        """
+        try:
+            async with self._session.post(
+                URL(target.url + path, encoded=True),
+                data=pieces,
+                headers=_joined([("Accept-Encoding", "identity"), *headers], target),
+                timeout=_timeout(target),
+                ssl=target.tls,
+                server_hostname=target.server_name,
+                allow_redirects=False,
+            ) as response:
+                return response.status, await response.content.read(MAX_INTERIM_FIELD)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UpstreamError(_failure(error, headed=False, sent=True)) from error
 
     async def ask(
         self,
@@ -245,12 +286,19 @@ class _Exchange:
     """One call on one connection: the task that reads, and the handle that steers it."""
 
     def __init__(
-        self, client: aiohttp.ClientSession, target: Target, call: Call, sink: Sink
+        self,
+        client: aiohttp.ClientSession,
+        target: Target,
+        call: Call,
+        sink: Sink,
+        *,
+        patient: bool,
     ) -> None:
         self._client = client
         self._target = target
         self._call = call
         self._sink: Sink | None = sink
+        self._patient = patient
         self._flow = asyncio.Event()
         self._flow.set()
         self._sent = False
@@ -312,7 +360,9 @@ class _Exchange:
                 return
             headers = [(k, v) for k, v in response.headers.items()]
             self._push_head(status, headers)
-            self._watch_idle()
+            if self._idle_timer is None:
+                self._watch_idle()
+            self._last = asyncio.get_running_loop().time()
             async for data in response.content.iter_any():
                 self._last = asyncio.get_running_loop().time()
                 if self._sink is None:
@@ -332,6 +382,8 @@ class _Exchange:
         try:
             yield self._call.body
             self._sent = True
+            if not self._patient:
+                self._watch_idle()
         finally:
             stall.cancel()
 
@@ -398,11 +450,24 @@ def _told(error: Exception) -> str:
     """The cause in a few words, without addresses that aiohttp repeats."""
     if isinstance(error, aiohttp.ClientConnectorError):
         inner = error.os_error
+        if isinstance(inner, ssl.SSLError):
+            return _of_tls(inner)
         number = inner.errno or 0  # the texts of asyncio are longer; those of DNS have none
         told = os.strerror(number) if number > 0 else inner.strerror or str(inner)
         return (told or type(inner).__name__).lower()
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return ""
+    if isinstance(error, ssl.SSLError):
+        return _of_tls(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _of_tls(error: ssl.SSLError) -> str:
+    """Its number is none of the system's, and would read as "operation not permitted"."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message.rstrip('.')} (see tls)"
+    reason = (error.reason or str(error)).replace("_", " ").lower()
+    hint = "; does it speak TLS?" if error.reason in _NOT_TLS else ""
+    return f"TLS: {reason}{hint}"

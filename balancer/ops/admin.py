@@ -1,23 +1,22 @@
 """
-The admin API under ``/_balancer/``: what is going on, and reloading.
-
-`status` is a documented shape of version 1: fields may be added, none changes its meaning.
+The admin API under ``/_balancer/``: what is going on, why, and what an operator can do about it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
 from aiohttp import web
 
 from balancer.core.dialect import compact
-from balancer.core.dispatch import Dispatcher
-from balancer.core.domain import Switch
-from balancer.core.pool import BackendView, BreakerView, Pool
+from balancer.core.domain import Principal
+from balancer.ops.explain import Explain
 from balancer.ops.metrics import Metrics
 from balancer.ops.reload import Reload
+from balancer.ops.status import Status
+from balancer.ops.steering import Steering
 
 JSON: Final = "application/json; charset=utf-8"
 OPEN_PAGES: Final = frozenset({"/_balancer/live", "/_balancer/ready"})
@@ -29,6 +28,14 @@ class Asked(Protocol):
     @property
     def request(self) -> web.BaseRequest:
         """The request."""
+
+    @property
+    def principal(self) -> Principal:
+        """Who asks."""
+
+    @property
+    def argument(self) -> str:
+        """What stood in the page's ``{rest}``."""
 
     def headers(self) -> dict[str, str]:
         """The headers that every answer carries."""
@@ -43,30 +50,23 @@ class Admin:
 
     Args:
         is_draining: Whether the balancer is stopping.
-        started_at: Unix seconds, for people.
     """
 
     def __init__(
         self,
-        pool: Pool,
-        dispatcher: Dispatcher,
+        status: Status,
+        steering: Steering,
+        explain: Explain,
         reload: Reload,
         metrics: Metrics | None,
-        clock: Callable[[], float],
         is_draining: Callable[[], bool],
-        version: str,
-        started_at: float,
-        config_file: str | None,
     ) -> None:
-        self._pool = pool
-        self._dispatcher = dispatcher
+        self._status = status
+        self._steering = steering
+        self._explain = explain
         self._reload = reload
         self._metrics = metrics
-        self._clock = clock
         self._is_draining = is_draining
-        self._version = version
-        self._started_at = started_at
-        self._config_file = config_file
 
     def pages(self) -> Mapping[tuple[str, str], Page]:
         """By method and path."""
@@ -74,7 +74,9 @@ class Admin:
             ("GET", "/_balancer/live"): self.live,
             ("GET", "/_balancer/ready"): self.ready,
             ("GET", "/_balancer/status"): self.status,
+            ("GET", "/_balancer/explain"): self.explain,
             ("POST", "/_balancer/reload"): self.reload,
+            ("POST", "/_balancer/backends/{rest}"): self.steer,
         }
         if self._metrics is not None:
             pages["GET", "/metrics"] = self.metrics
@@ -93,7 +95,7 @@ class Admin:
 
     def is_ready(self) -> bool:
         """At least one backend can serve, and we are not stopping."""
-        return self._pool.is_ready() and not self._is_draining()
+        return self._status.is_ready()
 
     async def status(self, asked: Asked) -> web.StreamResponse:
         """Everything an operator wants to know."""
@@ -116,6 +118,17 @@ class Admin:
         }
         return _json(asked, told)
 
+    async def steer(self, asked: Asked) -> web.StreamResponse:
+        """Do something to a backend: ``NAME/drain`` and its like."""
+        name, _, action = asked.argument.rpartition("/")
+        model = asked.request.rel_url.query.get("model", "")
+        status, told = await self._steering(name, action, asked.principal.name, model)
+        return _json(asked, told, status)
+
+    async def explain(self, asked: Asked) -> web.StreamResponse:
+        """What would become of a call for ``?model=``, and why."""
+        return _json(asked, self._explain(asked.request.rel_url.query))
+
     async def metrics(self, asked: Asked) -> web.StreamResponse:
         """Prometheus text."""
         if self._metrics is None:
@@ -125,92 +138,7 @@ class Admin:
 
     def state(self) -> dict[str, Any]:
         """The status document."""
-        now = self._clock()
-        waiting = self._dispatcher.waiting()
-        return {
-            "status_version": 1,
-            "version": self._version,
-            "started_at": round(self._started_at),
-            "config": {
-                "file": self._config_file,
-                "loaded_s_ago": round(now - self._reload.loaded_at),
-                "rejected": list(self._reload.rejected),
-            },
-            "ready": self.is_ready(),
-            "draining": self._is_draining(),
-            "running": self._pool.running,
-            "queue": {
-                "depth": len(waiting),
-                "oldest_s": round(max((now - t.queued_at for t in waiting), default=0.0), 1),
-                "per_model": _counted([t.call.model for t in waiting]),
-            },
-            "backends": [self._backend(view) for view in self._pool.snapshot()],
-        }
-
-    def _backend(self, view: BackendView) -> dict[str, Any]:
-        catalog = self._pool.catalog
-        own = next(b for b in view.breakers if b.model is None)
-        of_models = {b.model: b for b in view.breakers if b.model is not None}
-        models = []
-        for canonical in catalog.listed(view.name):
-            shown = catalog.shown(canonical)
-            entry: dict[str, Any] = {
-                "name": shown,
-                "digest": catalog.digest(view.name, canonical),
-                "state": "loaded" if shown in view.loaded else "on disk",
-                "in_flight": view.in_flight.get(shown, 0),
-                "context": catalog.context(view.name, canonical),
-            }
-            if view.loading == shown:
-                entry["state"] = "loading"
-            if shown in of_models:
-                entry["breaker"] = _breaker(of_models[shown])
-            models.append(entry)
-        return {
-            "name": view.name,
-            "url": view.url,
-            "version": view.version,
-            "up": view.up,
-            "error": view.error,
-            "switch": view.switch.value if view.enabled else Switch.DISABLED.value,
-            "state": word(view),
-            "breaker": _breaker(own),
-            "slots": view.slots,
-            "in_flight": sum(view.in_flight.values()),
-            "loading": view.loading,
-            "cooling_s": round(view.cooling_s, 1),
-            "first_byte_s": round(view.first_byte_s, 3),
-            "vram_bytes": view.vram_bytes,
-            "trouble": view.trouble,
-            "models": models,
-        }
-
-
-def word(view: BackendView) -> str:
-    """One word for how a backend is; health, breaker and switch stay apart in the fields."""
-    if not view.enabled or view.switch is Switch.DISABLED:
-        return "disabled"
-    if view.up is None:
-        return "unknown"
-    if not view.up:
-        return "down"
-    own = next(b for b in view.breakers if b.model is None)
-    if own.state.value != "closed":
-        return "broken"
-    return "draining" if view.switch is Switch.DRAINING else "up"
-
-
-def _breaker(view: BreakerView) -> dict[str, Any]:
-    return {
-        "state": view.state.value,
-        "reason": view.reason,
-        "retry_in_s": round(view.retry_in_s, 1),
-        "trips": view.trips,
-    }
-
-
-def _counted(models: Sequence[str]) -> dict[str, int]:
-    return {model: models.count(model) for model in sorted(set(models))}
+        return self._status.document()
 
 
 def _json(asked: Asked, value: Mapping[str, Any], status: int = 200) -> web.StreamResponse:

@@ -1,12 +1,12 @@
 """
-Who is asking, and may they: keys, addresses, Host, Origin, the admin guard.
+Who is asking, and may they: keys, addresses, Host, the admin guard.
 
 Plain functions over header text; nothing here knows aiohttp, logs, or keeps a key. A refusal with
 an empty text is answered with an empty body, as Ollama does.
 
-The order for one request: `preflight`, `Access.check_origin`, `Access.caller`,
-`Access.authenticate`, `Access.check_host`, `require`; under ``/_balancer/`` also
-`Access.guard_admin`, for ``/metrics`` `Access.guard_reach`.
+The order for one request: `Access.caller`, `Access.authenticate`, `Access.check_host`, `require`;
+under ``/_balancer/`` also `Access.guard_admin`, for ``/metrics`` `Access.guard_reach`. Pages of
+other origins are the matter of `cors`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from balancer.core.domain import Principal, Role
 from balancer.core.errors import BadRequest, Forbidden, Unauthorized
+from balancer.ops.cors import is_foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from multidict import MultiMapping
 
     Headers = MultiMapping[str]
     Address = IPv4Address | IPv6Address
     Networks = Sequence[IPv4Network | IPv6Network]
-    Pairs = tuple[tuple[str, str], ...]
     Anonymous = Literal["never", "loopback", "always"] | Sequence[str]
 
 ANONYMOUS: Final = "anonymous"
@@ -59,6 +59,14 @@ class Key(Protocol):
     @property
     def role(self) -> Role:
         """What it allows."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Globs over the models it is for."""
+
+    @property
+    def expires_at(self) -> float | None:
+        """Unix time from which it is no key any more; None: never."""
 
 
 # -- addresses ------------------------------------------------------------------------------
@@ -184,34 +192,13 @@ def _bucket(caller: Caller) -> str:
     return caller.address
 
 
-# -- Host and Origin ------------------------------------------------------------------------
+# -- Host -----------------------------------------------------------------------------------
 
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 _OLLAMA_SUFFIXES = (".localhost", ".local", ".internal")
 _PRIVATE_SUFFIXES = (*_OLLAMA_SUFFIXES, ".lan", ".home.arpa")
 _LOCAL_V4 = ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "0.0.0.0")
 _LOCAL_NETWORKS = _networks((*_LOCAL_V4, "::1", "fc00::/7", "::"))
-
-_LOCAL_ORIGIN = re.compile(
-    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0)(:[0-9]{1,5})?"
-    r"|(app|file|tauri|vscode-webview|vscode-file)://[!-~]*"
-)
-_PREFLIGHT_HEADERS = (
-    "Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,X-Stainless-Arch,"
-    "X-Stainless-Async,X-Stainless-Custom-Poll-Interval,X-Stainless-Helper-Method,"
-    "X-Stainless-Lang,X-Stainless-Os,X-Stainless-Package-Version,X-Stainless-Poll-Helper,"
-    "X-Stainless-Retry-Count,X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout"
-)
-_PREFLIGHT = (
-    ("Access-Control-Allow-Headers", _PREFLIGHT_HEADERS),
-    ("Access-Control-Allow-Methods", "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"),
-    ("Access-Control-Max-Age", "43200"),
-)
-_PREFLIGHT_VARY = (
-    ("Vary", "Origin"),
-    ("Vary", "Access-Control-Request-Method"),
-    ("Vary", "Access-Control-Request-Headers"),
-)
 
 
 def check_host(
@@ -268,48 +255,6 @@ def _is_private(name: str) -> bool:
     )
 
 
-def is_same_origin(origin: str, host: str) -> bool:
-    """Whether a page came from where it now calls."""
-    return origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
-
-
-def check_origin(origin: str | None, host: str) -> Pairs:
-    """
-    The CORS headers an answer needs; none for the same origin, or without an Origin.
-
-    Allowed are local pages and desktop applications, as in Ollama; ``null`` is not.
-
-    Raises:
-        Forbidden: A foreign page; empty text, as Ollama answers.
-    """
-    if origin is None or is_same_origin(origin, host):
-        return ()
-    if not _LOCAL_ORIGIN.fullmatch(origin):
-        raise Forbidden("")
-    return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"))
-
-
-def preflight(origin: str | None, host: str, allow: str = "") -> Pairs | None:
-    """
-    The headers of the 204 that answers an OPTIONS of a page elsewhere, byte for byte Ollama's.
-
-    None: not a question of CORS (no Origin, or the same), so the route answers.
-
-    Args:
-        origin: The Origin header, if any.
-        host: The Host header.
-        allow: The methods of the path, ``GET, HEAD``; empty: an unknown path, which answers too.
-
-    Raises:
-        Forbidden: A foreign page; empty text.
-    """
-    cors = check_origin(origin, host)
-    if not cors:
-        return None
-    extra = (("Allow", allow),) if allow else ()
-    return tuple(sorted((*_PREFLIGHT, cors[0], *extra))) + _PREFLIGHT_VARY
-
-
 # -- keys and roles -------------------------------------------------------------------------
 
 
@@ -340,7 +285,8 @@ class Access:
         anonymous: Who needs no key: nobody, this machine, everybody, or exactly these CIDRs. A
             caller behind a proxy that is not in *trusted_proxies* has no address, so that only
             ``always`` admits it: else a web server in front would make the world local.
-        accept: Where a key may stand: ``bearer``, ``x-api-key``.
+        wall: Unix time, by which keys expire.
+        accept: Where a key may stand: ``bearer``, ``x-api-key``, ``path``.
         trusted_proxies: CIDRs whose X-Forwarded-For we believe.
         allowed_hosts: Further Host names for anonymous callers.
         admin_cidrs: Who may reach the admin API and the metrics at all.
@@ -355,6 +301,7 @@ class Access:
     def __init__(
         self,
         *,
+        wall: Callable[[], float],
         keys: Sequence[Key] = (),
         anonymous: Anonymous = "loopback",
         accept: Collection[str] = ("bearer", "x-api-key"),
@@ -367,6 +314,7 @@ class Access:
     ) -> None:
         if any(key.name == ANONYMOUS for key in keys):
             raise ValueError(f'a key may not be named "{ANONYMOUS}"')
+        self._wall = wall
         self._keys = {key.sha256: key for key in keys}
         self._anonymous = anonymous if isinstance(anonymous, str) else _networks(anonymous)
         self._accept = frozenset(accept)
@@ -398,7 +346,14 @@ class Access:
             believed = False  # a proxy on another machine that saw "loopback" saw its own, not ours
         return Caller(address, client, hidden=not believed)
 
-    def authenticate(self, headers: Headers, caller: Caller, now: float) -> Principal:
+    @property
+    def takes_path(self) -> bool:
+        """Whether a key may stand in front of the path."""
+        return "path" in self._accept
+
+    def authenticate(
+        self, headers: Headers, caller: Caller, now: float, in_path: str = ""
+    ) -> Principal:
         """
         The key's owner, or the anonymous caller: admin on this machine, user elsewhere.
 
@@ -406,24 +361,28 @@ class Access:
             headers: Of the request.
             caller: Of the request, see `caller`.
             now: Monotonic seconds.
+            in_path: What stood in the path as a key.
 
         Raises:
-            Unauthorized: No key or an unknown one where one is needed, or too many wrong ones.
+            Unauthorized: No key, an unknown or an expired one where one is needed, or too many
+                wrong ones.
         """
-        tokens = self._tokens(headers)
-        welcome = self._is_welcome(caller)
-        for token in tokens:
-            key = self._key(token)
-            if key is not None:
-                return Principal(key.name, key.role)
-        if welcome:
+        tokens = self._tokens(headers, in_path)
+        expired: Key | None = None
+        for key in map(self._key, tokens):
+            if key is not None and not self._is_expired(key):
+                return Principal(key.name, key.role, key.models)
+            expired = key or expired
+        if self._is_welcome(caller):
             return Principal(ANONYMOUS, Role.ADMIN if caller.is_loopback else Role.USER)
+        if expired is not None:
+            raise Unauthorized(f"The API key {expired.name!r} has expired. {_GET_ONE}")
         if tokens:
             # A known key is let in even then: one guesser must not lock out a whole network.
             self._refuse_guesser(caller, now)
             self._failures.note(caller, now)
-            raise Unauthorized("This API key is not known here.")
-        raise Unauthorized(_NO_KEY + (_HIDDEN if caller.hidden else ""))
+            raise Unauthorized(f"This API key is not known here. {_GET_ONE}")
+        raise Unauthorized(self._how_to_send() + (_HIDDEN if caller.hidden else ""))
 
     def check_host(self, host: str, principal: Principal) -> None:
         """
@@ -464,7 +423,7 @@ class Access:
     ) -> None:
         """
         Who may use ``/_balancer/``: admins within reach; changes only as a POST that no foreign
-        page can make a browser send.
+        page can make a browser send, and nothing for a foreign page that has no key.
 
         Raises:
             Forbidden: Not from there, not with that role, not with that method or Origin.
@@ -472,12 +431,16 @@ class Access:
         """
         self.guard_reach(caller, headers)
         require(principal, Role.ADMIN)
+        if principal.name == ANONYMOUS and is_foreign(headers):
+            raise Forbidden("Only a page of this balancer may look at this without an API key.")
         if method in ("GET", "HEAD"):
             return
         if method != "POST":
             raise Forbidden("Changes are made with POST.")
-        origin = headers.get("Origin")
-        if origin is not None and not is_same_origin(origin, headers.get("Host", "")):
+        if is_foreign(headers):
+            raise Forbidden("Only a page of this balancer may do this.")
+        # Browsers say so themselves; a page on another port of this machine is "same-site".
+        if headers.get("Sec-Fetch-Site", "same-origin").strip().lower() != "same-origin":
             raise Forbidden("Only a page of this balancer may do this.")
         content_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
@@ -495,12 +458,21 @@ class Access:
             case networks:
                 return caller.is_within(networks)
 
-    def _tokens(self, headers: Headers) -> list[str]:
+    def _tokens(self, headers: Headers, in_path: str) -> list[str]:
         """What may be a key; some clients send two."""
         scheme, _, token = headers.get("Authorization", "").strip().partition(" ")
         bearer = token.strip() if "bearer" in self._accept and scheme.lower() == "bearer" else ""
         other = headers.get("x-api-key", "").strip() if "x-api-key" in self._accept else ""
-        return [token for token in (bearer, other) if token]
+        path = in_path if self.takes_path else ""
+        return [token for token in (path, bearer, other) if token]
+
+    def _is_expired(self, key: Key) -> bool:
+        return key.expires_at is not None and self._wall() >= key.expires_at
+
+    def _how_to_send(self) -> str:
+        """What somebody without a key should do."""
+        known = (way for name, way in _WAYS if name in self._accept)
+        return f"An API key is needed: send it {', or '.join(known)}. {_GET_ONE}"
 
     def _key(self, token: str) -> Key | None:
         """Look a key up by its hash; the same steps whether it is known or not."""
@@ -518,7 +490,12 @@ class Access:
             )
 
 
-_NO_KEY = 'An API key is needed: send "Authorization: Bearer KEY", or x-api-key.'
+_WAYS = (
+    ("bearer", 'as "Authorization: Bearer KEY"'),
+    ("x-api-key", 'as "x-api-key: KEY"'),
+    ("path", "in the address, as http://HOST/k/KEY (OLLAMA_HOST) or http://HOST/k/KEY/v1"),
+)
+_GET_ONE = "Who runs this balancer makes one with: ollama-balancer key new NAME"
 _HIDDEN = (
     " (This request came through a proxy that is not in server.trusted_proxies, so who sent it is"
     " not known.)"

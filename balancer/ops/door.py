@@ -1,4 +1,4 @@
-"""The rules of `auth`, applied to aiohttp's requests: who comes in, and what they may reach."""
+"""The rules of `auth` and `cors`, applied to aiohttp's requests: who comes in, and what for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Final
 from aiohttp import web
 
 from balancer.core.domain import Admitted, Principal, Role
-from balancer.ops.auth import ANONYMOUS, Access, Caller, check_origin, preflight, require
+from balancer.ops.auth import ANONYMOUS, Access, Caller, require
+from balancer.ops.cors import Cors, check_asked
 
 METRICS: Final = "/metrics"
 NOBODY: Final = Principal(ANONYMOUS, Role.USER)
@@ -16,30 +17,52 @@ UNIX_PEER: Final = "127.0.0.1"  # whoever may open the socket's file is on this 
 
 
 class Door:
-    """The front's doorkeeper. `access` is exchanged on a reload."""
+    """
+    The front's doorkeeper. Its attributes are exchanged on a reload.
 
-    def __init__(self, access: Access) -> None:
+    Attributes:
+        access: Who may do what.
+        pages: Which pages of other origins may call.
+        discreet: Whether only admins are told which backends there are.
+    """
+
+    def __init__(self, access: Access, pages: Cors, *, discreet: bool = False) -> None:
         self.access = access
+        self.pages = pages
+        self.discreet = discreet
+
+    @property
+    def takes_path(self) -> bool:
+        """Whether a key may stand in front of the path."""
+        return self.access.takes_path
 
     def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
         """The headers of the 204 that answers a preflight; None: it is none."""
-        return preflight(request.headers.get("Origin"), request.headers.get("Host", ""), allow)
+        return self.pages.preflight(request.headers, allow)
 
-    def admit(self, request: web.BaseRequest, now: float) -> Admitted:
+    def cors(self, request: web.BaseRequest) -> tuple[tuple[str, str], ...]:
+        """Check the Origin; the headers that every answer then needs."""
+        return self.pages.check(request.headers)
+
+    def admit(self, request: web.BaseRequest, now: float, path: str, key: str) -> Admitted:
         """
-        Check Origin, key and Host, in this order; raises what the client is told.
+        Check key and Host, in this order; raises what the client is told.
 
         Of who asks for the metrics no key is wanted; `guard` looks at where they come from.
+
+        Args:
+            path: By which the request is routed.
+            key: What stood in front of it as a key.
         """
         headers = request.headers
-        host = headers.get("Host", "")
-        cors = check_origin(headers.get("Origin"), host)
         caller = self._caller(request)
-        if request.path == METRICS:
-            return Admitted(NOBODY, caller.address, cors)
-        principal = self.access.authenticate(headers, caller, now)
-        self.access.check_host(host, principal)
-        return Admitted(principal, caller.address, cors)
+        if path == METRICS:
+            return Admitted(NOBODY, caller.address)
+        principal = self.access.authenticate(headers, caller, now, key)
+        self.access.check_host(headers.get("Host", ""), principal)
+        check_asked(request.method, headers)
+        discreet = self.discreet and principal.role is not Role.ADMIN
+        return Admitted(principal, caller.address, discreet)
 
     def require(self, principal: Principal, role: Role) -> None:
         """Check the role."""

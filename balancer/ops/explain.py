@@ -60,7 +60,11 @@ class Explain:
         Raises:
             BadRequest: No model, or not the name of one, or a number that is none.
         """
-        call = self._call(query)
+        call = self._call(query, query.get("model", ""))
+        alias = self._pool.catalog.aliases.find(call.key.model)
+        if alias is not None:
+            calls = [self._call(query, model) for model in alias.models]
+            call = calls[self._dispatcher.choose(calls, exists=False)]
         excluded = frozenset(query.getall("exclude", []))
         told = self._dispatcher.forecast(call, excluded)
         standings = {each.backend: each for each in self._pool.standings(call, excluded)}
@@ -74,6 +78,7 @@ class Explain:
         return {
             "explain_version": 1,
             "model": catalog.shown(call.key.model),
+            "alias": None if alias is None else {"name": alias.name, "models": alias.models},
             "options": dict(call.key.options),
             "prompt_tokens": call.prompt_tokens,
             "strategy": self._strategy(),
@@ -89,8 +94,8 @@ class Explain:
             "conflicts": catalog.conflicts().get(call.key.model, {}),
         }
 
-    def _call(self, query: Query) -> Call:
-        model, context = query.get("model", ""), _number(query, "num_ctx")
+    def _call(self, query: Query, model: str) -> Call:
+        context = _number(query, "num_ctx")
         if not model:
             raise BadRequest("Say which model: ?model=NAME")
         path = "/api/embed" if self._embeds(model) else "/api/chat"
@@ -115,6 +120,7 @@ class Explain:
             deadline=None,
             body=body,
             prompt_tokens=_number(query, "prompt_tokens") or 0,
+            embedding=route.operation in routes.EMBEDDING,
         )
 
     def _embeds(self, model: str) -> bool:
@@ -144,9 +150,11 @@ class Explain:
         }
 
     def _note(self, standing: Standing, call: Call) -> str:
-        """A copy that is there, and yet of no use to this call."""
+        """A copy that is there, and yet of no use to this call, or of less."""
         catalog: Catalog = self._pool.catalog
         resident = catalog.resident(standing.backend, call.key.model) is not None
+        if standing.backend in self._pool.strangers(call):
+            return ", of other weights: nobody with the usual ones can serve it now"
         is_other = resident and standing.candidate.residency is Residency.ON_DISK
         return " as asked for: it is with other options" if is_other else ""
 

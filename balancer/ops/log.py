@@ -22,7 +22,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 from balancer.core.domain import BreakerState, Kind, Switch
 from balancer.core.events import (
     AttemptEnded,
+    BackendDrained,
     BreakerMoved,
+    BreakersReset,
     CallEnded,
     CallQueued,
     CatalogChanged,
@@ -31,20 +33,23 @@ from balancer.core.events import (
     ConfigRejected,
     Event,
     HealthFlipped,
+    HostPassedOver,
     LeaseGranted,
     LoadEnded,
     LoadStarted,
     MemberJoined,
     MemberLeft,
     Mishap,
+    OrderEnded,
     Serving,
     Stopped,
     Stopping,
     Suspected,
+    SwitchesLost,
     SwitchMoved,
     TrialEnded,
 )
-from balancer.core.routes import TABLE
+from balancer.core.routes import TABLE, without_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,7 +67,7 @@ FIELD_CHARS: Final = 256
 READS: Final = frozenset(r.operation for r in TABLE if r.kind in (Kind.LOCAL, Kind.MERGE))
 
 _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
-_SWITCHES: Final = {
+SWITCHED: Final = {
     Switch.SERVING: "backend_resumed",
     Switch.DRAINING: "backend_draining",
     Switch.DISABLED: "backend_disabled",
@@ -99,11 +104,8 @@ def shown_address(address: str, how: ClientAddress) -> str:
 
 
 def shown_path(path: str) -> str:
-    """A path without what may be secret in it: the query, and a key sent as ``/k/KEY/``."""
-    path = path.partition("?")[0]
-    if path.startswith("/k/"):
-        return "/k/***/" + path[3:].partition("/")[2]
-    return path
+    """A path without what may be secret in it: the query, and a key sent as ``/k/KEY``."""
+    return without_key(path.partition("?")[0])
 
 
 # -- the chain ------------------------------------------------------------------------------
@@ -125,7 +127,8 @@ def configure(
     Args:
         level: The lowest that is written.
         format: ``auto`` is console on a terminal and JSON elsewhere.
-        stream: Where lines go. If it is systemd's journal, each begins with its priority.
+        stream: Where lines go. If it is systemd's journal, each begins with its priority, and
+            the time is left to the journal.
         is_tty: Whether *stream* is a terminal.
         env: For NO_COLOR, FORCE_COLOR and JOURNAL_STREAM.
         wall: Unix time.
@@ -135,9 +138,12 @@ def configure(
         color = not env.get("NO_COLOR") and (is_tty or bool(env.get("FORCE_COLOR")))
     if format == "auto":
         format = "console" if is_tty else "json"  # noqa: A001  see above
-    processors: list[Processor] = [_Head(wall), _renderer(format, color=color)]
-    if not is_tty and _is_journal(stream, env):
-        processors.append(_prioritise)
+    journal = not is_tty and _is_journal(stream, env)
+    processors: list[Processor] = [
+        _Head(None if journal else wall),
+        _renderer(format, color=color),
+        *([_prioritise] if journal else ()),
+    ]
     log: Log = structlog.wrap_logger(
         structlog.WriteLogger(stream),
         processors=processors,
@@ -152,12 +158,14 @@ def configure(
 class _Head:
     """First processor: time, level and event lead the line; every value is made safe."""
 
-    def __init__(self, wall: Callable[[], float]) -> None:
+    def __init__(self, wall: Callable[[], float] | None) -> None:
         self._wall = wall
 
     def __call__(self, _: WrappedLogger, level: str, fields: EventDict) -> EventDict:
-        at = datetime.fromtimestamp(self._wall(), UTC).isoformat(timespec="milliseconds")
-        line = {"timestamp": f"{at[:-6]}Z", "level": level, "event": fields.pop("event")}
+        line = {"level": level, "event": fields.pop("event")}
+        if self._wall is not None:
+            at = datetime.fromtimestamp(self._wall(), UTC).isoformat(timespec="milliseconds")
+            line = {"timestamp": f"{at[:-6]}Z"} | line
         for name, value in fields.items():
             line[name] = _safe(value)
         return line
@@ -248,7 +256,7 @@ class LogWriter:
             case HealthFlipped(backend=backend, reason=reason):
                 return WARNING, "backend_down", {**_place(backend), "reason": reason}
             case BreakerMoved():
-                return _breaker_level(event), _breaker_name(event.new), _breaker(event)
+                return _breaker_level(event), breaker_name(event), _breaker(event)
             case TrialEnded(backend=backend, model=model, kind=kind, ok=ok, text=text):
                 fields = {**_place(backend, model), "kind": kind, "ok": ok, "error.message": text}
                 return DEBUG, "trial_ended", fields
@@ -267,10 +275,20 @@ class LogWriter:
                 return DEBUG, "catalog_changed", fields
             case MemberJoined(backend=backend, url=url):
                 return INFO, "backend_added", {**_place(backend), "url": url}
+            case HostPassedOver(note=note):
+                return WARNING, "host_passed_over", {"message": note}
             case MemberLeft(backend=backend):
                 return INFO, "backend_removed", _place(backend)
-            case SwitchMoved(backend=backend, switch=switch):
-                return INFO, _SWITCHES[switch], _place(backend)
+            case SwitchMoved(backend=backend, switch=switch, by=by):
+                return INFO, SWITCHED[switch], {**_place(backend), "key.name": by}
+            case BackendDrained(backend=backend):
+                return INFO, "backend_drained", _place(backend)
+            case BreakersReset(backend=backend, by=by):
+                return INFO, "breaker_reset", {**_place(backend), "key.name": by}
+            case OrderEnded():
+                return _order(event)
+            case SwitchesLost(path=path, error=error):
+                return WARNING, "switches_lost", {"path": path, "error.message": error}
             case ConfigApplied(changed=changed, needs_restart=restart):
                 fields = {"changed": changed, "needs_restart": restart}
                 return WARNING if restart else INFO, "config_reloaded", fields
@@ -299,6 +317,7 @@ class LogWriter:
             "user_agent.original": e.user_agent,
             "key.name": e.key,
             "gen_ai.request.model": e.model,
+            "model.alias": e.alias,
             "backend.name": e.backend,
             "attempt.count": e.attempts or None,
             "route.reason": e.why,
@@ -320,7 +339,13 @@ class LogWriter:
 
 
 def _is_quiet(e: CallEnded) -> bool:
-    """Pages, lists and scrapes that went well: they come every few seconds and tell nothing."""
+    """
+    Pages, lists and scrapes that went well: they come every few seconds and tell nothing.
+
+    Nor may a scanner fill the log: of what was no HTTP `Bridge` tells the number.
+    """
+    if e.endpoint == "malformed":
+        return True
     if e.status >= 400:
         return False
     ours = e.path == "/metrics" or e.path.startswith("/_balancer")
@@ -329,6 +354,20 @@ def _is_quiet(e: CallEnded) -> bool:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 1)
+
+
+def _order(event: OrderEnded) -> Line:
+    """Who changed what is installed, and where."""
+    fields = {
+        "operation": event.operation,
+        **_place("", event.model),
+        "key.name": event.by,
+        "done": event.done,
+        "failed": event.failed,
+    }
+    if not event.finished:
+        return WARNING, "order_broken_off", fields
+    return WARNING if event.failed else INFO, "order_ended", fields
 
 
 def _place(backend: str, model: str | None = None) -> dict[str, Any]:
@@ -348,8 +387,11 @@ def _attempt(e: AttemptEnded) -> dict[str, Any]:
     }
 
 
-def _breaker_name(state: BreakerState) -> str:
-    return "breaker_opened" if state is BreakerState.OPEN else f"breaker_{state.value}"
+def breaker_name(e: BreakerMoved) -> str:
+    """What a move of a breaker is called; open again after a trial is not what opening is."""
+    if e.new is not BreakerState.OPEN:
+        return f"breaker_{e.new.value}"
+    return "breaker_opened" if e.old is BreakerState.CLOSED else "breaker_reopened"
 
 
 def _breaker_level(e: BreakerMoved) -> int:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 PREFIX: Final = "ollama_balancer_"
 OTHER: Final = "other"
 INTERACTIVE: Final = "interactive"
+SEVERAL: Final = "several"  # instead of every set of names there can be
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 Kind = Literal["counter", "gauge", "histogram", "info"]
@@ -94,7 +95,7 @@ METRICS: Final = (
         "requests_total",
         *("endpoint", "model", "backend", "code", "outcome"),
         help="Requests answered or given up. outcome: ok, client_abort, upstream_error, timeout,"
-        " shed, rejected.",
+        " shed, rejected. backend: several, where it went to more than one.",
     ),
     Metric(
         "request_duration_seconds",
@@ -163,7 +164,7 @@ METRICS: Final = (
     _counter(
         "attempts_total",
         "reason",
-        help="Attempts begun. reason: only, warm, cold, failover, short-context.",
+        help="Attempts begun. reason: only, warm, cold, failover, short-context, other-weights.",
     ),
     _counter(
         "failovers_total",
@@ -473,9 +474,9 @@ class Metrics:
 
     def _call_ended(self, e: CallEnded) -> None:
         model = self._model(e.model)
-        code = str(e.status)
-        self._count(1, "requests_total", e.endpoint, model, e.backend, code, e.outcome)
-        self._observe(e.duration_s, "request_duration_seconds", e.endpoint, model, e.backend)
+        backend, code = SEVERAL if "," in e.backend else e.backend, str(e.status)
+        self._count(1, "requests_total", e.endpoint, model, backend, code, e.outcome)
+        self._observe(e.duration_s, "request_duration_seconds", e.endpoint, model, backend)
         self._failed.pop(e.request_id, None)
         if e.outcome == "client_abort":
             self._count(1, "client_disconnects_total", e.phase)

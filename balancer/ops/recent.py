@@ -26,6 +26,7 @@ from balancer.core.events import (
     LoadEnded,
     MemberJoined,
     MemberLeft,
+    OrderEnded,
     Suspected,
     SwitchesLost,
     SwitchMoved,
@@ -140,6 +141,9 @@ class Recent:
                 self._add("config_reloaded", "", "", ", ".join(changed) or "nothing has changed")
             case ConfigRejected(problems=problems):
                 self._add("config_rejected", "", "", "; ".join(problems))
+            case OrderEnded(operation=operation, model=model, failed=failed):
+                told = "; ".join(failed) or f"done on {', '.join(event.done) or 'none'}"
+                self._add(f"model_{operation}", "", model, f"{told} (by {event.by})")
             case SwitchesLost(path=path, error=error):
                 self._add("switches_lost", "", "", f"{path}: {error}")
             case _:

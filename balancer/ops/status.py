@@ -91,10 +91,12 @@ class Status:
         self, view: BackendView, conflicts: Mapping[str, Mapping[str, list[str]]]
     ) -> dict[str, Any]:
         own = next(b for b in view.breakers if b.model is None)
+        backend = self._pool.members[view.name].backend
         return {
             "name": view.name,
             "url": view.url,
             "source": view.source,
+            "cloud": view.cloud,
             "version": view.version,
             "up": view.up,
             "error": view.error,
@@ -107,6 +109,8 @@ class Status:
             "cooling_s": round(view.cooling_s, 1),
             "first_byte_s": round(view.first_byte_s, 3),
             "vram_bytes": view.vram_bytes,
+            "rules": {"allow": list(backend.allow), "deny": list(backend.deny)},
+            "provider": backend.provider,
             "trouble": view.trouble,
             "conflicts": [
                 model
@@ -126,6 +130,8 @@ class Status:
             entry: dict[str, Any] = {
                 "name": shown,
                 "digest": catalog.digest(view.name, canonical),
+                "size_bytes": catalog.size_on(view.name, canonical),
+                "cloud": catalog.is_stub(view.name, canonical),
                 "state": "loaded" if shown in view.loaded else "on disk",
                 "in_flight": view.in_flight.get(shown, 0),
                 "context": catalog.context(view.name, canonical),

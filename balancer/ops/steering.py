@@ -1,5 +1,5 @@
 """
-What an operator can do to one backend: drain, resume, disable, reset, check.
+What an operator can do to one backend: drain, resume, disable, reset, check, warm.
 
 Everything may be repeated: what is so already stays so, and is answered alike.
 """
@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from balancer.core import names
 from balancer.core.domain import CheckResult, Switch
 from balancer.core.pool import Pool
 from balancer.ops.status import Status
@@ -19,7 +20,7 @@ TURNS: Final = {
     "resume": Switch.SERVING,
     "disable": Switch.DISABLED,
 }
-ACTIONS: Final = (*TURNS, "reset", "check")
+ACTIONS: Final = (*TURNS, "reset", "check", "warm")
 
 Told = tuple[int, dict[str, Any]]
 
@@ -30,17 +31,28 @@ class Steering:
 
     Args:
         look: Makes a health check now and has the pool learn of it.
+        warm: Loads a model (canonical name) on a backend; what went wrong, empty: nothing.
     """
 
     def __init__(
-        self, pool: Pool, status: Status, look: Callable[[str], Awaitable[CheckResult]]
+        self,
+        pool: Pool,
+        status: Status,
+        look: Callable[[str], Awaitable[CheckResult]],
+        warm: Callable[[str, str], Awaitable[str]],
     ) -> None:
         self._pool = pool
         self._status = status
         self._look = look
+        self._warm = warm
 
-    async def __call__(self, name: str, action: str, by: str) -> Told:
-        """Do *action* to the backend *name*, on behalf of the key named *by*."""
+    async def __call__(self, name: str, action: str, by: str, model: str = "") -> Told:
+        """
+        Do *action* to the backend *name*, on behalf of the key named *by*.
+
+        Args:
+            model: What to warm, as people write it.
+        """
         if name not in self._pool.members:
             return self._unknown(name)
         more: dict[str, Any] = {}
@@ -52,11 +64,24 @@ class Steering:
             more["changed"] = self._pool.reset(name, by)
         elif action == "check":
             more["check"] = _seen(await self._look(name))
+        elif action == "warm":
+            canonical = self._listed(name, model)
+            if canonical is None:
+                return 404, {"error": f'{name} does not have the model "{model[:128]}".'}
+            more["error"] = await self._warm(name, canonical)
         else:
             return 404, {"error": f"{action!r} cannot be done to a backend: {', '.join(ACTIONS)}."}
         if name not in self._pool.members:  # it left while it was looked at
             return self._unknown(name)
         return 200, {"action": action, **more, "backend": self._status.backend(name)}
+
+    def _listed(self, name: str, model: str) -> str | None:
+        """The model's canonical name, None: it is not there."""
+        try:
+            canonical = self._pool.catalog.meant(names.parse(model).canonical)
+        except names.InvalidName:
+            return None
+        return canonical if canonical and self._pool.catalog.lists(name, canonical) else None
 
     def _unknown(self, name: str) -> Told:
         known = sorted(self._pool.members)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
+from balancer.sim.cloud import Cloud
 from balancer.sim.dialects import Headers
 from balancer.sim.host import Host
 from balancer.sim.http import Exchange, Framing
@@ -44,6 +45,8 @@ class Site:
         """Cuts each chunk of every answer into smaller ones."""
         self.tap: Callable[[Seen, bytes], None] | None = None
         """Sees the bytes of every body as they are written."""
+        self.cloud: Cloud | None = None
+        """None: cloud models are disabled."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -83,6 +83,8 @@ class Dialect:
 
     stream_headers: Headers = NDJSON
     body_headers: Headers = JSON
+    loses_errors = False
+    """A failure once the model runs is a 200 without a body."""
 
     def __init__(self, echo: Echo) -> None:
         self.echo = echo

@@ -16,9 +16,11 @@ from string import ascii_lowercase
 from typing import Any, Self
 
 from balancer.sim.host import GIB, Settings, SimModel
+from balancer.sim.management import Registry
 from balancer.sim.ollama import SimOllama
 
 PREFIX = "[simulated]"
+PULL_BYTES_PER_S = 500e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,8 @@ def _demo_models(decode_tps: float, load_s: float) -> tuple[SimModel, ...]:
 
 
 def _demo_hosts(count: int, ports: Sequence[int]) -> Iterator[SimOllama]:
-    """The three characters of the demo, over and over for a larger fleet."""
+    """The three characters of the demo, over and over for a larger fleet; all may pull the rest."""
+    registry = Registry(standard_models(1.0), bytes_per_s=PULL_BYTES_PER_S)
     kinds = (
         ("fast", _demo_models(80.0, 1.0), Settings(num_parallel=1, vram_bytes=12 * GIB)),
         ("slow", _demo_models(15.0, 4.0), Settings(num_parallel=4, vram_bytes=96 * GIB)),
@@ -188,6 +191,7 @@ def _demo_hosts(count: int, ports: Sequence[int]) -> Iterator[SimOllama]:
             port=ports[index] if ports else 0,
             prefix=PREFIX,
             seed=index,
+            registry=registry,
         )
 
 

@@ -3,12 +3,14 @@
 import base64
 import math
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from balancer.sim import dialects, gojson, names, reading, text
+from balancer.sim import audio, dialects, gojson, names, reading, text
 from balancer.sim.anthropic import Messages, from_messages
+from balancer.sim.cloud import Cloud
 from balancer.sim.delivery import Delivery, Site
 from balancer.sim.dialects import Dialect, Echo, Outcome
 from balancer.sim.host import Call, Job, Phase, Refusal, SimModel
@@ -17,6 +19,10 @@ from balancer.sim.responses import Responses, from_responses
 
 if TYPE_CHECKING:
     import asyncio
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdError, decompress
+else:
+    from backports.zstd import ZstdError, decompress
 
 _BLOCK = 64  # characters that the prompt cache compares as one
 _UNLIMITED_CONTEXTS = 10
@@ -27,6 +33,14 @@ _EMPTY_MESSAGE = {"role": "assistant", "content": ""}
 def ns_of(seconds: float) -> int:
     """Whole nanoseconds."""
     return round(seconds * 1e9)
+
+
+def _unzipped(body: bytes) -> bytes:
+    try:
+        return decompress(body)
+    except (ZstdError, EOFError):
+        text = "failed to decompress request body"
+        raise RefusedError(400, text, is_native=True) from None
 
 
 def decoded(body: bytes, empty: str) -> Body:
@@ -184,6 +198,8 @@ class Reply:
             self._delivery.cut()
         elif call.ending == "reset":
             self._delivery.reset()
+        elif call.ending == "error" and self._dialect.loses_errors:
+            self._delivery.reply(200, [])
         elif call.ending == "error":
             self._refuse(Refusal(500, call.fault.text if call.fault else ""))
         else:
@@ -253,6 +269,9 @@ ROUTES: Mapping[str, Route] = {
     "/v1/embeddings": Route(
         dialects.V1Embeddings, "embed", False, _EOF, reading.from_v1_embeddings
     ),
+    "/v1/audio/transcriptions": Route(
+        audio.Transcription, "chat", False, "", audio.from_transcription
+    ),
 }  # fmt: skip
 
 
@@ -269,7 +288,10 @@ class Inference:
         """Answers at once, or as the host gets on with it."""
         try:
             wanted, model = self._understand()
-            if wanted.is_embedding:
+            cloud = self._site.cloud
+            if cloud is not None and model is cloud.model:
+                self._pass_on(cloud, wanted)
+            elif wanted.is_embedding:
                 self._embed(wanted, model)
             else:
                 self._write(wanted, model)
@@ -277,6 +299,26 @@ class Inference:
             self._delivery.reply(400, *self._dialect.early_error(400, str(error)))
         except RefusedError as error:
             self._refuse(error)
+
+    def _pass_on(self, cloud: Cloud, wanted: Wanted) -> None:
+        """Answers as ollama.com would; what is cut there ends cleanly, as Ollama passes it on."""
+        delivery, dialect = self._delivery, self._dialect
+        if cloud.against is not None:
+            status, body = cloud.against
+            delivery.reply(status, dialects.JSON, body.encode())
+            return
+        answer = self._answer(wanted, cloud.model, wanted.prompt(reopens=False), thinks=False)
+        pieces = answer.pieces[: cloud.cut_after]
+        outcome = Outcome(pieces, answer.done_reason, 1, {"eval_count": len(pieces)})
+        if not wanted.stream:
+            delivery.reply(200, dialect.body_headers, dialect.whole(outcome))
+            return
+        delivery.start(200, dialect.stream_headers)
+        written = [chunk for piece in pieces for chunk in dialect.piece(piece)]
+        last = [] if cloud.cut_after is not None else dialect.closing(outcome)
+        for chunk in (*dialect.opening(), *written, *last):
+            delivery.write(chunk)
+        delivery.finish()
 
     def _refuse(self, error: RefusedError) -> None:
         if error.is_native:
@@ -289,13 +331,25 @@ class Inference:
 
     def _understand(self) -> tuple[Wanted, SimModel]:
         route, seen = self._route, self._delivery.seen
-        sent = decoded(seen.body, route.empty_body)
+        sent = self._sent()
         seen.model = str(sent.get("model") or "")
         native = route.translate(sent) if route.translate else sent
         wanted = reading.read(native, route.kind, streams=route.streams)
-        model = resolve(self._site, wanted.model, route.unnamed(), route.missing)
+        if self._site.cloud is not None and names.is_cloud(wanted.model):
+            model = self._site.cloud.model
+        else:
+            model = resolve(self._site, wanted.model, route.unnamed(), route.missing)
         self._dialect = route.dialect(self._echo(wanted.model, sent, jinja=model.jinja))
         return wanted, model
+
+    def _sent(self) -> Body:
+        request, path = self._delivery.exchange.request, self._delivery.seen.path
+        body = request.body
+        if path == "/v1/audio/transcriptions":
+            return audio.read_form(body, request.get("content-type") or "")
+        if path.startswith("/v1/") and request.get("content-encoding") == "zstd":
+            body = _unzipped(body)
+        return decoded(body, self._route.empty_body)
 
     def _echo(self, model: str, body: Body, *, jinja: bool = False) -> Echo:
         return Echo(model, self._site.wall_ns, self._site.rng, body, jinja)
@@ -432,6 +486,8 @@ def _refusal(wanted: Wanted, model: SimModel, prompt: str, num_ctx: int) -> Refu
         if "embedding" in model.capabilities:
             return None
         return Refusal(501 if wanted.kind == "embed" else 500, _NO_EMBEDDINGS)
+    if wanted.body.get("audio") and "audio" not in model.capabilities:
+        return Refusal(400, gojson.encode({"error": audio.UNABLE}), in_stream=True)
     unfit = reading.unfit_format(wanted.body.get("format"))
     if unfit:
         return Refusal(500, unfit, in_stream=True)

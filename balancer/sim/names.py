@@ -67,6 +67,11 @@ def parse(text: str) -> ModelName:
     return name
 
 
+def is_cloud(text: str) -> bool:
+    """Whether that names a model that runs elsewhere."""
+    return _split_source(text.strip())[1] == "cloud"
+
+
 def _split_source(text: str) -> tuple[str, Literal["", "cloud", "local"]]:
     head, colon, last = text.rpartition(":")
     lower = last.lower()

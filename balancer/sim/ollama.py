@@ -14,7 +14,9 @@ Made-up answers follow from model, prompt and seed alone; `prefix` is said befor
 tool is called when the last user message holds its name and the model has the capability "tools".
 A turn ended by an open assistant message is continued where it stops.
 
-Left out: images, cloud models (always disabled); a sound is not listened to.
+Cloud models are disabled, as with OLLAMA_NO_CLOUD, unless it is given a `Cloud`.
+
+Left out: images; a sound is not listened to.
 """
 
 import asyncio
@@ -25,6 +27,7 @@ from random import Random
 from typing import Literal, Self
 
 from balancer.sim import catalogue, dialects, gojson, inference, names
+from balancer.sim.cloud import FOUND, ME, RECOMMENDED, Cloud
 from balancer.sim.delivery import Delivery, Seen, Site
 from balancer.sim.dialects import Headers
 from balancer.sim.gate import Gate, is_named
@@ -38,6 +41,7 @@ from balancer.sim.script import Script, Scripts
 VERSION = "0.33.0"
 COUNT_TOKENS = "/v1/messages/count_tokens"
 _BLOBS = "/api/blobs/"
+_KEYS = "/api/user/keys/"
 _TEXT: Headers = [("Content-Type", "text/plain")]
 
 
@@ -61,6 +65,7 @@ class SimOllama(Site):
         counts_tokens: bool = False,
         registry: Registry | None = None,
         store: Store | None = None,
+        cloud: Cloud | None = None,
         wall: Callable[[], float] = time.time,  # noqa: TID251 - read once, so that clients see today
     ) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -72,6 +77,7 @@ class SimOllama(Site):
         """Has `/v1/messages/count_tokens`, which today's Ollama has not."""
         host = Host(models, clock=self.now, rng=Random(seed), settings=settings)
         super().__init__(host, Random(seed), prefix=prefix, keeps_bodies=keeps_bodies)
+        self.cloud = cloud
         self.management = Management(self, store or Store(), registry or Registry())
         self.host.on_schedule = self._rearm
         self.faults = self.host.faults
@@ -99,6 +105,8 @@ class SimOllama(Site):
             "/api/me": {"POST": self._me},
             "/api/signout": {"POST": self._sign_out},
             "/api/experimental/web_search": {"POST": self._web_search},
+            "/api/experimental/web_fetch": {"POST": self._web_search},
+            "/api/experimental/model-recommendations": {"GET": self._recommendations},
             "/v1/models": {"GET": self._v1_models},
             COUNT_TOKENS: {"POST": self._count_tokens},
             **{path: {"POST": self._infer} for path in inference.ROUTES},
@@ -267,6 +275,8 @@ class SimOllama(Site):
             return ("GET",)
         if path.startswith(_BLOBS) and "/" not in path.removeprefix(_BLOBS):
             return ("HEAD", "POST")
+        if path.startswith(_KEYS) and "/" not in path.removeprefix(_KEYS):
+            return ("DELETE",)
         return tuple(self._routes.get(path, ()))
 
     def _route(self, delivery: Delivery) -> None:
@@ -284,6 +294,8 @@ class SimOllama(Site):
         elif seen.path.startswith(_BLOBS):
             heads = seen.method == "HEAD"
             (self.management.has_blob if heads else self.management.take_blob)(delivery)
+        elif seen.path.startswith(_KEYS):
+            self._sign_out(delivery)
         else:
             self._routes[seen.path][seen.method](delivery)
 
@@ -306,17 +318,40 @@ class SimOllama(Site):
             _reply_json(delivery, catalogue.ps(self.host, self.wall_ns()))
 
     def _status(self, delivery: Delivery) -> None:
-        _reply_json(delivery, {"cloud": {"disabled": True, "source": "env"}})
+        is_off = self.cloud is None
+        source = "env" if is_off else "none"
+        _reply_json(delivery, {"cloud": {"disabled": is_off, "source": source}})
 
     def _me(self, delivery: Delivery) -> None:
-        _reply_json(delivery, {"error": "account unavailable"}, 503)
+        if self.cloud is None:
+            _reply_json(delivery, {"error": "account unavailable"}, 503)
+        else:
+            self._reply_far(delivery, self.cloud, ME)
 
     def _sign_out(self, delivery: Delivery) -> None:
-        _reply_json(delivery, {"error": "there was an error signing out"}, 500)
+        if self.cloud is None:
+            _reply_json(delivery, {"error": "there was an error signing out"}, 500)
+        else:
+            self.cloud.signed_in = False
+            _reply_json(delivery, None)
+
+    def _recommendations(self, delivery: Delivery) -> None:
+        _reply_json(delivery, RECOMMENDED)
 
     def _web_search(self, delivery: Delivery) -> None:
-        told = "ollama cloud is disabled: web search is unavailable"
-        _reply_json(delivery, {"error": told}, 403)
+        if self.cloud is None:
+            told = "ollama cloud is disabled: web search is unavailable"
+            _reply_json(delivery, {"error": told}, 403)
+        else:
+            self._reply_far(delivery, self.cloud, FOUND)
+
+    @staticmethod
+    def _reply_far(delivery: Delivery, cloud: Cloud, value: object) -> None:
+        """What ollama.com says if it has nothing against it."""
+        if cloud.against is None:
+            _reply_json(delivery, value)
+        else:
+            delivery.reply(cloud.against[0], dialects.JSON, cloud.against[1].encode())
 
     def _show(self, delivery: Delivery) -> None:
         try:
@@ -330,6 +365,8 @@ class SimOllama(Site):
         _reply_json(delivery, catalogue.show(model))
 
     def _described(self, name: str) -> SimModel:
+        if self.cloud is not None and names.is_cloud(name):
+            return self.cloud.model
         try:
             return resolve(self, name, RefusedError(400, "model is required"), _not_found)
         except RefusedError as error:

@@ -116,12 +116,13 @@ class Wanted:
 def read(body: Body, kind: Kind, *, streams: bool) -> Wanted:
     """A native body; `streams` is the route's default. Raises DecodeError or RefusedError."""
     stream = body.get("stream")
+    options = _typed(body, "options", dict) or {}
     return Wanted(
         kind,
         body,
         str(_typed(body, "model", str) or ""),
         streams if stream is None else bool(stream),
-        _typed(body, "options", dict) or {},
+        {name: value for name, value in options.items() if value is not None},
         keep_alive_s(body.get("keep_alive")),
         messages_of(body) if kind == "chat" else (),
         _inputs(body, kind),

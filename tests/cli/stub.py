@@ -19,6 +19,7 @@ class Stub:
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     port: int = 0
     limit: int = 1000
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -34,6 +35,8 @@ def serving(answers: dict[str, tuple[int, object]]) -> Iterator[Stub]:
             body = (told if isinstance(told, str) else json.dumps(told)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            for name, value in stub.headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 

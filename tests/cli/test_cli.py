@@ -13,7 +13,10 @@ from balancer.cli.exits import MEANING, ExitCode
 
 from .conftest import Command
 
-COMMANDS = ("serve", "demo", "sim", "status", "version", "reload", "check", "config")
+COMMANDS = (
+    *("serve", "demo", "sim", "status", "version", "reload", "check", "config"),
+    *("install", "healthcheck", "explain", "backends"),
+)
 
 
 def test_help_tells_examples_commands_environment_and_exit_codes(command: Command) -> None:
@@ -59,6 +62,12 @@ def test_options_without_a_command_are_those_of_serve(command: Command) -> None:
         (("serve", "gpu1"), ("gpu1", "serve --help")),
         (("serve", "--log-level", "loud"), ("loud", "debug")),
         (("config",), ("Missing command", "config --help")),
+        (("explain",), ("model", "explain --help")),
+        (("explain", "m", "--num-ctx", "0"), ("--num-ctx", "explain --help")),
+        (("backends", "drain"), ("NAME", "backends drain --help")),
+        (("backends", "drian", "gpu1"), ("drian", "drain")),
+        (("backends", "drain", "gpu1", "--timeout", "1m"), ("--timeout", "--wait")),
+        (("backends", "drain", "gpu1", "--wait", "--timeout", "soon"), ("soon", "duration")),
         (("demo", "--hosts", "2"), ("--hosts", "3")),
         (("sim", "--scenario", "flood"), ("flood", "calm")),
         (("sim", "--listen", "nonsense"), ("nonsense", "host:port")),
@@ -79,11 +88,19 @@ def test_wrong_usage_is_one_line_and_code_2(
 
 
 def test_light_commands_do_not_import_heavy_libraries(place: Path) -> None:
-    """People wait for --help, version and status; they need none of these."""
+    """People and shells wait for these commands; they need none of these."""
     code = """
 import sys
 from balancer.cli import app
-for args in (["--help"], ["version"], ["status", "--admin", "127.0.0.1:1"]):
+for args in (
+    ["--help"],
+    ["version"],
+    ["status", "--admin", "127.0.0.1:1"],
+    ["explain", "m", "--admin", "127.0.0.1:1"],
+    ["backends", "drain", "gpu1", "--wait", "--timeout", "1m", "--admin", "127.0.0.1:1"],
+    ["connect", "codex", "--base-url", "127.0.0.1:1"],
+    ["completion", "bash"],
+):
     app(args, standalone_mode=False)
 print(sorted({"aiohttp", "ollama", "pybreaker", "textual"} & set(sys.modules)))
 """

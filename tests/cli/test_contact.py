@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from aiohttp.test_utils import unused_port
 
-from balancer.cli.contact import Answer, _ask_all, _hint
-from balancer.core.verdicts import Failure, FailureKind
+from balancer.cli.contact import Answer, _ask_all, hint_for
 from balancer.net.upstream import Target
 from balancer.sim.fleet import Fleet
 
@@ -66,6 +65,6 @@ async def test_a_proxy_before_it_that_wants_a_credential() -> None:
 
 def test_port_80_was_probably_not_meant() -> None:
     """`http://gpu1` is port 80, as in OLLAMA_HOST; who is refused there is told so."""
-    hint = _hint("http://gpu1:80", Failure(FailureKind.CONNECT, "connection refused"))
+    hint = hint_for("http://gpu1:80", "cannot connect: connection refused")
     assert "means port 80" in hint
     assert "gpu1:11434" in hint

@@ -18,6 +18,9 @@ CLOSED = {"state": "closed", "reason": "", "retry_in_s": 0.0, "trips": 0}
 OPEN = {"state": "open", "reason": "3 failures in a row", "retry_in_s": 12.0, "trips": 1}
 
 
+ALIASED = "{{backends: [gpu1, gpu2], models: {{aliases: {{{}}}}}}}"
+
+
 def config(text: str = "backends: [gpu1, gpu2]", **env: str) -> Config:
     """A configuration."""
     return load(text, env)
@@ -221,6 +224,23 @@ def test_a_host_that_only_the_balancer_reaches_is_no_error() -> None:
             "digest-conflict",
             Severity.WARNING,
             "OLLAMA_HOST=http://gpu3:11434 ollama pull m:latest",
+        ),
+        (
+            healthy(
+                config=config(ALIASED.format("M: 'n:1'")),
+                hosts=tuple(
+                    host(k, models=(*host(k).models, Installed("n:1", "cc"))) for k in (1, 2)
+                ),
+            ),
+            "alias-hides-model",
+            Severity.WARNING,
+            "config show --origin",
+        ),
+        (
+            healthy(config=config(ALIASED.format("fast: [x, y:1]"))),
+            "alias-of-nothing",
+            Severity.WARNING,
+            "OLLAMA_HOST=http://gpu1:11434 ollama pull x",
         ),
         (
             with_host(models=(*host(1).models, Installed("rare:latest", "cc"))),

@@ -1,4 +1,4 @@
-"""`status` and `version`."""
+"""`status`, `explain` and `version`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def document(**backend: Any) -> dict[str, Any]:
                 **backend,
             }
         ],
+        "conflicts": {},
     }
 
 
@@ -62,6 +63,11 @@ def document(**backend: Any) -> dict[str, Any]:
             {"breaker": OPEN, "state": "broken"},
             ExitCode.NO_BACKEND,
             ["open, trial in 12 s", "3 failures in a row"],
+        ),
+        (
+            {"breaker": OPEN | {"trial": "a trial when it is up again"}, "state": "broken"},
+            ExitCode.NO_BACKEND,
+            ["open, a trial when it is up again: 3 failures in a row"],
         ),
     ],
 )
@@ -94,6 +100,93 @@ def test_watch_goes_on_until_the_balancer_is_gone(
     assert told.exit_code == ExitCode.NO_ADMIN
     assert told.stdout.count(inspect.CLEAR) == 2
     assert told.stdout.count("gpu1:11434") == 2
+
+
+def explanation(**more: Any) -> dict[str, Any]:
+    """A document of two backends: one would do, one is draining."""
+    row = {
+        "may_serve": True,
+        "state": "in memory, a slot is free",
+        "code": "",
+        "residency": "loaded",
+        "in_flight": 1,
+        "slots": 2,
+    }
+    outcome = {"kind": "now", "status": 200, "backend": "a", "wait_s": 0.0, "text": "goes to a now"}
+    barred = {"may_serve": False, "order": None, "code": "draining", "in_flight": 0}
+    return {
+        "explain_version": 1,
+        "model": "m:latest",
+        "options": {},
+        "outcome": outcome,
+        "queued": 0,
+        "backends": [
+            {**row, "name": "a", "order": 1, "reason": "is the only one"},
+            {**row, **barred, "name": "b", "reason": "draining"},
+        ],
+        "conflicts": {},
+        **more,
+    }
+
+
+REFUSED = {"kind": "refused", "status": 404, "backend": None, "wait_s": None, "text": "not found"}
+QUEUED = {"kind": "queue", "status": 200, "backend": None, "wait_s": 90.0, "text": "waits"}
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        ({}, ExitCode.OK, ["m:latest: goes to a now\n", "1.  a", "–   b", "1 of 2", "draining\n"]),
+        ({"options": {"num_ctx": 8}}, ExitCode.OK, ["m:latest (num_ctx=8): goes to a now"]),
+        (
+            {"outcome": QUEUED, "queued": 3},
+            ExitCode.OK,
+            ["waits (about 2 min)", "3 waiting for it already"],
+        ),
+        ({"outcome": REFUSED, "backends": []}, ExitCode.FAILURE, ["m:latest: 404: not found\n"]),
+        (
+            {"alias": {"name": "fast", "models": ["x", "m"]}},
+            ExitCode.OK,
+            ["fast, an alias, now of m:latest: goes to a now\n"],
+        ),
+        (
+            {"conflicts": {"f" * 64: ["a", "b"]}},
+            ExitCode.OK,
+            ["! another model by the same name: ffffffffffff on a, b"],
+        ),
+    ],
+)
+def test_explain(command: Command, more: dict[str, Any], code: ExitCode, words: list[str]) -> None:
+    """What would happen first, then each backend with its reason; refused is code 1."""
+    doc = explanation(**more)
+    with serving({"/_balancer/explain?model=m": (200, doc)}) as stub:
+        there = ("--admin", f"127.0.0.1:{stub.port}")
+        told = command("explain", "m", *there)
+        scripts = command("explain", "m", "--json", *there)
+    assert (told.exit_code, scripts.exit_code) == (code, code)
+    for word in words:
+        assert word in told.stdout
+    assert json.loads(scripts.stdout) == doc
+
+
+def test_explain_asks_for_what_was_said(command: Command) -> None:
+    """Every option is in the question; a name may hold what a URL may not."""
+    path = (
+        "/_balancer/explain?model=hf.co%2Fa%2Fb%3Aq4&num_ctx=8&prompt_tokens=9&exclude=a&exclude=b"
+    )
+    with serving({path: (200, explanation())}) as stub:
+        options = ("--num-ctx", "8", "--prompt-tokens", "9", "--exclude", "a", "--exclude", "b")
+        there = ("--admin", f"127.0.0.1:{stub.port}")
+        assert command("explain", "hf.co/a/b:q4", *options, *there).exit_code == ExitCode.OK
+
+
+def test_explain_passes_a_refusal_on(command: Command) -> None:
+    """In one line, as it was told."""
+    with serving({"/_balancer/explain?model=x+y": (400, {"error": "invalid model name"})}) as stub:
+        told = command("explain", "x y", "--admin", f"127.0.0.1:{stub.port}")
+    assert told.exit_code == ExitCode.FAILURE
+    assert "(400): invalid model name" in told.stderr
+    assert told.stderr.count("\n") == 1
 
 
 def test_version_for_scripts(command: Command) -> None:

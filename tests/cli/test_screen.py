@@ -43,6 +43,14 @@ async def test_status_of_a_fleet(start: Start) -> None:
     assert screen.is_healthy(doc)
 
 
+async def test_status_tells_of_models_that_differ(start: Start) -> None:
+    """The name, each digest, and who has it; below everything else."""
+    rig = await start(2)
+    doc = document(rig) | {"conflicts": {"m:latest": {"a" * 64: ["x"], "b" * 64: ["y", "z"]}}}
+    told = "! m:latest: not the same model everywhere (aaaaaaaaaaaa on x; bbbbbbbbbbbb on y, z)"
+    assert screen.status(doc)[-2:] == ["", told]
+
+
 async def test_status_tells_what_is_wrong_with_a_backend(start: Start) -> None:
     """A backend that is down is named with its error below the table."""
     rig = await start(1, dead=["gone"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from balancer.app import Balancer
 from balancer.cli import start as start_screen
-from balancer.config import load
+from balancer.config import load, places
 from balancer.sim.host import SimModel
+from balancer.sim.ollama import SimOllama
 from tests.conftest import Start
+from tests.rig import LIMIT_S
 
 
 async def test_the_screen_of_a_fleet(start: Start) -> None:
@@ -19,8 +24,15 @@ async def test_the_screen_of_a_fleet(start: Start) -> None:
     assert lines[0].endswith("— config.yaml")
     assert [line.split()[0] for line in lines[1:4]] == ["BACKEND", "a", "b"]
     assert f"Listening  {rig.url} " in text
+    assert f"Dashboard  http://127.0.0.1:{rig.port}/_balancer/" in lines
     assert f"Try it     OLLAMA_HOST=127.0.0.1:{rig.port} ollama run qwen3:0.6b" in text
     assert f"ollama-balancer status --admin 127.0.0.1:{rig.port}" in text
+
+
+async def test_a_page_that_is_off_is_not_told(start: Start) -> None:
+    """Nobody is sent to a 404."""
+    rig = await start(1, config={"dashboard.enabled": False})
+    assert "Dashboard" not in "\n".join(start_screen.lines(rig.balancer, ""))
 
 
 async def test_a_model_in_memory_is_tried_first(start: Start) -> None:
@@ -74,7 +86,7 @@ def test_where_a_backend_was_written(
     text: str, env: dict[str, str], overrides: dict[str, object], told: str
 ) -> None:
     """So that one knows where to change it."""
-    assert start_screen.sources(load(text, env, overrides=overrides)) == {"gpu1": told}
+    assert places(load(text, env, overrides=overrides)) == {"gpu1": told}
 
 
 @pytest.mark.parametrize(
@@ -93,3 +105,56 @@ def test_who_can_reach_it(overrides: dict[str, object], told: str) -> None:
     """Told beside the address, loudly where nobody is asked for a key."""
     config = load("", {}, overrides=overrides)
     assert told in start_screen._reach(config, config.server.listen[0])
+
+
+async def test_who_cannot_be_reached_has_a_hint(start: Start) -> None:
+    """Below the table, by name: what to look at there."""
+    rig = await start(1, dead=["gone"])
+    hints = [line for line in start_screen.lines(rig.balancer, "") if line.startswith("! ")]
+    assert len(hints) == 1
+    assert hints[0].startswith("! gone: Is Ollama running there, and does it listen beyond")
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_host_without_models_is_not_waited_for() -> None:
+    """It has told all it knows: nothing."""
+    async with SimOllama([]) as host:
+        told = {"server.listen": "127.0.0.1:0", "backends": [host.url]}
+        balancer = Balancer(load("", {}, overrides=told))
+        await balancer.start()
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await start_screen.first_checks(balancer, limit_s=2 * LIMIT_S)
+            assert balancer.pool.is_ready()
+        finally:
+            await balancer.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "told"),
+    [
+        ("backends: [gpu1]", "c.yaml", "c.yaml"),
+        ("backends: [gpu1]", None, "no configuration file"),
+        ("", "c.yaml", "c.yaml, using discovery"),
+        ("", None, "no configuration file, using discovery"),
+        ("demo: {enabled: true}", "c.yaml", "DEMO: the hosts are simulated, their answers made up"),
+    ],
+)
+def test_where_the_backends_come_from(text: str, file: str | None, told: str) -> None:
+    """The first line says it; nothing was found here that could be kept."""
+    assert start_screen.subject(load(text, {}), file) == told
+
+
+@pytest.mark.parametrize(
+    ("sources", "where"),
+    [
+        (["local"], "every 30 s on this machine (11434, 11440-11449)."),
+        (["env"], "every 30 s at OLLAMA_HOST."),
+    ],
+)
+def test_where_hosts_are_looked_for(sources: list[str], where: str) -> None:
+    """Told while there are none; without discovery nothing is promised."""
+    config = load("", {}, overrides={"discovery.sources": sources})
+    assert start_screen.no_backends(config).endswith(where)
+    off = load("discovery: {sources: none}", {})
+    assert start_screen.no_backends(off) == start_screen.NO_BACKENDS

@@ -2,74 +2,45 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any
 
 import ollama
 import pytest
 
-from tests.compat.talk import SAID, TEXT, TOOL, TOOL_NAME, VECTOR, models
+from tests.compat import talk
+from tests.compat.talk import (
+    ASKED,
+    CALLS_TOOL,
+    LISTED,
+    SAID,
+    TEXT,
+    TOOL,
+    TOOL_ARGUMENTS,
+    TOOL_NAME,
+    VECTOR,
+    Call,
+    Caller,
+    Operation,
+    models,
+)
 from tests.conftest import Start
 from tests.rig import LIMIT_S, Rig
 
 pytestmark = pytest.mark.compat
 
-ASKED = [{"role": "user", "content": "who sleeps?"}]
-CALLS_TOOL = [{"role": "user", "content": f"call {TOOL_NAME}"}]
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """One interface to both clients of the package."""
-
-    client: ollama.Client | ollama.AsyncClient
-
-    async def ask(self, name: str, **given: Any) -> Any:
-        """What a method answers; of a stream, its parts."""
-        parts: list[Any] = []
-        answer = await self.into(parts, name, **given)
-        return parts if given.get("stream") else answer
-
-    async def into(self, parts: list[Any], name: str, **given: Any) -> Any:
-        """The same, and the parts of a stream go into *parts* as they come."""
-        method = getattr(self.client, name)
-        if isinstance(self.client, ollama.Client):
-            return await asyncio.to_thread(_collect, method, given, parts)
-        answer = await method(**given)
-        if given.get("stream"):
-            async for part in answer:
-                parts.append(part)  # noqa: PERF401 - what came before an error must be kept
-        return answer
-
-
-def _collect(method: Callable[..., Any], given: dict[str, Any], parts: list[Any]) -> Any:
-    answer = method(**given)
-    if given.get("stream"):
-        parts.extend(answer)
-    return answer
-
 
 @pytest.fixture(params=["sync", "async"])
-async def call(request: pytest.FixtureRequest) -> AsyncIterator[Callable[[Rig], Caller]]:
+async def call(request: pytest.FixtureRequest) -> AsyncIterator[Call]:
     """Makes a client of either kind for a rig."""
-    made: list[Caller] = []
+    blocks = request.param == "sync"
+    kind = ollama.Client if blocks else ollama.AsyncClient
 
-    def make(rig: Rig) -> Caller:
-        kind = ollama.Client if request.param == "sync" else ollama.AsyncClient
-        made.append(Caller(kind(rig.url, trust_env=False, timeout=LIMIT_S)))
-        return made[-1]
+    def make(rig: Rig) -> Any:
+        return kind(rig.url, trust_env=False, timeout=LIMIT_S)
 
-    yield make
-    for caller in made:
-        closing = caller.client.close()
-        if closing is not None:
-            await closing
-
-
-Call = Callable[[Rig], Caller]
-Operation = Callable[[Caller], Awaitable[None]]
+    async with talk.calling(make, blocks=blocks) as call:
+        yield call
 
 
 # -- what a user does ---------------------------------------------------------------------------
@@ -118,7 +89,7 @@ async def tools(caller: Caller) -> None:
     """The tool is called with arguments."""
     answer = await caller.ask("chat", model="tooled", messages=CALLS_TOOL, tools=[TOOL])
     (called,) = answer.message.tool_calls
-    assert (called.function.name, called.function.arguments) == (TOOL_NAME, {"city": "Paris"})
+    assert (called.function.name, called.function.arguments) == (TOOL_NAME, TOOL_ARGUMENTS)
 
 
 async def tools_stream(caller: Caller) -> None:
@@ -131,11 +102,7 @@ async def tools_stream(caller: Caller) -> None:
 async def listed(caller: Caller) -> None:
     """Every model once, with a whole digest."""
     found = (await caller.ask("list")).models
-    assert sorted(each.model for each in found) == [
-        "embed:latest",
-        "llama3.2:latest",
-        "tooled:latest",
-    ]
+    assert sorted(each.model for each in found) == LISTED
     assert {len(each.digest) for each in found} == {64}
 
 
@@ -158,27 +125,17 @@ RUNS: dict[str, tuple[str, Operation]] = {
     "tools-stream": ("tooled", tools_stream),
 }
 READS = (listed, shown)
-
-
-async def do_everything(caller: Caller) -> None:
-    """Each thing a user does, once."""
-    for _, operation in RUNS.values():
-        await operation(caller)
-    for read in READS:
-        await read(caller)
+EVERYTHING = (*(operation for _, operation in RUNS.values()), *READS)
 
 
 async def test_answers_like_a_host(start: Start, call: Call) -> None:
     """Each call of the package gives what a single host would give."""
-    rig = await start(2, models=models())
-    await do_everything(call(rig))
+    await talk.answers(start, call, EVERYTHING)
 
 
 async def test_a_dead_first_backend_is_not_noticed(start: Start, call: Call) -> None:
     """With a backend first in the list that refuses connections, nothing changes."""
-    rig = await start(1, dead=["gone"], models=models())
-    await do_everything(call(rig))
-    assert not rig.balancer.pool.members["gone"].health.up
+    await talk.first_is_dead(start, call, EVERYTHING)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in {"generate", "tools"}])
@@ -186,16 +143,7 @@ async def test_a_host_that_dies_between_calls_is_not_noticed(
     start: Start, call: Call, name: str
 ) -> None:
     """The host that served the last call refuses the next one; another answers it."""
-    rig = await start(2, models=models())
-    model, operation = RUNS[name]
-    await rig.warm("a", model)
-    caller = call(rig)
-    await operation(caller)
-    rig.fleet["a"].faults.refuse()
-    await operation(caller)
-    first, second = await rig.ended(2)
-    assert (first.backend, first.attempts) == ("a", 1)
-    assert (second.backend, second.attempts, second.outcome) == ("b", 2, "ok")
+    await talk.dies_between(start, call, *RUNS[name])
 
 
 async def test_reads_outlive_a_host(start: Start, call: Call) -> None:
@@ -258,9 +206,7 @@ async def test_an_unknown_model_is_told(
 
 async def test_no_host_left_is_told(start: Start, call: Call) -> None:
     """When every host that has the model is gone, the error is a 503 that names them."""
-    rig = await start(2, models=models(), config={"queue.max_wait": "0.2s"})
-    for host in rig.fleet:
-        host.faults.refuse()
+    rig = await talk.all_gone(start)
     with pytest.raises(ollama.ResponseError) as told:
         await call(rig).ask("chat", model="llama3.2", messages=ASKED)
     assert told.value.status_code == 503
@@ -277,9 +223,7 @@ async def test_a_host_that_dies_in_a_stream_is_told(
     start: Start, call: Call, name: str, given: dict[str, Any], fault: str
 ) -> None:
     """What came before stays, and the end is an error, never a silent stop."""
-    rig = await start(2, models=models())
-    for host in rig.fleet:
-        host.faults.apply(fault, 2)
+    rig = await talk.dying(start, fault)
     parts: list[Any] = []
     with pytest.raises(ollama.ResponseError) as told:
         await call(rig).into(parts, name, model="llama3.2", stream=True, **given)
@@ -295,17 +239,29 @@ async def test_a_host_that_dies_before_the_first_word_is_not_noticed(
     start: Start, call: Call, fault: str
 ) -> None:
     """A stream without a record yet is taken up by another host."""
-    rig = await start(2, models=models())
-    await rig.warm("a", "llama3.2")
-    rig.fleet["a"].faults.apply(fault, 0)
-    await chat_stream(call(rig))
-    assert [one.attempts for one in await rig.ended()] == [2]
+    await talk.dies_before_a_word(start, call, chat_stream, fault)
 
 
 async def test_a_host_that_dies_in_a_whole_answer_is_not_noticed(start: Start, call: Call) -> None:
     """An answer that is no stream is repeated elsewhere however far it had come."""
-    rig = await start(2, models=models())
-    await rig.warm("a", "llama3.2")
-    rig.fleet["a"].faults.cut(3)
-    await chat(call(rig))
-    assert [one.attempts for one in await rig.ended()] == [2]
+    await talk.dies_before_a_word(start, call, chat, after=3)
+
+
+# -- names of ours ------------------------------------------------------------------------------
+
+
+async def test_an_alias_is_a_model_like_any(start: Start, call: Call) -> None:
+    """Listed, shown, pulled and called; the answer names the model that gave it."""
+    config = {"models.aliases": {"gpt-4o-mini": "llama3.2"}, "models.hide": ["llama*"]}
+    rig = await start(1, models=models(), config=config)
+    caller = call(rig)
+    listed = {model.model for model in (await caller.ask("list")).models}
+    assert "gpt-4o-mini" in listed
+    assert not any(name.startswith("llama") for name in listed)
+    shown = await caller.ask("show", "gpt-4o-mini")
+    assert shown.details.format == "gguf"
+    assert (await caller.ask("pull", "gpt-4o-mini")).status == "success"
+    answer = await caller.ask("chat", model="gpt-4o-mini", messages=ASKED)
+    assert (answer.message.content, answer.model) == (TEXT, "llama3.2")
+    parts = await caller.ask("generate", model="gpt-4o-mini", prompt="who?", stream=True)
+    assert "".join(part.response for part in parts) == TEXT

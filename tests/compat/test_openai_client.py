@@ -2,82 +2,58 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from operator import attrgetter
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 
-from tests.compat.talk import SAID, TEXT, TOOL, TOOL_NAME, VECTOR, models
+from tests.compat import talk
+from tests.compat.talk import (
+    ASKED,
+    CALLS_TOOL,
+    LISTED,
+    SAID,
+    TEXT,
+    TOOL,
+    TOOL_ARGUMENTS,
+    TOOL_NAME,
+    VECTOR,
+    Call,
+    Caller,
+    Operation,
+    models,
+)
 from tests.conftest import Start
 from tests.rig import LIMIT_S, Rig
 
 pytestmark = pytest.mark.compat
 
-ASKED = [{"role": "user", "content": "who sleeps?"}]
-CALLS_TOOL = [{"role": "user", "content": f"call {TOOL_NAME}"}]
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """One interface to both clients of the package; methods by dotted name."""
-
-    client: openai.OpenAI | openai.AsyncOpenAI
-
-    async def ask(self, name: str, *path: str, **given: Any) -> Any:
-        """What a method answers; of a stream, its chunks."""
-        chunks: list[Any] = []
-        answer = await self.into(chunks, name, *path, **given)
-        return chunks if given.get("stream") else answer
-
-    async def into(self, chunks: list[Any], name: str, *path: str, **given: Any) -> Any:
-        """The same, and the chunks of a stream go into *chunks* as they come."""
-        method = attrgetter(name)(self.client)
-        if isinstance(self.client, openai.OpenAI):
-            return await asyncio.to_thread(_collect, method, path, given, chunks)
-        answer = await method(*path, **given)
-        if given.get("stream"):
-            async for chunk in answer:
-                chunks.append(chunk)  # noqa: PERF401 - what came before an error must be kept
-        return answer
-
-
-def _collect(
-    method: Callable[..., Any], path: tuple[str, ...], given: dict[str, Any], chunks: list[Any]
-) -> Any:
-    answer = method(*path, **given)
-    if given.get("stream"):
-        chunks.extend(answer)
-    return answer
+TOKENS = len(SAID) + 1  # the last one ends the answer
+RESPONSES_TOOL = {"type": "function", **TOOL["function"]}
+STREAMS: list[tuple[str, dict[str, Any]]] = [
+    ("chat.completions.create", {"messages": ASKED}),
+    ("completions.create", {"prompt": "who?"}),
+    ("responses.create", {"input": "who?"}),
+]
 
 
 @pytest.fixture(params=["sync", "async"])
 async def call(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Callable[[Rig], Caller]]:
+) -> AsyncIterator[Call]:
     """Makes a client of either kind for a rig; one that never tries again by itself."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    made: list[Caller] = []
+    blocks = request.param == "sync"
+    kind = openai.OpenAI if blocks else openai.AsyncOpenAI
 
-    def make(rig: Rig) -> Caller:
-        kind = openai.OpenAI if request.param == "sync" else openai.AsyncOpenAI
+    def make(rig: Rig) -> Any:
         at = f"{rig.url}/v1"
-        client = kind(base_url=at, api_key="made up", max_retries=0, timeout=LIMIT_S)
-        made.append(Caller(client))
-        return made[-1]
+        return kind(base_url=at, api_key="made up", max_retries=0, timeout=LIMIT_S)
 
-    yield make
-    for caller in made:
-        closing = caller.client.close()
-        if closing is not None:
-            await closing
-
-
-Call = Callable[[Rig], Caller]
-Operation = Callable[[Caller], Awaitable[None]]
+    async with talk.calling(make, blocks=blocks) as call:
+        yield call
 
 
 # -- what a user does ---------------------------------------------------------------------------
@@ -157,14 +133,53 @@ async def tools(caller: Caller) -> None:
     assert answer.choices[0].finish_reason == "tool_calls"
 
 
+async def responses(caller: Caller) -> None:
+    """The whole text, the name as it was asked, and what it cost."""
+    answer = await caller.ask("responses.create", model="llama3.2", input="who sleeps?")
+    assert (answer.output_text, answer.status, answer.model) == (TEXT, "completed", "llama3.2")
+    assert answer.usage.output_tokens == TOKENS
+
+
+async def responses_stream(caller: Caller) -> None:
+    """Announced, the words in order, and the whole text again at the end."""
+    events = await caller.ask("responses.create", model="llama3.2", input="who?", stream=True)
+    assert events[0].type == "response.created"
+    words = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert words == list(SAID)
+    assert events[-1].type == "response.completed"
+    assert events[-1].response.output_text == TEXT
+    assert events[-1].response.usage.output_tokens == TOKENS
+
+
+async def responses_tools(caller: Caller) -> None:
+    """The tool is called with arguments, and its result taken back."""
+    given: dict[str, Any] = {"model": "tooled", "tools": [RESPONSES_TOOL]}
+    answer = await caller.ask("responses.create", input=CALLS_TOOL, **given)
+    (called,) = answer.output
+    assert (called.type, called.name) == ("function_call", TOOL_NAME)
+    assert json.loads(called.arguments) == TOOL_ARGUMENTS
+    result = {"type": "function_call_output", "call_id": called.call_id, "output": "rain"}
+    history = [*CALLS_TOOL, called.model_dump(exclude_none=True), result]
+    answer = await caller.ask("responses.create", input=history, **given)
+    assert answer.output_text
+
+
+async def responses_tools_stream(caller: Caller) -> None:
+    """The same in a stream, where the arguments come in pieces."""
+    events = await caller.ask(
+        "responses.create", model="tooled", input=CALLS_TOOL, tools=[RESPONSES_TOOL], stream=True
+    )
+    kind = "response.function_call_arguments.delta"
+    told = "".join(event.delta for event in events if event.type == kind)
+    assert json.loads(told) == TOOL_ARGUMENTS
+    (called,) = events[-1].response.output
+    assert (called.name, json.loads(called.arguments)) == (TOOL_NAME, TOOL_ARGUMENTS)
+
+
 async def listed(caller: Caller) -> None:
     """Every model once."""
     answer = await caller.ask("models.list")
-    assert sorted(each.id for each in answer.data) == [
-        "embed:latest",
-        "llama3.2:latest",
-        "tooled:latest",
-    ]
+    assert sorted(each.id for each in answer.data) == LISTED
 
 
 async def retrieved(caller: Caller) -> None:
@@ -182,46 +197,42 @@ RUNS: dict[str, tuple[str, Operation]] = {
     "completions-usage": ("llama3.2", completions_usage),
     "embeddings": ("embed", embeddings),
     "tools": ("tooled", tools),
+    "responses": ("llama3.2", responses),
+    "responses-stream": ("llama3.2", responses_stream),
+    "responses-tools": ("tooled", responses_tools),
+    "responses-tools-stream": ("tooled", responses_tools_stream),
 }
 READS = (listed, retrieved)
-
-
-async def do_everything(caller: Caller) -> None:
-    """Each thing a user does, once."""
-    for _, operation in RUNS.values():
-        await operation(caller)
-    for read in READS:
-        await read(caller)
+EVERYTHING = (*(operation for _, operation in RUNS.values()), *READS)
 
 
 async def test_answers_like_a_host(start: Start, call: Call) -> None:
     """Each call of the package gives what a single host would give."""
-    rig = await start(2, models=models())
-    await do_everything(call(rig))
+    await talk.answers(start, call, EVERYTHING)
 
 
 async def test_a_dead_first_backend_is_not_noticed(start: Start, call: Call) -> None:
     """With a backend first in the list that refuses connections, nothing changes."""
-    rig = await start(1, dead=["gone"], models=models())
-    await do_everything(call(rig))
-    assert not rig.balancer.pool.members["gone"].health.up
+    await talk.first_is_dead(start, call, EVERYTHING)
 
 
-@pytest.mark.parametrize("name", ["chat", "chat-stream", "completions-stream", "embeddings"])
+BETWEEN = ("chat", "chat-stream", "completions-stream", "embeddings", "responses-stream")
+
+
+@pytest.mark.parametrize("name", BETWEEN)
 async def test_a_host_that_dies_between_calls_is_not_noticed(
     start: Start, call: Call, name: str
 ) -> None:
     """The host that served the last call refuses the next one; another answers it."""
-    rig = await start(2, models=models())
-    model, operation = RUNS[name]
-    await rig.warm("a", model)
-    caller = call(rig)
-    await operation(caller)
-    rig.fleet["a"].faults.refuse()
-    await operation(caller)
-    first, second = await rig.ended(2)
-    assert (first.backend, first.attempts) == ("a", 1)
-    assert (second.backend, second.attempts, second.outcome) == ("b", 2, "ok")
+    await talk.dies_between(start, call, *RUNS[name])
+
+
+@pytest.mark.parametrize("operation", [responses, responses_stream])
+async def test_the_log_has_the_tokens(start: Start, call: Call, operation: Operation) -> None:
+    """Whole and streamed, they are read off the answer."""
+    rig = await start(1, models=models())
+    await operation(call(rig))
+    assert [one.usage.tokens_out for one in await rig.ended()] == [TOKENS]
 
 
 # -- errors -------------------------------------------------------------------------------------
@@ -234,6 +245,8 @@ async def test_a_host_that_dies_between_calls_is_not_noticed(
         ("chat.completions.create", {"messages": ASKED, "stream": True}),
         ("completions.create", {"prompt": "who?"}),
         ("embeddings.create", {"input": "a"}),
+        ("responses.create", {"input": "a"}),
+        ("responses.create", {"input": "a", "stream": True}),
         ("models.retrieve", {}),
     ],
 )
@@ -251,13 +264,14 @@ async def test_an_unknown_model_is_told(
     assert not rig.inference()
 
 
-async def test_no_host_left_is_told(start: Start, call: Call) -> None:
+@pytest.mark.parametrize(("name", "given"), STREAMS)
+async def test_no_host_left_is_told(
+    start: Start, call: Call, name: str, given: dict[str, Any]
+) -> None:
     """When every host that has the model is gone: a 503 that says when to come back."""
-    rig = await start(2, models=models(), config={"queue.max_wait": "0.2s"})
-    for host in rig.fleet:
-        host.faults.refuse()
+    rig = await talk.all_gone(start)
     with pytest.raises(openai.InternalServerError) as told:
-        await call(rig).ask("chat.completions.create", model="llama3.2", messages=ASKED)
+        await call(rig).ask(name, model="llama3.2", **given)
     assert told.value.status_code == 503
     assert "llama3.2" in told.value.message
     assert "a: " in told.value.message
@@ -274,11 +288,8 @@ async def test_a_bad_request_is_told(start: Start, call: Call) -> None:
     assert told.value.type == "invalid_request_error"
 
 
-@pytest.mark.parametrize("fault", ["cut", "reset", "error_line"])
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [("chat.completions.create", {"messages": ASKED}), ("completions.create", {"prompt": "who?"})],
-)
+@pytest.mark.parametrize("fault", ["cut", "reset", "error_line", "no_done"])
+@pytest.mark.parametrize(("name", "given"), STREAMS)
 async def test_a_host_that_dies_in_a_stream_is_told(
     start: Start, call: Call, name: str, given: dict[str, Any], fault: str
 ) -> None:
@@ -287,9 +298,7 @@ async def test_a_host_that_dies_in_a_stream_is_told(
 
     Of a runner that dies Ollama itself tells nothing on these routes.
     """
-    rig = await start(2, models=models())
-    for host in rig.fleet:
-        host.faults.apply(fault, 2)
+    rig = await talk.dying(start, fault)
     chunks: list[Any] = []
     with pytest.raises(openai.APIError) as told:
         await call(rig).into(chunks, name, model="llama3.2", stream=True, **given)
@@ -299,12 +308,25 @@ async def test_a_host_that_dies_in_a_stream_is_told(
     assert len(rig.forwarded()) == 1, "a call that has begun is never repeated"
 
 
+@pytest.mark.parametrize("operation", [chat_stream, responses_stream])
 async def test_a_host_that_dies_before_the_first_word_is_not_noticed(
-    start: Start, call: Call
+    start: Start, call: Call, operation: Operation
 ) -> None:
     """A stream without a record yet is taken up by another host."""
-    rig = await start(2, models=models())
-    await rig.warm("a", "llama3.2")
-    rig.fleet["a"].faults.cut(0)
-    await chat_stream(call(rig))
-    assert [one.attempts for one in await rig.ended()] == [2]
+    await talk.dies_before_a_word(start, call, operation)
+
+
+# -- names of ours ------------------------------------------------------------------------------
+
+
+async def test_a_program_made_for_another_model(start: Start, call: Call) -> None:
+    """It finds the name it was written for, and is answered by what the operator put there."""
+    aliases = {"gpt-4o-mini": ["not-here", "llama3.2"]}
+    rig = await start(1, models=models(), config={"models.aliases": aliases})
+    caller = call(rig)
+    assert (await caller.ask("models.retrieve", "gpt-4o-mini")).id == "gpt-4o-mini"
+    given: dict[str, Any] = {"model": "gpt-4o-mini", "messages": ASKED}
+    answer = await caller.ask("chat.completions.create", **given)
+    assert (answer.choices[0].message.content, answer.model) == (TEXT, "llama3.2")
+    parts = await caller.ask("chat.completions.create", **given, stream=True)
+    assert {part.model for part in parts} == {"llama3.2"}

@@ -181,8 +181,25 @@ def test_a_unix_socket_is_a_listen_address() -> None:
     assert (listen.path, str(listen), listen.is_local) == ("/run/b.sock", "unix:/run/b.sock", True)
 
 
+def test_a_socket_of_systemd_is_a_listen_address() -> None:
+    """It reads back; whom it is open to is not known, so it counts as open to the network."""
+    listen = parse_listen("fd:api")
+    assert (listen.fd, str(listen), listen.is_local) == ("api", "fd:api", False)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "unix:relative", "http://127.0.0.1:1", "host:99999", "host:", "a b:1", "1.2.3:4"]
+    "text",
+    [
+        "",
+        "fd:",
+        "fd:a:b",
+        "unix:relative",
+        "http://127.0.0.1:1",
+        "host:99999",
+        "host:",
+        "a b:1",
+        "1.2.3:4",
+    ],
 )
 def test_other_listen_addresses_are_refused(text: str) -> None:
     """A mistake must not open another address than meant."""
@@ -257,3 +274,28 @@ def test_what_is_more_than_a_host_name_is_refused(text: str) -> None:
     """With a port it would never match."""
     with pytest.raises(ValueError):
         addresses.parse_host_name(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("https://Chat.example.org", "https://chat.example.org"),
+        ("http://10.0.0.1:8080/", "http://10.0.0.1:8080"),
+        ("https://*.example.org", "https://*.example.org"),
+        ("*.example.org", "*.example.org"),
+        ("chrome-extension://*", "chrome-extension://*"),
+        ("*", "*"),
+    ],
+)
+def test_origins_are_what_browsers_send(text: str, origin: str) -> None:
+    """In lower case and without a path; one asterisk may stand for anything."""
+    assert addresses.parse_origin(text) == origin
+
+
+@pytest.mark.parametrize(
+    "text", ["chat.example.org", "https://x/y", "https://*.x.*", "null", "", "https://", "a b://c"]
+)
+def test_what_no_browser_sends_is_refused(text: str) -> None:
+    """It would never match, or (null) be any sandboxed page."""
+    with pytest.raises(ValueError, match="is not the origin of a page"):
+        addresses.parse_origin(text)

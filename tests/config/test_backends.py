@@ -68,18 +68,49 @@ def test_a_duplicate_name_points_to_the_first(faults: Faults) -> None:
 
 
 def test_a_duplicate_place_is_found_in_any_spelling(faults: Faults) -> None:
-    """One Ollama twice would get twice the load; its made-up name is not held against it."""
-    text = "backends:\n- localhost:11440\n- url: 'http://[::1]:11440'\n"
+    """One Ollama twice would get twice the load; which of the two counts must be told."""
+    text = (
+        "backends:\n- {name: a, url: 'localhost:11440'}\n- {slots: 2, url: 'http://[::1]:11440'}\n"
+    )
     assert faults(text) == [
         "config.yaml:3:3 backends: duplicate url http://[::1]:11440 (first at line 2)."
     ]
 
 
 def test_duplicates_outside_the_file_are_named_by_number(faults: Faults) -> None:
-    """A variable has no lines."""
-    assert faults("", {"BALANCER_BACKENDS": "a,a"}) == [
-        "BALANCER_BACKENDS backends: duplicate url http://a:11434 (first backends[0])."
+    """A flag has no lines."""
+    twice = [{"name": "a", "url": "x"}, {"name": "b", "url": "x"}]
+    assert faults("", overrides={"backends": twice}) == [
+        "command line backends: duplicate url http://x:11434 (first backends[0])."
     ]
+
+
+def test_an_address_that_is_only_named_twice_is_one_backend() -> None:
+    """What says more about it stays, whatever the order; a line tells; later lines are right."""
+    text = (
+        "backends:\n- gpu1\n- {url: 'gpu1:11434', slots: 2}\n- http://gpu1:11434\n- gpu2\n"
+        "- {url: gpu3, slots: 4}\n"
+    )
+    config = load(text, {})
+    assert [(spec.name, spec.slots) for spec in config.backends] == [
+        ("gpu1", 2),
+        ("gpu2", None),
+        ("gpu3", 4),
+    ]
+    assert config.warnings == (
+        "config.yaml:4:3 backends[2]: http://gpu1:11434 is the same host as gpu1: used once.",
+        "config.yaml:2:3 backends[0]: gpu1 is the same host as gpu1:11434: used once.",
+    )
+    origins = [config.origins[f"backends[{index}].url"] for index in range(3)]
+    assert origins == ["file:3", "file:5", "file:6"]
+    assert config.origins["backends[2].slots"] == "file:6"
+
+
+def test_one_host_in_two_spellings_of_a_variable() -> None:
+    """The first spelling is used."""
+    config = load("", {"BALANCER_BACKENDS": "localhost:11440, 127.0.0.1:11440"})
+    assert [spec.url for spec in config.backends] == ["http://localhost:11440"]
+    assert "is the same host as localhost:11440" in config.warnings[0]
 
 
 def test_our_own_address_is_no_backend(faults: Faults) -> None:
@@ -140,7 +171,7 @@ def test_own_timeouts_change_only_what_they_name() -> None:
     text = "timeouts: {connect: 7s}\nbackends:\n- {url: a, timeouts: {load: 20m, idle: -1}}\n- b\n"
     one, other = load(text, {}).backends
     assert one.timeouts == Timeouts(
-        connect_s=7, first_byte_s=30, load_s=1200, idle_s=None, total_s=None
+        connect_s=7, first_byte_s=30, load_s=1200, idle_s=None, total_s=None, pull_idle_s=600
     )
     assert other.timeouts is None
 
@@ -183,4 +214,31 @@ def test_any_addresses_load_or_are_complained_of(urls: list[str]) -> None:
         config = load("", {}, overrides={"backends": urls})
     except ConfigError:
         return
-    assert len({spec.name for spec in config.backends}) == len(urls)
+    assert len({spec.name for spec in config.backends}) == len(config.backends)
+    assert len(config.backends) + len(config.warnings) == len(urls)
+
+
+def test_cloud_is_for_those_that_are_marked() -> None:
+    """No backend has an account unless it is said."""
+    one, other = backends("- {url: gpu1, cloud: true}\n- gpu2\n")
+    assert (one.cloud, one.provider) == (True, False)
+    assert (other.cloud, other.provider) == (False, False)
+
+
+@pytest.mark.parametrize("url", ["https://ollama.com", "ollama.com", "https://Ollama.com./"])
+def test_ollama_com_is_known_by_its_name(url: str) -> None:
+    """It needs no mark; its key goes with every request to it."""
+    (spec,) = backends(f"- {{url: '{url}', auth: {{type: bearer, token: t}}}}\n")
+    assert (spec.cloud, spec.provider) == (True, True)
+    assert [(name, secret.reveal()) for name, secret in spec.auth_headers] == [
+        ("Authorization", "Bearer t")
+    ]
+    assert spec.tls is not None
+
+
+def test_ollama_com_needs_a_key_and_tls(faults: Faults) -> None:
+    """Without a key nothing would work, without TLS everybody could read it."""
+    (told,) = faults("backends: ['http://ollama.com']")
+    assert "https://ollama.com" in told
+    (warning,) = load("backends: ['https://ollama.com']", {}).warnings
+    assert "token_file" in warning

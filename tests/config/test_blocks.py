@@ -36,7 +36,7 @@ def test_the_example_shows_every_setting() -> None:
 
 def test_the_examples_backend_shows_every_key_and_default() -> None:
     """The commented item is as true as the rest."""
-    text = commented("backends: []", "health:")
+    text = commented("backends: []", "discovery:")
     (item,) = yaml.safe_load(text)
     assert set(item) == set(blocks.BackendBlock.model_fields)
     assert set(item["models"]) == set(blocks.BackendModelsBlock.model_fields)
@@ -89,9 +89,9 @@ def test_leaf_paths_stop_at_lists_of_blocks() -> None:
 
 def test_keys_of_later_features_do_not_exist() -> None:
     """A key that does nothing would promise something."""
-    assert {"tls", "workers", "headers"}.isdisjoint(blocks.ServerBlock.model_fields)
+    assert {"tls", "workers"}.isdisjoint(blocks.ServerBlock.model_fields)
     assert {"weight", "priority", "labels"}.isdisjoint(blocks.BackendBlock.model_fields)
-    assert {"discovery", "cors", "manage"}.isdisjoint(blocks.File.model_fields)
+    assert {"limits", "tracing"}.isdisjoint(blocks.File.model_fields)
 
 
 def test_the_json_schema_speaks_as_the_file_does() -> None:

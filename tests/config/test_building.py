@@ -96,9 +96,14 @@ def test_a_balancer_nobody_may_steer_is_warned_of(
         ("routing: {strategy: warm-first}", "routing", "strategy", "warm-first"),
         ("models: {remember: 1d}", "models", "remember_s", 86400.0),
         ("timeouts: {first_byte: -1}", "timeouts", "first_byte_s", None),
+        ("streaming: {heartbeat: 5s}", "streaming", "heartbeat_s", 5.0),
+        ("streaming: {heartbeat_after: -1}", "streaming", "heartbeat_after_s", None),
+        ("streaming: {heartbeat_after: null}", "streaming", "heartbeat_after_s", None),
         ("logging: {slow: null}", "logging", "slow_s", None),
         ("logging: {client_ip: none}", "logging", "client_ip", "none"),
         ("metrics: {enabled: no}", "metrics", "enabled", False),
+        ("systemd: {watchdog: never}", "systemd", "watchdog", "never"),
+        ("dashboard: {enabled: no}", "dashboard", "enabled", False),
         ("demo: {enabled: yes}", "demo", "enabled", True),
     ],
 )
@@ -128,3 +133,12 @@ def test_a_backoff_cannot_exceed_its_ceiling(faults: Faults) -> None:
     assert faults("breaker: {host: {backoff: 2m}}") == [
         "config.yaml:1:17 breaker.host: backoff is longer than backoff_max."
     ]
+
+
+@pytest.mark.parametrize("origin", ["*", "http://*", "https://*"])
+def test_every_page_with_credentials_is_a_fault(faults: Faults, origin: str) -> None:
+    """Any page could act as whoever visits it; named pages may."""
+    (told,) = faults(f"cors: {{allow_credentials: true, allow_origins: ['{origin}']}}")
+    assert f"cors: allow_credentials does not go with '{origin}'" in told
+    named = load("cors: {allow_credentials: true, allow_origins: ['https://a.example']}", {})
+    assert named.cors.allow_credentials

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 
 from balancer.config import Config, Key, load
+from balancer.config.keys import key_places
 
 Faults = Callable[..., list[str]]
 
@@ -51,15 +52,20 @@ def test_keys_come_from_a_file_of_their_own() -> None:
         "web user hunter2 more",
         "web user sha256:hunter2",
         "hünter2 user x",
+        "web user hünter2-hunter2",
+        "web user hunter2 models=",
+        "web user hunter2 models=a models=b",
+        "web user hunter2 expires=soon",
+        "web user hunter2 key=more",
+        "web user hunter2 hash=sha256:00",
     ],
 )
 def test_a_bad_line_is_named_but_not_shown(faults: Faults, line: str) -> None:
     """Any of its words may be the key."""
     file = f"# keys\n{line}\n"
     told = faults("auth: {keys_file: /k}", read_file=lambda _: file)
-    assert told == [
-        "/k:2:1 needs NAME ROLE KEY or NAME ROLE sha256:HEX, where ROLE is user or admin."
-    ]
+    where = "where ROLE is user or admin, then models=GLOB,GLOB and expires=DATE if wanted."
+    assert told == [f"/k:2:1 needs NAME ROLE KEY or NAME ROLE sha256:HEX, {where}"]
 
 
 def test_a_missing_keys_file_is_a_fault(faults: Faults) -> None:
@@ -109,3 +115,62 @@ def test_a_short_key_is_warned_of_but_not_shown() -> None:
     (warning,) = loaded("", {"BALANCER_API_KEY": "hunter2"}).warnings
     assert 'API key "env" has only 7 characters' in warning
     assert "hunter2" not in warning
+
+
+ENDS = 1_830_297_600.0  # when 2027-12-31 is over
+
+
+def test_what_a_key_may_stands_with_it() -> None:
+    """In either place the same words mean the same."""
+    listed = loaded(
+        f"auth: {{keys: [{{name: web, key: {LONG}, models: [a, 'b*'], expires: 2027-12-31}}]}}"
+    )
+    filed = loaded("auth: {keys_file: /k}", k=f"web user {LONG} models=a,b* expires=2027-12-31")
+    expected = Key("web", DIGEST, "user", ("a", "b*"), ENDS)
+    assert listed.auth.keys == filed.auth.keys == (expected,)
+    assert listed.written["auth"]["keys"] == [
+        {
+            "name": "web",
+            "key": "***",
+            "role": "user",
+            "models": ["a", "b*"],
+            "expires": "2028-01-01T00:00:00Z",
+        }
+    ]
+
+
+def test_a_key_for_no_model_at_all_is_a_fault(faults: Faults) -> None:
+    """It could not be used; who means every model says nothing, or an asterisk."""
+    (told,) = faults(f"auth: {{keys: [{{name: web, key: {LONG}, models: []}}]}}")
+    assert "auth.keys[0].models: needs at least one" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "file", "elsewhere"),
+    [
+        ("auth: {keys_file: /k}", {}, "/k", []),
+        ("auth: {keys_file: '${DIR}/k'}\nnope: 1", {"DIR": "/d"}, "/d/k", []),
+        ("", {"BALANCER_AUTH__KEYS_FILE": "/e"}, "/e", []),
+        (f"auth: {{keys: [{{name: web, key: {LONG}}}, 7]}}", {}, None, ["web"]),
+        ("", {"BALANCER_API_KEY": LONG}, None, ["env"]),
+        ("auth: 7", {}, None, []),
+        ("auth: {keys_file: 7, keys: 8}", {}, None, []),
+        ("]", {}, None, []),
+    ],
+)
+def test_where_keys_stand_is_known_without_reading_them(
+    text: str, env: dict[str, str], file: str | None, elsewhere: list[str]
+) -> None:
+    """Also of a configuration that is no good (yet): the file may be what it lacks."""
+    assert key_places(text, env, "c.yaml") == (file, elsewhere)
+
+
+def test_the_environments_key_may_be_a_known_one(faults: Faults) -> None:
+    """Commands send it, and read the configuration; with another role it is a contradiction."""
+    env = {"BALANCER_API_KEY": LONG}
+    config = loaded("auth: {keys_file: /k}", env, k=f"ops admin {LONG}")
+    assert config.auth.keys == (Key("ops", DIGEST, "admin"),)
+    (told,) = faults("auth: {keys_file: /k}", env, read_file=lambda _: f"web user {LONG}")
+    assert told == '/k:1:1 the same key as "env".'
+    again = f"auth: {{keys: [{{name: a, key: {LONG}}}, {{name: b, key: {LONG}}}]}}"
+    assert len(faults(again)) == 1

@@ -167,6 +167,44 @@ def test_headers_cannot_break_the_request(headers: object) -> None:
     refusal(kinds.Headers, headers)
 
 
+@pytest.mark.parametrize(
+    ("value", "aliases"),
+    [
+        (None, ()),
+        ({}, ()),
+        ({"gpt-4o-mini": "llama3.2"}, (("gpt-4o-mini", ("llama3.2",)),)),
+        ({"fast": ["qwen3:8b", "m"], "b": "fast"}, (("fast", ("qwen3:8b", "m")), ("b", ("fast",)))),
+        ("a=m:1, b=n,a=hf.co/x/y:Q4", (("a", ("m:1", "hf.co/x/y:Q4")), ("b", ("n",)))),
+    ],
+)
+def test_aliases_stand_for_one_model_or_several(value: object, aliases: object) -> None:
+    """A block in the file; pairs in the environment, a name with several models repeated."""
+    assert read(kinds.ModelAliases, value) == aliases
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["a"], "needs a block of NAME: MODEL"),
+        ({"a": 5}, "needs a list"),
+        ({"a": "a"}, "a → a is a circle"),
+        ({"a": []}, "a stands for nothing"),
+        ({"a": "m x/"}, "is not the name of a model"),
+        ("a", "is empty"),
+        ({"a": "m", "A:latest": "m"}, "are one name"),
+    ],
+)
+def test_aliases_that_cannot_serve_are_refused(value: object, text: str) -> None:
+    """Circles, doubles, what is no name: told when the file is read, not when a client calls."""
+    assert text in refusal(kinds.ModelAliases, value)
+
+
+def test_aliases_are_written_as_people_write_them() -> None:
+    """One model stands alone, several in a list."""
+    value = {"a": "m", "b": ["m", "n"]}
+    assert written(kinds.ModelAliases, {"a": ["m"], "b": ["m", "n"]}) == value
+
+
 def test_no_headers_can_be_null() -> None:
     """As for every block."""
     assert read(kinds.Headers, None) == ()

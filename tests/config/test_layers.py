@@ -140,3 +140,28 @@ def test_flags_are_told_from_variables() -> None:
     """`config show --origin` says which of the two it was."""
     result = lain("", {"demo.enabled": True})
     assert result.locate(("demo", "enabled")) == (layers.FLAG, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "origins", "origin"),
+    [
+        ("", {}, "http://o", "env:OLLAMA_ORIGINS"),
+        ("cors:", {}, "http://o", "env:OLLAMA_ORIGINS"),
+        ("cors: {allow_origins: []}", {}, "http://o", "env:OLLAMA_ORIGINS"),
+        ("cors: {allow_origins: [http://f]}", {}, ["http://f"], "file:1"),
+        ("", {"BALANCER_CORS__ALLOW_ORIGINS": "x"}, "x", "env:BALANCER_CORS__ALLOW_ORIGINS"),
+    ],
+)
+def test_ollamas_origins_count_where_ours_name_none(
+    text: str, env: dict[str, str], origins: object, origin: str
+) -> None:
+    """The variable may be meant for an Ollama beside us: what is said to us is stronger."""
+    result = lain(text, None, OLLAMA_ORIGINS="http://o", **env)
+    assert result.tree["cors"]["allow_origins"] == origins
+    assert result.origin(("cors", "allow_origins")) == origin
+    assert result.warnings == []
+
+
+def test_a_cors_that_is_no_block_is_left_to_be_told() -> None:
+    """One fault is one problem."""
+    assert lain("cors: 7", OLLAMA_ORIGINS="http://o").tree == {"cors": 7}

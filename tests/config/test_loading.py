@@ -65,8 +65,9 @@ def test_all_problems_come_in_one_run(faults: Faults) -> None:
         "config.yaml:19:9 server: needs a block of keys.",
         (
             "config.yaml:20:1 nope: unknown key. Known here: version, server, admin, auth, "
-            "backends, health, breaker, retry, queue, routing, models, timeouts, logging, "
-            "metrics, demo."
+            "cors, backends, discovery, health, breaker, retry, queue, routing, models, manage, "
+            "timeouts, "
+            "streaming, logging, metrics, systemd, state, dashboard, demo."
         ),
         'BALANCER_RETRY__BUDGET retry.budget: "20" is not a share. Write 20% or 0.2.',
         'command line queue.max_depth: "x" is not a whole number of at least 0.',
@@ -102,7 +103,7 @@ def test_wrong_shapes_are_told_in_plain_words(faults: Faults, text: str, message
 
 def test_a_key_of_a_later_feature_is_unknown(faults: Faults) -> None:
     """It is refused, not ignored."""
-    assert len(faults("discovery: {}\nserver: {tls: {}}\nbackends: [{url: a, weight: 2}]")) == 3
+    assert len(faults("limits: {}\nserver: {tls: {}}\nbackends: [{url: a, weight: 2}]")) == 3
 
 
 def test_flags_are_paths_of_settings(faults: Faults) -> None:
@@ -205,7 +206,7 @@ def test_any_backend_loads_or_is_complained_of(values: dict[tuple[str, ...], obj
 )
 def test_one_fault_makes_no_second(faults: Faults, text: str, first: str) -> None:
     """What was refused is neither missed elsewhere nor does it hide the next item's fault."""
-    told = faults(f"backends:\n- {text}\n- a\n")
+    told = faults(f"backends:\n- {text}\n- {{name: b, url: a}}\n")
     assert len(told) == 2
     assert first in told[0]
     assert "duplicate url" in told[1]

@@ -1,3 +1,4 @@
+import datetime as dt
 import math
 
 import pytest
@@ -147,9 +148,41 @@ def test_shares_are_written_as_percent() -> None:
 @given(ANYTHING)
 def test_nothing_but_a_value_error_ever_comes_out(value: object) -> None:
     """Whatever a file says, reading it cannot crash."""
-    for parse in (units.parse_wait, units.parse_limit, units.parse_size, units.parse_ratio):
+    for parse in (
+        units.parse_wait,
+        units.parse_limit,
+        units.parse_size,
+        units.parse_ratio,
+        units.parse_expiry,
+    ):
         try:
             result = parse(value)
         except ValueError:
             continue
         assert result is None or math.isfinite(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "at"),
+    [
+        ("2027-12-31", 1830297600.0),
+        (dt.date(2027, 12, 31), 1830297600.0),
+        ("2027-12-31T18:00:00Z", 1830276000.0),
+        ("2027-12-31 19:00:00+01:00", 1830276000.0),
+        ("2027-12-31T18:00", 1830276000.0),
+        (dt.datetime(2027, 12, 31, 18), 1830276000.0),  # noqa: DTZ001 - as YAML reads it
+    ],
+)
+def test_a_day_is_the_last_one(value: object, at: float) -> None:
+    """And an instant the first at which it is over; where no zone is given it is UTC."""
+    assert units.parse_expiry(value) == at
+    assert units.parse_expiry(units.format_instant(at)) == at
+
+
+@pytest.mark.parametrize(
+    "value", ["soon", "2027-13-01", "", "31.12.2027", 7, True, [], "9999-12-31"]
+)
+def test_what_is_no_day_is_refused(value: object) -> None:
+    """With both forms in the advice."""
+    with pytest.raises(ValueError, match="neither a day such as"):
+        units.parse_expiry(value)

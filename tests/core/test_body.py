@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balancer.core.body import Body, duration_ns, read
+from balancer.core.body import Body, duration_ns, read, renamed
 from balancer.core.domain import Kind, PlacementKey, Purpose
 from balancer.core.errors import BadRequest, BalancerError, OptionError, UnknownModel, UnknownRoute
 from balancer.core.routes import TABLE, other
@@ -882,3 +882,99 @@ def test_a_form_that_names_no_model(model: bytes, kind: str, query: str, text: s
     """Go's forms are read from the query too, where it would win."""
     with pytest.raises(BadRequest, match=text):
         read(TRANSCRIPTIONS, FORM % model, kind, query)
+
+
+# --- another model's name ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "wanted"),
+    [
+        ("chat", b'{"model":"fast","messages":[]}', b'{"model":"real:1","messages":[]}'),
+        ("chat", b' { "MODEL" :\t"f\\u0061st" , "x":1}\n!', b' { "MODEL" :\t"real:1" , "x":1}\n!'),
+        ("chat", b'{"mod\\u0065l":"fast"}', b'{"mod\\u0065l":"real:1"}'),
+        ("chat", b'{"model":"a","model":"fast"}', b'{"model":"a","model":"real:1"}'),
+        ("chat", b'{"name":"me","model":"fast"}', b'{"name":"me","model":"real:1"}'),
+        ("chat", b'{"x":{"model":"a"},"model":"fast"}', b'{"x":{"model":"a"},"model":"real:1"}'),
+        ("chat", b'{"x":"\\ud800","model":"fast"}', b'{"x":"\\ud800","model":"real:1"}'),
+        ("show", b'{"name":"fast"}', b'{"name":"real:1"}'),
+        ("show", b'{"model":"","name":"fast"}', b'{"model":"","name":"real:1"}'),
+        ("show", b'{"model":null,"name":"fast"}', b'{"model":null,"name":"real:1"}'),
+        ("show", b'{"model":"fast","name":"n"}', b'{"model":"real:1","name":"n"}'),
+    ],
+)
+def test_only_the_models_name_is_rewritten(operation: str, body: bytes, wanted: bytes) -> None:
+    """The value that counts, at the top level; every other byte stays, what is odd included."""
+    assert renamed(ROUTES[operation], body, "", "real:1") == wanted
+
+
+def test_a_forms_model_is_rewritten() -> None:
+    """The field's value, nothing else; the delimiters stay where they are."""
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nfast\r\n'
+    wanted = renamed(TRANSCRIPTIONS, body + FORM % b"fast", FORM_TYPE, "real:1")
+    assert wanted == body + FORM % b"real:1"
+
+
+ODD_KEYS = st.sampled_from(["x", "Models", "nam", "\u00e9", 'a"b', "\\", "messages", "names"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+GAPS = st.text(" \t\r\n", max_size=3)
+
+
+@given(
+    st.dictionaries(ODD_KEYS, VALUES, max_size=4),
+    st.sampled_from(["model", "Model", "MODEL", "mod\\u0065l"]),
+    st.sampled_from(["fast", " fast:latest", "f\\u0061st", "Library\\/Fast", "FAST"]),
+    st.lists(GAPS, min_size=6, max_size=6),
+    st.integers(0, 4),
+    st.booleans(),
+)
+def test_renaming_is_a_cut_and_a_paste(
+    others: dict[str, Any], key: str, value: str, gaps: list[str], at: int, ascii_only: bool
+) -> None:
+    """However it is written: the bytes before and behind stay, and it reads as the other model."""
+    members = [
+        f"{gaps[0]}{json.dumps(k, ensure_ascii=ascii_only)}{gaps[1]}:"
+        f"{gaps[2]}{json.dumps(v, ensure_ascii=ascii_only)}{gaps[3]}"
+        for k, v in others.items()
+    ]
+    members.insert(at, f'{gaps[0]}"{key}"{gaps[1]}:{gaps[2]}\0{gaps[3]}')
+    text = f"{gaps[4]}{{{','.join(members)}}}{gaps[5]}"
+    before, after = text.encode("utf-8", "replace").split(b"\0")
+    body = before + f'"{value}"'.encode() + after
+    route = ROUTES["chat"]
+    new = renamed(route, body, "", "hf.co/x/Real:Q4_K_M")
+    assert new == before + b'"hf.co/x/Real:Q4_K_M"' + after
+    try:
+        told = read(route, body)
+    except BalancerError:
+        return
+    other_told = read(route, new)
+    assert told.key.model.endswith("library/fast:latest")
+    assert other_told.model == "hf.co/x/Real:Q4_K_M"
+    assert other_told.key.options == told.key.options
+
+
+RENAMED_BITS = st.sampled_from(
+    [
+        *(b'"model"', b'"Model"', b'"name"', b'"fast"', b'""', b"null", b":", b",", b"}", b"{"),
+        *(b'"model":"fast"', b'"name":"fast",', b'"x":{"model":"a"},', b'"y":"\\ud800",', b" "),
+        *(b"5", b'"model":"a",', b'"messages":[],', b'"stream":true,', b"[", b"]", b"\n", b"tail"),
+    ]
+)
+
+
+@given(st.lists(RENAMED_BITS, max_size=12).map(b"".join))
+def test_what_was_read_can_be_renamed(body: bytes) -> None:
+    """Any body that names a model, hostile ones included, then names the other, and no less."""
+    for operation in ("chat", "show"):
+        try:
+            told = read(ROUTES[operation], b"{" + body)
+        except BalancerError:
+            continue
+        other_told = read(ROUTES[operation], renamed(ROUTES[operation], b"{" + body, "", "real:1"))
+        assert other_told.model == "real:1"
+        assert (other_told.streaming, other_told.purpose) == (told.streaming, told.purpose)

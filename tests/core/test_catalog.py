@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.core import names
+from balancer.core.aliases import Aliases
 from balancer.core.catalog import Catalog, PsChange, go_json, instant_ns
 from balancer.core.domain import PlacementKey, Residency
 
@@ -130,6 +131,58 @@ def test_sorted_by_whole_seconds_then_name(catalog: Catalog) -> None:
         ],
     )
     assert shown(catalog.tags()) == ["old", "a", "b", "older"]
+
+
+def test_aliases_are_listed_as_what_they_stand_for(catalog: Catalog) -> None:
+    """A copy of the row of the first model that is there, field by field, under the alias."""
+    catalog.note_tags("one", [tag("m:1", A), tag("n", B)])
+    catalog.aliases = Aliases([("Fast", ["gone", "m:1"]), ("lost", ["gone"])])
+    assert shown(catalog.tags()) == ["Fast", "m:1", "n"]
+    fast, real, _ = catalog.tags()["models"]
+    assert list(fast) == list(real)
+    assert fast == real | {"name": "Fast", "model": "Fast"}
+    assert json.loads(catalog.tags_json()) == catalog.tags()
+    assert [row["id"] for row in catalog.models()["data"]] == ["Fast", "m:1", "n:latest"]
+    assert catalog.model("fast:latest") is not None
+    assert catalog.model("lost") is None
+    assert (catalog.meant(c("FAST")), catalog.meant(c("n"))) == (c("m:1"), c("n"))
+    assert catalog.meant(c("lost")) is None
+    assert catalog.names() == ("m:1", "n:latest"), "models alone have numbers of their own"
+
+
+def test_an_alias_is_there_instead_of_a_model_of_its_name(catalog: Catalog) -> None:
+    """Calls go by the alias; the listing must not promise the other."""
+    catalog.note_tags("one", [tag("m", A), tag("n", B)])
+    catalog.aliases = Aliases([("n", ["m"])])
+    assert [(row["name"], row["digest"]) for row in catalog.tags()["models"]] == [
+        ("m", A),
+        ("n", A),
+    ]
+    catalog.aliases = Aliases([("n", ["gone"])])
+    assert shown(catalog.tags()) == ["m"]
+    catalog.aliases = Aliases()
+    assert shown(catalog.tags()) == ["m", "n"]
+
+
+def test_hidden_names_are_not_listed_and_yet_there(catalog: Catalog) -> None:
+    """Neither models nor aliases; ps shows them, and whoever knows one is answered."""
+    catalog.note_tags("one", [tag("m", A), tag("n", B)])
+    catalog.note_ps("one", [run("n")])
+    catalog.aliases = Aliases([("x", ["n"]), ("y", ["n"])], hide=["n", "y"])
+    assert shown(catalog.tags()) == ["m", "x"]
+    assert [row["id"] for row in catalog.models()["data"]] == ["m:latest", "x"]
+    assert catalog.offered() == ("m:latest", "x")
+    assert shown(catalog.ps()) == ["n"]
+    assert catalog.knows(c("n"))
+    assert catalog.model("n") is not None
+
+
+def test_stubs_of_cloud_models_are_in_no_conflict(catalog: Catalog) -> None:
+    """Their digest is no weights'."""
+    stub = {"remote_model": "m", "remote_host": "https://ollama.com:443"}
+    catalog.note_tags("one", [tag("m:cloud", A) | stub])
+    catalog.note_tags("two", [tag("m:cloud", B) | stub])
+    assert catalog.conflicts() == {}
 
 
 def test_newest_row_wins_and_conflict_is_told(catalog: Catalog) -> None:
@@ -525,6 +578,14 @@ def test_routes_are_unlearned_with_another_version(catalog: Catalog) -> None:
     assert catalog.supports("one", "chat")
 
 
+def test_routes_that_clients_make_up_are_not_all_remembered(catalog: Catalog) -> None:
+    """Some hundred paths are; then no more, so that they cannot fill the memory."""
+    for number in range(10_000):
+        catalog.note_no_route("one", f"/api/{number}")
+    forgotten = [n for n in range(10_000) if catalog.supports("one", f"/api/{n}")]
+    assert 9_000 < len(forgotten) < 10_000
+
+
 @pytest.mark.parametrize(
     ("version", "operation", "supported"),
     [
@@ -532,6 +593,9 @@ def test_routes_are_unlearned_with_another_version(catalog: Catalog) -> None:
         ("0.1.38", "ps", True),
         ("0.1.48", "models", False),
         ("0.2.0", "model", True),
+        ("0.13.2", "v1_responses", False),
+        ("0.14.0", "v1_messages", True),
+        ("0.19.9", "v1_transcriptions", False),
         ("0.2.5", "embed", False),
         ("0.2.5", "v1_embeddings", False),
         ("0.2.6-rc1", "embed", True),

@@ -31,7 +31,7 @@ from balancer.core.scheduler import (
     Unload,
     load_estimate_s,
 )
-from tests.core.bench import GB, Bench, Client, backend, call, canon, key, outcome, tried
+from tests.core.bench import GB, Bench, Client, backend, call, canon, key, outcome, tag, tried
 
 V = Verdict
 LIMITS = QueueLimits(max_depth=6, max_depth_per_model=3, max_wait_s=20.0)
@@ -207,7 +207,9 @@ def test_a_queue_has_a_limit_and_the_refusal_a_reason(bench: Bench) -> None:
     assert waiting.waits
     bench.sleep(0.1)
     assert isinstance(waiting.error, errors.QueueTimeout)
-    assert waiting.error.text == "No slot came free for 'm:1' in 20 s; 1 calls wait for it."
+    assert waiting.error.text == (
+        "No slot came free for 'm:1' in 20 s (queue.max_wait); 1 calls wait for it."
+    )
     assert waiting.error.retry_after_s == 10.0, "two have left in twenty seconds"
     assert waiting.ticket is not None
     assert waiting.ticket.state is TicketState.REFUSED
@@ -359,6 +361,15 @@ def test_calls_alike_in_model_are_not_alike_in_route(bench: Bench) -> None:
     assert isinstance(embed.error, errors.NoBackend)
     assert chat.waits
     assert plain.waits
+
+
+def test_a_route_that_nobody_has_and_need_not_have_is_none(bench: Bench) -> None:
+    """Not for somebody to be waited for, but unknown."""
+    for name in "ab":
+        bench.catalog.note_no_route(name, "v1_count_tokens")
+    refused = bench.submit(path="/v1/messages/count_tokens")
+    assert isinstance(refused.error, errors.UnknownRoute)
+    assert "/v1/messages/count_tokens" in refused.error.text
 
 
 def test_a_call_that_was_tried_everywhere_hears_what_happened(bench: Bench) -> None:
@@ -854,3 +865,155 @@ def test_a_shell_may_ask_whether_to_look_elsewhere(bench: Bench) -> None:
     assert bench.dispatcher.is_served_elsewhere(call(), frozenset("a"))
     bench.pool.turn("b", Switch.DRAINING)
     assert not bench.dispatcher.is_served_elsewhere(call(), frozenset("a"))
+
+
+# -- forecasts ---------------------------------------------------------------------------------
+
+
+def drained(bench: Bench) -> None:
+    for name in "ab":
+        bench.pool.turn(name, Switch.DRAINING)
+
+
+def broken(bench: Bench) -> None:
+    for name in "ab":
+        bench[name].gate.trip("test")
+
+
+def emptied(bench: Bench) -> None:
+    for name in "ab":
+        bench.holds(name)
+
+
+def loading(bench: Bench) -> None:
+    emptied(bench)
+    assert bench.pool.take_token("a", key("m:1"), "test")
+
+
+def unlisted(bench: Bench) -> None:
+    for name in "ab":
+        bench.lists(name, "n:1")
+
+
+FORECASTS: dict[str, tuple[Callable[[Bench], object], str, int, str, str]] = {
+    "free": (lambda b: None, "now", 200, "a", "goes to a now"),
+    "full": (fill, "queue", 200, "", "waits in the queue for a slot"),
+    "cold": (emptied, "load", 200, "a", "is loaded on a first"),
+    "loading": (loading, "load", 200, "a", "waits for the load on a"),
+    "drained": (drained, "refused", 503, "", "a: draining; b: draining"),
+    "broken": (broken, "away", 200, "", "waits for a backend to come back"),
+    "unknown": (unlisted, "refused", 404, "", "not found"),
+    "forbidden": (
+        lambda b: b.shape(*(backend(n, deny=("m:*",)) for n in "ab")),
+        "refused",
+        403,
+        "",
+        "rule it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORECASTS)
+def test_a_forecast_says_what_then_happens(bench: Bench, case: str) -> None:
+    """And asking changes nothing: no event, no queue, no load, nobody else's turn."""
+    happens, kind, status, backend, text = FORECASTS[case]
+    happens(bench)
+    events, loads = len(bench.events), len(bench.loads)
+    asked = {name: dict(bench[name].asked) for name in "ab"}
+    told = bench.dispatcher.forecast(call())
+    assert (told.kind, told.status, told.backend) == (kind, status, backend)
+    assert text in told.text
+    assert (len(bench.events), len(bench.loads)) == (events, loads)
+    assert {name: dict(bench[name].asked) for name in "ab"} == asked
+    assert bench.dispatcher.waiting() == []
+    client = bench.submit()
+    if kind == "refused":
+        assert (client.error.status, client.error.text) == (status, told.text)
+    elif kind == "now":
+        (lease,) = client.leases
+        assert lease.backend.name == backend
+    else:
+        assert client.waits
+        assert kind != "load" or bench["a"].loading is not None
+    for lease in client.leases:
+        lease.release()
+
+
+def test_a_forecast_of_a_full_queue(bench: Bench) -> None:
+    """Whoever may not wait hears what `submit` would say."""
+    fill(bench)
+    bench.admission.limits = QueueLimits(max_depth_per_model=1)
+    waiting = bench.submit()
+    told = bench.dispatcher.forecast(call())
+    assert (told.kind, told.status) == ("refused", 503)
+    assert "queue.max_depth_per_model" in told.text
+    assert told.text == bench.submit().error.text
+    bench.admission.limits = QueueLimits(max_wait_s=0.0)
+    told = bench.dispatcher.forecast(call())
+    assert (told.kind, told.status) == ("refused", 503)
+    assert "queue.max_wait" in told.text
+    assert waiting.waits
+
+
+def test_a_forecast_warns_of_a_wait_that_is_too_long(bench: Bench) -> None:
+    """The estimate, and the setting that ends the wait before it."""
+    fill(bench)
+    bench.admission.limits = QueueLimits(max_wait_s=0.5)
+    told = bench.dispatcher.forecast(call())
+    assert (told.kind, told.wait_s) == ("queue", 5.0 / 2)
+    assert "queue.max_wait" in told.text
+
+
+def test_a_forecast_without_some(bench: Bench) -> None:
+    """Where it would go if that one had failed it."""
+    assert bench.dispatcher.forecast(call(), frozenset("a")).backend == "b"
+    told = bench.dispatcher.forecast(call(), frozenset("ab"))
+    assert (told.kind, told.status) == ("refused", 503)
+
+
+# -- which of several models -------------------------------------------------------------------
+
+
+def choice(bench: Bench, *models: str, exists: bool = True) -> str:
+    """The model chosen of these."""
+    calls = [call(model) for model in models]
+    return models[bench.dispatcher.choose(calls, exists=exists)]
+
+
+def test_the_first_model_that_can_be_served_now_is_chosen(bench: Bench) -> None:
+    """In memory or not, busy or not; one that nobody has is passed over."""
+    assert choice(bench, "n:1", "m:1") == "n:1"
+    assert choice(bench, "x:1", "m:1", "n:1") == "m:1"
+    fill(bench)
+    assert choice(bench, "m:1", "n:1") == "m:1"
+
+
+def test_with_none_now_the_first_known_is_chosen(bench: Bench) -> None:
+    """It may come back; with none known either, the first: its refusal says what to do."""
+    for name in "ab":
+        bench.check(name, ok=False, count=3)
+    assert choice(bench, "x:1", "n:1", "m:1") == "n:1"
+    assert choice(bench, "x:1", "y:1") == "x:1"
+
+
+def test_to_ask_which_leaves_no_trace_unless_there_is_a_call(bench: Bench) -> None:
+    """What is asked about is not worth a trial; what is called is."""
+    for name in "ab":
+        bench[name].gate.trip("3 in a row")
+    choice(bench, "m:1", exists=False)
+    assert bench["a"].asked == {}
+    choice(bench, "m:1")
+    assert canon("m:1") in bench["a"].asked
+
+
+def test_a_call_that_leaves_its_weights_is_marked(bench: Bench) -> None:
+    """Only then; a failover to the same weights is one."""
+    rows = [tag(model) | {"digest": "f" * 64} for model in ("m:1", "n:1")]
+    bench.pool.note_tags("b", rows, bench.clock())
+    bench.holds("b", "m:1")
+    client = bench.submit()
+    assert (client.lease.backend.name, client.lease.why) == ("b", "only")
+    settle(bench, client, V.FAULT)
+    other = bench.submit(excluded=frozenset("b"), attempts=(tried("b"),), seq=1)
+    assert (other.lease.backend.name, other.lease.why) == ("a", "other-weights")
+    settle(bench, other)

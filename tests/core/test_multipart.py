@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.core.errors import BadRequest
-from balancer.core.multipart import MOST_HEAD_BYTES, MOST_PARTS, MOST_VALUE_BYTES, field
+from balancer.core.multipart import (
+    MOST_HEAD_BYTES,
+    MOST_PARTS,
+    MOST_VALUE_BYTES,
+    field,
+    replaced,
+)
 
 FORM = "multipart/form-data; boundary=b"
 DISPOSITION = b"Content-Disposition: form-data; name="
@@ -167,6 +173,15 @@ def test_a_written_form_is_read_back(parts: list[tuple[bytes, bytes]]) -> None:
             field(body, FORM, "model")
     else:
         assert field(body, FORM, "model") == wanted
+
+
+def test_a_value_is_replaced_and_nothing_else() -> None:
+    """Only the first field of that name counts, so only that one is."""
+    parts = ((DISPOSITION + b"x", b"old"), (MODEL, b"old"), (MODEL, b"old"))
+    body = form(*parts)
+    new = replaced(body, FORM, "model", "hf.co/x/new:1")
+    assert new == form(parts[0], (MODEL, b"hf.co/x/new:1"), parts[2])
+    assert field(new, FORM, "model") == "hf.co/x/new:1"
 
 
 def reference(body: bytes) -> str | None:

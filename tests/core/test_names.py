@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.names import InvalidName, closest, display, matches, parse, quoted
+from balancer.core.names import InvalidName, closest, covered, display, matches, parse, quoted
 
 LIBRARY = "registry.ollama.ai/library"
 
@@ -177,3 +177,27 @@ def test_no_suggestion_without_models() -> None:
 def test_quoting_is_gos(text: str, expected: str) -> None:
     """Quotes, controls and what cannot be printed are escaped as Go does."""
     assert quoted(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("globs", "name", "may"),
+    [
+        (("*",), "anything", True),
+        (("llama3.2",), "llama3.2", True),
+        (("llama3.2",), "LLAMA3.2:latest", True),
+        (("llama3.2",), "library/llama3.2", True),
+        (("llama3.2",), "registry.ollama.ai/library/llama3.2", True),
+        (("llama3.2",), "llama3.2:1b", False),
+        (("llama3.2",), "me/llama3.2", False),
+        (("llama3.2",), "evil.example/library/llama3.2", False),
+        (("llama3.2*",), "llama3.2:1b", True),
+        (("a", "b"), "b", True),
+        (("a", "b"), "c", False),
+        (("gpt-oss",), "gpt-oss:cloud", False),
+        (("gpt-oss",), "gpt-oss:local", True),
+        ((), "a", False),
+    ],
+)
+def test_globs_cover_a_model(globs: tuple[str, ...], name: str, *, may: bool) -> None:
+    """However a model's name is spelled, it is the same model."""
+    assert covered(globs, parse(name).canonical) is may

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from balancer.core.domain import BreakerState, Candidate, Mark, Residency, Switc
 from balancer.core.errors import BalancerError
 from balancer.core.events import (
     AttemptEnded,
+    BackendDrained,
     BreakerMoved,
+    BreakersReset,
     CatalogChanged,
     CheckEnded,
     HealthFlipped,
@@ -27,7 +30,7 @@ from balancer.core.pool import GateSettings, Lease, PoolSettings, Prospect, Pros
 from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import Judgement
 from balancer.core.watchdog import Suspect
-from tests.core.bench import GB, PoolBench, backend, call, canon, key, outcome, resident
+from tests.core.bench import GB, PoolBench, backend, call, canon, key, outcome, resident, tag
 
 V = Verdict
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
@@ -54,7 +57,7 @@ def settle(bench: PoolBench, lease: Lease, verdict: Verdict = V.OK, **more: obje
     lease.settle(outcome(verdict, bench.clock(), **more))
 
 
-def prospect(bench: PoolBench, model: str = "m:1", excluded: str = "", **more: str) -> Prospect:
+def prospect(bench: PoolBench, model: str = "m:1", excluded: str = "", **more: Any) -> Prospect:
     return bench.pool.prospect(call(model, **more), frozenset(excluded))
 
 
@@ -209,7 +212,7 @@ BARS: dict[str, tuple[Callable[[PoolBench], object], str]] = {
     "draining": (lambda b: b.pool.turn("a", Switch.DRAINING), "draining"),
     "down": (
         lambda b: b.check("a", ok=False, count=3, error="refused"),
-        "down, refused",
+        "down, refused, next check in . s",
     ),
     "breaker": (trip, "breaker open (was fault), next trial in 2 s"),
     "model's breaker": (trip_model, "breaker of this model open (was unfit), next trial in 1. s"),
@@ -233,6 +236,88 @@ def test_every_bar_keeps_a_backend_out(bench: PoolBench, bar: str) -> None:
     if told != "b":
         text = prospect(bench, excluded="b").text
         assert re.search(rf"\(a: {told.replace('(', '.').replace(')', '.')}\)", text), text
+
+
+CODES = {
+    "not listed": "not listed",
+    "rules": "rule",
+    "not allowed": "rule",
+    "no such route": "route",
+    "not enabled": "disabled",
+    "disabled": "disabled",
+    "draining": "draining",
+    "down": "down",
+    "breaker": "breaker",
+    "model's breaker": "model breaker",
+    "suspect": "suspect",
+    "busy": "cooling",
+    "misconfigured": "cooling",
+}
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_every_bar_has_a_code_and_a_text(bench: PoolBench, bar: str) -> None:
+    """One for programs, one for people; and asking is not asking for the model."""
+    put_up, _ = BARS[bar]
+    put_up(bench)
+    before = dict(bench["a"].asked)
+    a, b = bench.pool.standings(call(), frozenset())
+    assert a.bar is not None
+    assert (a.bar.code, b.bar) == (CODES[bar], None)
+    assert a.bar.text
+    assert (a.returns_in_s > 0 or bar == "suspect", b.returns_in_s) == (True, 0.0)
+    bench.pool.prospect(call(), frozenset(), exists=False)
+    assert bench["a"].asked == before, "a dry run must not make a trial load the model"
+
+
+def test_who_was_tried_or_never_read_stands_aside(bench: PoolBench) -> None:
+    """The one will not do, of the other nobody knows."""
+    bench.shape("a", "b", "c")
+    a, _, c = bench.pool.standings(call(), frozenset("a"))
+    assert a.bar is not None
+    assert c.bar is not None
+    assert (a.bar.code, c.bar.code) == ("excluded", "unread")
+    assert (a.returns_in_s, c.returns_in_s) == (math.inf, math.inf)
+
+
+def start_trial(bench: PoolBench) -> None:
+    bench.clock.advance(10.0)
+    assert len(list(bench.pool.due_trials())) == 1
+
+
+def lose(bench: PoolBench) -> None:
+    bench.check("a", ok=False, count=3)
+    bench.clock.advance(60.0)
+
+
+TRIALS: dict[str, tuple[Callable[[PoolBench], object], str]] = {
+    "open": (lambda b: None, "next trial in 2 s"),
+    "due": (lambda b: b.clock.advance(10.0), "a trial is due"),
+    "under way": (start_trial, "a trial is under way"),
+    "down": (lose, "a trial when it is up again"),
+    "disabled": (lambda b: b.pool.turn("a", Switch.DISABLED), "no trial while it is disabled"),
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_when_the_next_trial_is(bench: PoolBench, case: str) -> None:
+    """A backend that is down, or switched off, has none, however long it waited."""
+    trip(bench)
+    happens, told = TRIALS[case]
+    happens(bench)
+    assert bench.pool.view("a").breakers[0].trial == told
+    assert bench.pool.view("b").breakers[0].trial == ""
+
+
+def test_a_models_trial_waits_for_somebody_who_asks(bench: PoolBench) -> None:
+    """Nothing is loaded only to try it."""
+    trip_model(bench, "a", "n:1")
+    told = next(b for b in bench.pool.view("a").breakers if b.model == "n:1")
+    assert told.trial.startswith("next trial in")
+    bench.holds("a")
+    bench.clock.advance(1000.0)
+    told = next(b for b in bench.pool.view("a").breakers if b.model == "n:1")
+    assert told.trial == "a trial when a call asks for it"
 
 
 def test_an_excluded_backend_is_no_candidate(bench: PoolBench) -> None:
@@ -323,12 +408,14 @@ def test_an_unknown_model_is_not_found_and_something_close_is_named(bench: PoolB
     unknown = prospect(bench, "llama3.3:1b")
     assert unknown.kind is ProspectKind.UNKNOWN
     assert unknown.text == (
-        "model 'llama3.3:1b' not found on any of 2 backends, try pulling it first. "
-        "Closest: llama3.2:1b"
+        "model 'llama3.3:1b' not found on any of 2 backends, try pulling it first (ollama pull "
+        "llama3.3:1b goes to all 2). Closest: llama3.2:1b"
     )
     assert prospect(bench, "zzzzzz", path="/api/embed").text.startswith('model "zzzzzz" not found')
     bench.shape("a")
-    assert prospect(bench, "zzzzzz").text == "model 'zzzzzz' not found, try pulling it first"
+    assert prospect(bench, "zzzzzz").text == (
+        "model 'zzzzzz' not found, try pulling it first (ollama pull zzzzzz)"
+    )
 
 
 def test_a_model_known_only_where_nobody_answers_is_away(bench: PoolBench) -> None:
@@ -373,6 +460,15 @@ def test_a_route_that_nobody_has_is_told_as_such(bench: PoolBench) -> None:
     assert prospect(bench, path="/api/generate").kind is ProspectKind.OPEN
 
 
+def test_a_route_that_need_not_be_there_is_none_if_nobody_has_it(bench: PoolBench) -> None:
+    """Waiting would not help: it is not that a backend is too old."""
+    path = "/v1/messages/count_tokens"
+    bench.catalog.note_no_route("a", "v1_count_tokens")
+    assert prospect(bench, path=path).kind is ProspectKind.OPEN
+    bench.catalog.note_no_route("b", "v1_count_tokens")
+    assert prospect(bench, path=path).kind is ProspectKind.NO_ROUTE
+
+
 def test_nothing_is_unknown_before_everybody_was_asked() -> None:
     """A start is no reason for a 404, and no backend at all is none either."""
     bench = PoolBench()
@@ -381,7 +477,46 @@ def test_nothing_is_unknown_before_everybody_was_asked() -> None:
     bench.up("a", "n:1")
     early = prospect(bench)
     assert (early.kind, early.retry_in_s) == (ProspectKind.AWAY, 0.5)
+    bench.up("b", "n:1")
+    assert prospect(bench).kind is ProspectKind.UNKNOWN
+
+
+def test_whom_nobody_reached_yet_may_have_it() -> None:
+    """So "not found" would be a lie: 503 at once, that names the backend and what is close."""
+    bench = PoolBench()
+    bench.shape("a", "b")
+    bench.up("a", "llama3.2:1b")
+    bench.check("b", ok=False, error="404 Not Found")
+    away = prospect(bench, "llama3.3:1b")
+    assert (away.kind, away.retry_in_s) == (ProspectKind.AWAY, math.inf)
+    assert away.text == (
+        "Nobody has 'llama3.3:1b', but not all backends have answered yet (b: 404 missing). "
+        "Closest: llama3.2:1b"
+    )
+
+
+def test_whom_nobody_reaches_for_a_minute_is_waited_for_no_more() -> None:
+    """A computer that is switched off would else make a 503 of every misspelt name."""
+    bench = PoolBench()
+    bench.shape("a", "b")
+    bench.up("a", "llama3.2:1b")
     bench.check("b", ok=False)
+    bench.clock.advance(59)
+    assert prospect(bench, "llama3.3:1b").kind is ProspectKind.AWAY
+    bench.clock.advance(2)
+    assert prospect(bench, "llama3.3:1b").kind is ProspectKind.UNKNOWN
+
+
+@pytest.mark.parametrize("reason", ["disabled", "denied"])
+def test_whom_nobody_would_use_need_not_answer(reason: str) -> None:
+    """A backend that the operator or its rules rule out cannot make a model unknown."""
+    bench = PoolBench()
+    bench.pool.reshape([backend("a"), backend("b", deny=("m*",) if reason == "denied" else ())])
+    bench.up("a", "n:1")
+    bench.check("b", ok=False)
+    assert prospect(bench).kind is ProspectKind.AWAY or reason == "denied"
+    if reason == "disabled":
+        bench.pool.turn("b", Switch.DISABLED)
     assert prospect(bench).kind is ProspectKind.UNKNOWN
 
 
@@ -394,7 +529,8 @@ def test_a_list_that_cannot_be_read_settles_the_question(bench: PoolBench) -> No
     bench.pool.note_failed("c")
     bench.pool.note_failed("zzz")
     assert bench.changes == before + 1
-    assert prospect(bench, "zzz").kind is ProspectKind.UNKNOWN
+    assert prospect(bench, "zzz").retry_in_s == math.inf
+    assert prospect(bench, "zzz").text.endswith("(c: its models are not read yet).")
 
 
 def test_discretion_spares_every_spelling() -> None:
@@ -1092,6 +1228,46 @@ def test_the_operators_switch_outranks_everything(bench: PoolBench) -> None:
         bench.pool.turn("zzz", Switch.DISABLED)
 
 
+def test_a_switch_that_stands_there_already_is_not_turned(bench: PoolBench) -> None:
+    """Whoever repeats himself is told so, and nobody else."""
+    assert bench.pool.turn("a", Switch.DRAINING, "ops")
+    assert not bench.pool.turn("a", Switch.DRAINING, "night")
+    assert [(event.backend, event.by) for event in bench.of(SwitchMoved)] == [("a", "ops")]
+    assert len(bench.of(BackendDrained)) == 1
+
+
+def test_a_drain_ends_with_the_last_that_runs(bench: PoolBench) -> None:
+    """Calls and a load of ours; told once, and not where nobody drains."""
+    first, second, elsewhere = granted(bench), granted(bench), granted(bench, "b")
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    bench.pool.turn("a", Switch.DRAINING)
+    settle(bench, first)
+    settle(bench, elsewhere)
+    bench.pool.end_load("a", key("n:1"), outcome(now=bench.clock()))
+    assert bench.of(BackendDrained) == []
+    settle(bench, second)
+    assert [event.backend for event in bench.of(BackendDrained)] == ["a"]
+    bench.pool.turn("b", Switch.DISABLED)
+    assert len(bench.of(BackendDrained)) == 1
+
+
+def test_a_load_can_be_the_last_to_end(bench: PoolBench) -> None:
+    """A backend that loads is not drained."""
+    assert bench.pool.take_token("a", key("n:1"), "test")
+    bench.pool.turn("a", Switch.DRAINING)
+    assert bench.of(BackendDrained) == []
+    bench.pool.end_load("a", key("n:1"), outcome(now=bench.clock()))
+    assert [event.backend for event in bench.of(BackendDrained)] == ["a"]
+
+
+def test_a_reset_is_told_with_who_did_it(bench: PoolBench) -> None:
+    """Even where nothing was open: somebody did something."""
+    assert not bench.pool.reset("a", "ops")
+    trip_model(bench)
+    assert bench.pool.reset("a", "ops")
+    assert [(event.backend, event.by) for event in bench.of(BreakersReset)] == [("a", "ops")] * 2
+
+
 def test_breakers_can_be_closed_by_hand(bench: PoolBench) -> None:
     """The backend's and its models', all of them."""
     trip_model(bench)
@@ -1148,3 +1324,213 @@ def test_a_refusal_of_ours_is_no_event_of_the_pool(bench: PoolBench) -> None:
     prospect(bench, "zzz")
     assert (len(bench.events), bench.changes) == (before, changes)
     assert not issubclass(Prospect, BalancerError)
+
+
+# -- one name, other weights -------------------------------------------------------------------
+
+
+def differing(*groups: str, at: tuple[str, ...] = ("2026-11-21T12:00:00Z",) * 3) -> PoolBench:
+    """Backends by group, up; each group lists m:1 with weights of its own, modified *at*."""
+    bench = PoolBench()
+    bench.shape(*"".join(groups))
+    for number, group in enumerate(groups):
+        for name in group:
+            bench.check(name)
+            row = tag("m:1") | {"digest": f"{number}" * 64, "modified_at": at[number]}
+            bench.pool.note_tags(name, [row], bench.clock())
+    return bench
+
+
+def embedders(bench: PoolBench, excluded: str = "") -> str:
+    """Who may embed now, run together."""
+    asked = call("m:1", "/api/embed", embedding=True)
+    return "".join(names_of(bench.pool.candidates(asked, frozenset(excluded))))
+
+
+def test_calls_stay_on_the_weights_most_backends_have() -> None:
+    """Embeddings and others alike; who has other weights may not serve, and is told why."""
+    bench = differing("a", "bc")
+    assert (usable(bench), embedders(bench)) == ("bc", "bc")
+    standings = {each.backend: each for each in bench.pool.standings(call("m:1"), frozenset())}
+    bar = standings["a"].bar
+    assert bar is not None
+    assert (bar.code, bar.text) == ("weights", "has other weights of this model")
+    assert standings["a"].returns_in_s == math.inf
+    assert standings["b"].bar is None
+
+
+@pytest.mark.parametrize(
+    ("at", "stays"),
+    [
+        (("2026-11-21T12:00:00Z", "2026-11-22T12:00:00Z"), "b"),
+        (("2026-11-22T12:00:00Z", "2026-11-21T12:00:00Z"), "a"),
+        (("2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z"), "b"),
+    ],
+)
+def test_of_as_many_the_newest_then_the_greatest_digest(at: tuple[str, str], stays: str) -> None:
+    """A tie is decided by the time of modification, and by the digest's text last."""
+    bench = differing("a", "b", at=at)
+    assert (usable(bench), embedders(bench)) == (stays, stays)
+
+
+def test_embeddings_wait_rather_than_leave_their_weights() -> None:
+    """An outage moves nothing: other calls go to other weights, embeddings wait for theirs."""
+    bench = differing("a", "bc")
+    for name in "bc":
+        bench.check(name, ok=False, count=3)
+    assert (usable(bench), embedders(bench)) == ("a", "")
+    told = prospect(bench, path="/api/embed", embedding=True)
+    assert told.kind is ProspectKind.AWAY
+    assert "b: down" in told.text
+    assert "a:" not in told.text, "it could not serve this even if it were waited for"
+    assert 0 < told.retry_in_s < math.inf
+    assert bench.lease("a", path="/api/embed", embedding=True) is None
+    settle(bench, granted(bench, "a"))
+
+
+def test_a_failed_conversation_may_leave_its_weights() -> None:
+    """Once all with the usual weights were tried, the rest may; an embedding has nobody left."""
+    bench = differing("a", "bc")
+    assert usable(bench, excluded="b") == "c"
+    assert (usable(bench, excluded="bc"), embedders(bench, excluded="bc")) == ("a", "")
+    told = prospect(bench, excluded="bc", path="/api/embed", embedding=True)
+    assert told.kind is ProspectKind.EXHAUSTED
+
+
+def test_who_is_disabled_or_not_allowed_has_no_say() -> None:
+    """Weights that could never be served must not bind the calls."""
+    bench = differing("a", "bc")
+    bench.pool.turn("b", Switch.DRAINING)
+    assert embedders(bench) == "c", "one that drains counts still"
+    bench.pool.turn("b", Switch.DISABLED)
+    bench.shape("a", "b", backend("c", deny=("m:1",)))
+    assert (usable(bench), embedders(bench)) == ("a", "a")
+
+
+def test_same_weights_everywhere_bind_nobody(bench: PoolBench) -> None:
+    """Without a conflict there are no strangers."""
+    assert bench.pool.strangers(call("m:1")) == frozenset()
+    assert embedders(bench) == "ab"
+
+
+# -- cloud models ----------------------------------------------------------------------------------
+
+FAR = "far:cloud"
+
+
+@pytest.fixture
+def cloudy() -> PoolBench:
+    """Three backends up with m:1 in memory, of which b and c are marked for cloud models."""
+    bench = PoolBench()
+    bench.shape("a", backend("b", cloud=True), backend("c", cloud=True))
+    for name in "abc":
+        bench.up(name, "m:1", loaded=["m:1"])
+    return bench
+
+
+def served_by(bench: PoolBench, model: str) -> str:
+    return "".join(c.backend for c in bench.pool.candidates(call(model), frozenset()))
+
+
+def test_a_cloud_model_goes_to_the_marked_whatever_they_list(cloudy: PoolBench) -> None:
+    """And a model of ours goes where it is, marked or not."""
+    cloudy.lists("a", "m:1", FAR)
+    assert served_by(cloudy, FAR) == "bc"
+    assert served_by(cloudy, "m:1") == "abc"
+    standing = cloudy.pool.standings(call(FAR), frozenset())[0]
+    assert standing.bar is not None
+    assert "cloud: true" in standing.bar.text
+    assert math.isinf(standing.returns_in_s)
+
+
+def test_without_a_mark_one_account_serves(bench: PoolBench) -> None:
+    """The first that lists the stub, also while it is down: the next one is somebody else's."""
+    bench.lists("b", FAR)
+    assert served_by(bench, FAR) == "b"
+    bench.lists("a", FAR)
+    assert served_by(bench, FAR) == "a"
+    for _ in range(3):
+        bench.check("a", ok=False)
+    assert served_by(bench, FAR) == ""
+    assert prospect(bench, FAR).kind is ProspectKind.AWAY
+
+
+def test_an_unknown_cloud_model_tells_what_to_do(bench: PoolBench) -> None:
+    """As any model that nobody has, and how cloud models are switched on."""
+    told = prospect(bench, FAR)
+    assert told.kind is ProspectKind.UNKNOWN
+    assert told.text.startswith("model 'far:cloud' not found")
+    assert "cloud: true" in told.text
+
+
+def test_a_cloud_model_takes_nothing_of_a_gpu(cloudy: PoolBench) -> None:
+    """It is as good as loaded, has no slots to run out of, and does not count as work there."""
+    leases = [granted(cloudy, "b", FAR) for _ in range(20)]
+    far = cloudy.pool.candidates(call(FAR), frozenset())[0]
+    assert (far.backend, far.residency, far.in_flight) == ("b", Residency.LOADED, 20)
+    assert far.in_flight < far.slots
+    near = cloudy.pool.candidates(call("m:1"), frozenset())[1]
+    assert (near.backend, near.in_flight, near.host_in_flight) == ("b", 0, 0)
+    cloudy.clock.advance(3600.0)
+    assert cloudy.pool.suspects() == []
+    for lease in leases:
+        settle(cloudy, lease)
+    assert cloudy["b"].models == {}
+    assert cloudy.catalog.resident("b", canon(FAR)) is None
+
+
+@pytest.mark.parametrize("verdict", [v for v in V if v not in (V.OK, V.NO_ROUTE)])
+def test_nothing_that_goes_wrong_far_away_counts_here(cloudy: PoolBench, verdict: Verdict) -> None:
+    """Neither breaker hears of it, nothing cools off, nothing is read again."""
+    cloudy.refreshed.clear()
+    for _ in range(20):
+        settle(cloudy, granted(cloudy, "b", FAR), verdict, weight=2)
+    assert cloudy["b"].gate.state is CLOSED
+    assert cloudy["b"].models == {}
+    assert not cloudy["b"].load.cooling_s(None)
+    assert cloudy.refreshed == []
+    assert served_by(cloudy, FAR) == "bc"
+
+
+def test_that_it_cannot_be_reached_is_its_own_fault(cloudy: PoolBench) -> None:
+    """Whatever it was to pass on."""
+    for _ in range(3):
+        settle(cloudy, granted(cloudy, "b", FAR), V.FAULT, unreached=True)
+    assert cloudy["b"].gate.state is OPEN
+    served_by(cloudy, FAR)
+    assert cloudy["b"].asked == {}, "a trial must not ask for a cloud model"
+
+
+def test_who_speaks_for_the_account(cloudy: PoolBench) -> None:
+    """The first that is marked and up, as configured; not one that is disabled."""
+
+    def speaker() -> str:
+        member = cloudy.pool.account()
+        return "" if member is None else member.name
+
+    assert speaker() == "b"
+    for _ in range(3):
+        cloudy.check("b", ok=False)
+    assert speaker() == "c"
+    cloudy.pool.turn("c", Switch.DISABLED)
+    assert speaker() == "b"
+    marked = backend("z", cloud=True)
+    cloudy.shape(marked, backend("b", cloud=True))
+    cloudy.up("z")
+    assert speaker() == "z"
+    cloudy.shape("a", "b")
+    assert speaker() == ""
+    cloudy.shape("b")
+    assert speaker() == "b"
+
+
+def test_the_provider_takes_over_nothing_of_ours(bench: PoolBench) -> None:
+    """Next to it a host is still the last one, which no ratio of failures takes out."""
+    far = backend("p", cloud=True, provider=True)
+    bench.shape("a", far)
+    bench.check("p")
+    assert not bench.pool._has_other("a", None)
+    bench.shape("a", "b", far)
+    bench.up("b", "m:1")
+    assert bench.pool._has_other("a", None)
+    assert bench["p"].health.due_in() > 40.0

@@ -132,6 +132,15 @@ def test_harm_is_bounded(budget: Budget, outcome: Outcome) -> None:
     assert not again(CALL, tried(outcome, outcome, FAULT), budget)
 
 
+def test_only_loads_are_a_matter_of_the_model(budget: Budget) -> None:
+    """Those of models that gave way count no more; what ran long or crashed does."""
+    assert again(CALL, tried(LOAD, LOAD), budget, earlier=2)
+    assert again(CALL, tried(LOAD, LOAD, LOAD), budget, earlier=2)
+    assert not again(CALL, tried(LOAD, LOAD, LOAD, LOAD), budget, earlier=2)
+    assert not again(CALL, tried(CRASH, CRASH), budget, earlier=2)
+    assert not again(CALL, tried(LONG, LONG), budget, earlier=2)
+
+
 def test_five_seconds_are_not_long(budget: Budget) -> None:
     """An attempt is long beyond five seconds, not at them."""
     quick = replace(LONG, ended_at=55.0)

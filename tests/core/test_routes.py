@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from balancer.core import routes
 from balancer.core.domain import OTHER, Dialect, Framing, Kind, Role
-from balancer.core.routes import EMBEDDING, FREE_FORM, TABLE, ZSTD, dialect_of, find, other
+from balancer.core.routes import (
+    EMBEDDING,
+    FREE_FORM,
+    TABLE,
+    ZSTD,
+    dialect_of,
+    find,
+    other,
+    split_key,
+    without_key,
+)
 
 
 def test_every_row_can_be_found_by_its_name() -> None:
@@ -61,8 +73,8 @@ def test_only_what_does_no_lasting_harm_may_be_sent_twice() -> None:
 def test_a_user_may_do_what_one_host_answers_and_reads() -> None:
     """Routes that change hosts or speak for an account need the admin role."""
     for row in TABLE:
-        later = row.kind is Kind.LATER
-        assert row.role is (Role.ADMIN if later else Role.USER)
+        account = row.kind is Kind.ACCOUNT
+        assert row.role is (Role.ADMIN if account else Role.USER)
 
 
 def test_operations_of_one_kind_of_route_are_told_apart() -> None:
@@ -124,6 +136,36 @@ def test_the_surface_of_ollama_is_whole() -> None:
         ("GET", "/api/ps"),
         ("POST", "/api/show"),
     }
-    served = {(row.method, row.path) for row in TABLE if row.kind is not Kind.LATER}
+    apart = (Kind.ACCOUNT, Kind.MANY)
+    served = {(row.method, row.path) for row in TABLE if row.kind not in apart}
     assert served == wanted
     assert ("POST", "/api/pull") in routes._BY_NAME
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "rest"),
+    [
+        ("/k/s3cret/v1/models", "s3cret", "/v1/models"),
+        ("/k/s3cret/", "s3cret", "/"),
+        ("/k/s3cret", "s3cret", "/"),
+        ("/k/s3cret/k/other/x", "s3cret", "/k/other/x"),
+        ("/k/", "", "/k/"),
+        ("/k", "", "/k"),
+        ("/kk/s3cret/x", "", "/kk/s3cret/x"),
+        ("/v1/k/s3cret", "", "/v1/k/s3cret"),
+        ("", "", ""),
+    ],
+)
+def test_a_key_in_front_of_a_path(path: str, key: str, rest: str) -> None:
+    """It is cut off, and what is left is a path; elsewhere it is none."""
+    assert split_key(path) == (key, rest)
+
+
+@given(st.text(), st.text(alphabet=st.characters(exclude_characters="/%?"), min_size=1))
+def test_no_key_can_be_read_in_a_shown_path(rest: str, key: str) -> None:
+    """Whatever stands behind it, and however the letter before it is spelled."""
+    key = f"<{key}>"
+    for spelled in ("/k/", "/K/", "/%6b/", "//k/", "/v1/k/", "http://host/k/", "/k%2F"):
+        shown = without_key(f"{spelled}{key}/{rest.replace(key, '')}")
+        assert key not in shown
+        assert "/k/***" in shown

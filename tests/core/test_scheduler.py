@@ -22,6 +22,7 @@ from balancer.core.scheduler import (
     Load,
     LoadAnswered,
     LoadingNow,
+    Rehearsal,
     Ticket,
     WakeAt,
     build,
@@ -88,6 +89,13 @@ class Bench:
         ticket = Ticket(call(model, **more), seq, frozenset(excluded), (), self.now, self.now + 120)
         self.scheduler.enqueue(ticket)
         return ticket
+
+    def rehearse(self, model: str = "m:1", **more: Any) -> Rehearsal:
+        """What would become of one more call."""
+        ticket = Ticket(
+            call(model, **more), self.seq + 1, frozenset(), (), self.now, self.now + 120
+        )
+        return self.scheduler.rehearse(ticket, self.world, self.now)
 
     def plan(self) -> list[Effect]:
         return self.scheduler.plan(self.now)
@@ -452,12 +460,11 @@ def test_round_robin_loads_whose_turn_it_is() -> None:
 def test_estimates_follow_how_long_calls_take() -> None:
     """Calls ahead, and the call itself, times what was learned, over the slots."""
     bench = Bench(candidate("a", in_flight=2), candidate("b", in_flight=2), candidate("c", ON_DISK))
-    wanted = call()
-    assert bench.scheduler.wait_estimate(wanted, NOW) == 5.0 / 4
+    assert bench.rehearse().wait_s == 5.0 / 4
     bench.scheduler.note(Ended("a", key("m:1"), 10.0, ok=True))
     bench.scheduler.note(Ended("a", key("m:1"), 20.0, ok=True))
     bench.ticket()
-    assert bench.scheduler.wait_estimate(wanted, NOW) == pytest.approx(2 * 12.0 / 4)
+    assert bench.rehearse().wait_s == pytest.approx(2 * 12.0 / 4)
 
 
 def test_estimates_learn_from_success_alone() -> None:
@@ -466,25 +473,98 @@ def test_estimates_learn_from_success_alone() -> None:
     bench.scheduler.note(Ended("a", key("m:1"), 0.01, ok=False))
     bench.scheduler.note(FirstByte("a", key("m:1"), 0.01))
     bench.scheduler.note(LoadAnswered("a", key("m:1"), ok=True, load_s=0.01))
-    assert bench.scheduler.wait_estimate(call(), NOW) == 2.5
+    assert bench.rehearse().wait_s == 2.5
 
 
-def test_estimates_know_now_and_never() -> None:
-    """A free slot and nobody ahead is now; no copy in memory is anybody's guess."""
-    assert Bench(candidate("a")).scheduler.wait_estimate(call(), NOW) == 0.0
-    assert Bench(candidate("a", ON_DISK)).scheduler.wait_estimate(call(), NOW) == math.inf
+def test_estimates_know_now_and_never_and_a_load() -> None:
+    """A free slot is now; a load takes its size, or what is left of it; nobody is never."""
+    assert Bench(candidate("a")).rehearse().wait_s == 0.0
+    assert Bench().rehearse().wait_s == math.inf
+    cold = Bench(candidate("a", ON_DISK))
+    assert cold.rehearse().wait_s == load_estimate_s(4 * GB) == 5.0
+    loading = Bench(candidate("a", LOADING, load_token=False))
+    loading.world.loads[key("m:1")] = [LoadingNow("a", NOW - 2.0)]
+    assert loading.rehearse().wait_s == 3.0
+    loading.world.loads[key("m:1")] = [LoadingNow("z", NOW - 2.0)]
+    assert loading.rehearse().wait_s == math.inf, "a load where this call may not go"
 
 
-def test_explain_lists_the_candidates_best_first() -> None:
-    """What is in memory before what is not, the less loaded before the more."""
+def test_a_rehearsal_is_what_the_pass_then_does() -> None:
+    """The same effect for the same ticket, whoever waits before it, under every policy."""
+    for policy in POLICIES:
+        for extra in (0, 1, 2, 3):
+            bench = Bench(candidate("a"), candidate("b", in_flight=1), policy=policy)
+            for _ in range(extra):
+                bench.ticket()
+            told = bench.rehearse().effect
+            last = bench.ticket()
+            done = [e for e in bench.plan() if isinstance(e, Commit | Load) and e.ticket is last]
+            expected = [] if told is None else [(type(told), told.backend)]
+            assert [(type(each), each.backend) for each in done] == expected, policy
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    """The queue, and whose turn it is, stay as they were."""
+    bench = Bench(candidate("a"), candidate("b"), policy="round-robin")
+    order = [bench.rehearse().options[0].backend for _ in range(3)]
+    assert order == ["a", "a", "a"]
+    assert bench.scheduler.waiting() == []
+    bench.ticket()
+    assert bench.committed() == ["a"]
+    assert bench.rehearse().options[0].backend == "b"
+
+
+def test_a_rehearsal_lists_the_candidates_best_first() -> None:
+    """What is in memory before what is not, the less loaded before the more; each with why."""
     bench = Bench(
-        candidate("a", ON_DISK), candidate("b", in_flight=1), candidate("c", first_byte_s=0.5)
+        candidate("a", ON_DISK),
+        candidate("b", in_flight=1),
+        candidate("c", first_byte_s=0.5),
+        candidate("d", in_flight=2),
+        candidate("e", ON_DISK, load_token=False),
+        candidate("f", LOADING),
     )
-    options = bench.scheduler.explain(call(), NOW)
-    assert [option.backend for option in options] == ["c", "b", "a"]
-    assert options[0].terms == {"calls_per_slot": 0.0, "calls": 0.0, "first_byte_s": 0.5}
-    assert [option.wait_s for option in options] == [0.0, 0.0, load_estimate_s(4 * GB)]
-    assert options[2].verdict == "on disk"
+    assert [(o.backend, o.state, o.why) for o in bench.rehearse().options] == [
+        ("c", "in memory, a slot is free", "has fewer calls for its slots than b"),
+        ("b", "in memory, a slot is free", "has more calls for its slots than c"),
+        ("d", "in memory, every slot is taken", "could begin later than c"),
+        ("f", "being loaded", "could begin later than c"),
+        ("a", "not in memory", "could begin later than c"),
+        ("e", "not in memory, another load is under way", "could begin later than c"),
+    ]
+
+
+def test_the_order_of_a_rehearsal_knows_what_a_load_looks_at() -> None:
+    """An empty backend evicts nobody; a busy variant would have to go."""
+    bench = Bench(
+        candidate("a", ON_DISK, models_loaded=1),
+        candidate("b", ON_DISK),
+        candidate("c", ON_DISK, in_flight=1),
+    )
+    options = bench.rehearse().options
+    assert [(option.backend, option.why) for option in options] == [
+        ("b", "has fewer models in memory than a"),
+        ("a", "has more models in memory than b"),
+        ("c", "runs the model with other options than b"),
+    ]
+    effect = bench.rehearse().effect
+    assert isinstance(effect, Load)
+    assert effect.backend == "b"
+
+
+def test_too_short_a_context_comes_last() -> None:
+    """Even where it is in memory and free; a candidate alone needs no comparison."""
+    bench = Bench(candidate("a", context=100), candidate("b", ON_DISK, context=4000))
+    first, last = bench.rehearse(prompt_tokens=200).options
+    assert (first.backend, first.why) == ("b", "has more context than a")
+    assert last.state == "in memory, a slot is free, context of 100 is too short"
+    assert last.why == "has less context than b"
+    assert Bench(candidate("a")).rehearse().options[0].why == "is the only one"
+    twins = Bench(candidate("a"), candidate("b")).rehearse().options
+    assert [option.why for option in twins] == [
+        "is as good as b, but listed before it",
+        "is as good as a, but listed later",
+    ]
 
 
 def test_a_load_takes_longer_the_larger_the_model() -> None:

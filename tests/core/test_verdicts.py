@@ -32,7 +32,6 @@ from tests.core.bench import canon
 
 V, K = Verdict, FailureKind
 BLAME, CREDIT, NEITHER = Mark.BLAME, Mark.CREDIT, Mark.NEITHER
-LOCAL, CLOUD = canon("m"), canon("m:cloud")
 JSON = "application/json; charset=utf-8"
 
 # What each verdict means, said a second time: backend's mark, model's mark, before commit.
@@ -143,11 +142,11 @@ def judge(
     text: object = "no",
     *,
     path: str = "/api/chat",
-    model: str = LOCAL,
+    remote: bool = False,
 ) -> Judgement:
     """Judge ``{"error": text}``, or the text itself if it is bytes."""
     body = text if isinstance(text, bytes) else json.dumps({"error": text}).encode()
-    return of_answer(routes.find("POST", path), model, status, body)
+    return of_answer(routes.find("POST", path), status, body, remote=remote)
 
 
 @pytest.mark.parametrize(
@@ -197,17 +196,53 @@ def test_only_ollamas_own_words_say_that_a_route_is_unknown() -> None:
         assert judge(404, body).verdict is V.UNCLEAR
 
 
+@pytest.mark.parametrize(
+    ("status", "text", "verdict"),
+    [
+        (201, b"", V.OK),
+        (204, b"", V.OK),
+        (404, b"404 page not found", V.NO_ROUTE),
+        (404, "model 'm' not found", V.CALLER),
+        (404, "no such voice: not found", V.CALLER),
+        (500, "llama runner process has terminated", V.UNFIT),
+    ],
+)
+def test_a_route_to_come_may_answer_as_it_likes(
+    status: int, text: object, verdict: Verdict
+) -> None:
+    """Any success is one, and what it does not find need not be the model."""
+    route = routes.other("POST", "/v1/later")
+    assert route is not None
+    body = text if isinstance(text, bytes) else json.dumps({"error": text}).encode()
+    assert of_answer(route, status, body).verdict is verdict
+
+
 def test_what_a_model_said_proves_nothing() -> None:
     """An error may quote the model's own words, and those any text."""
     text = "error parsing tool call: raw='CUDA error: out of memory', err=invalid character"
     assert judge(500, text).verdict is V.UNCLEAR
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 429, 502, 503])
+@pytest.mark.parametrize("status", [401, 402, 403, 429, 500, 502, 503, 504, 529])
 def test_a_cloud_models_refusal_is_the_accounts(status: int) -> None:
-    """What the provider behind says is no fault of the backend's."""
-    assert judge(status, "quota", model=CLOUD).verdict is V.ACCOUNT
-    assert judge(500, "quota", model=CLOUD).verdict is V.UNCLEAR
+    """What the provider behind says, and be it a page, is no fault of the backend's."""
+    assert judge(status, "quota", remote=True).verdict is V.ACCOUNT
+    assert judge(status, b"<html>", remote=True).verdict is V.ACCOUNT
+    assert judge(status, "llama runner process has terminated", remote=True).verdict is V.ACCOUNT
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 499])
+def test_a_cloud_models_caller_is_told_so(status: int) -> None:
+    """Nobody else has another model of that name; only a route may be missing here."""
+    assert judge(status, "model 'm' not found", remote=True).verdict is V.CALLER
+    assert judge(404, b"404 page not found", remote=True).verdict is V.NO_ROUTE
+
+
+def test_an_error_record_of_a_cloud_model_names_no_runner_of_ours() -> None:
+    """Even if it uses the words of a dead one."""
+    judged = of_record("an error was encountered while running the model: EOF", remote=True)
+    assert judged.verdict is V.ACCOUNT
+    assert not judged.crash
 
 
 @pytest.mark.parametrize(
@@ -335,7 +370,7 @@ def test_an_error_text_is_found_in_every_dialect(body: bytes, text: str | None) 
 @given(st.sampled_from(routes.TABLE), st.integers(100, 599), st.binary())
 def test_any_answer_can_be_judged(route: Route, status: int, body: bytes) -> None:
     """Whatever a backend sends, there is a verdict, and it is none that only we can give."""
-    judged = of_answer(route, LOCAL, status, body)
+    judged = of_answer(route, status, body)
     ours = {V.OK, V.GONE, V.STOPPED, V.STALE, V.BROKEN, V.STALLED, V.UNFINISHED}
     assert judged.verdict not in ours
     assert "\n" not in judged.text

@@ -15,6 +15,8 @@ INFERENCE = (
     "/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/v1/chat/completions",
     "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
 )  # fmt: skip
+MANAGED = ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete")
+ACCOUNT = ("/api/me", "/api/signout", "/api/status", "/api/experimental/", "/v1/models/")
 LOADED = b'{"model":"m","response":"","done":true,"done_reason":"load"}'
 
 
@@ -78,6 +80,16 @@ class Replay:
         pairs = [line.partition(":") for line in lines]
         headers = {name.lower(): value.strip() for name, _, value in pairs}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
+        request = self.recording.request
+        mine = (method, path) == (request["method"], request["path"])
+        if mine and path.startswith(ACCOUNT):
+            self.forwarded.append(body)
+            return await _answer(writer, self.recording)
+        if path in MANAGED or (method, path) == self._blob():
+            self.forwarded.append(body)
+            return await _answer(writer, self.recording)
+        if path.startswith("/api/blobs/"):
+            return await _whole(writer, b"", 404 if self._lacks_blob() else 200)
         if path in INFERENCE and "via" in headers:
             self.forwarded.append(body)
             return await _answer(writer, self.recording)
@@ -89,6 +101,16 @@ class Replay:
         if path == "/api/version":
             return await _answer(writer, Recording.load("version-get"))
         return await _whole(writer, LOADED)
+
+    def _blob(self) -> tuple[str, str]:
+        """The exchange's own request, if it is about a blob."""
+        request = self.recording.request
+        return request["method"], request["path"] if "/blobs/" in request["path"] else ""
+
+    def _lacks_blob(self) -> bool:
+        """Whether the recorded host did not have the blob that the exchange is about."""
+        name, status = self.recording.name, self.recording.response["status"]
+        return "missing-blob" in name or (name.startswith("blob-post") and status != 200)
 
     async def _show(self, writer: asyncio.StreamWriter, *, passed_on: bool) -> bool:
         """The exchange's own answer to its client; to the balancer itself only a good one."""
@@ -111,6 +133,8 @@ class Replay:
         return rows
 
     def _named(self) -> str:
+        if self.recording.request["path"] == "/api/pull" and self.recording.name != "pull-again":
+            return ""  # it is about to be fetched
         try:
             text = str(json.loads(self.recording.payload()).get("model") or "").strip().lower()
         except (ValueError, AttributeError):
@@ -126,11 +150,9 @@ class Replay:
         return json.dumps({"models": [row | more for row in self._rows()]}).encode()
 
 
-async def _whole(writer: asyncio.StreamWriter, body: bytes) -> bool:
-    head = (
-        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
+async def _whole(writer: asyncio.StreamWriter, body: bytes, status: int = 200) -> bool:
+    head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     await writer.drain()
     return True
 

@@ -37,10 +37,16 @@ ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "v1 chat, streamed": ("/v1/chat/completions", CHAT | {"stream": True}),
     "v1 completions": ("/v1/completions", {"model": "m", "prompt": "hi"}),
     "v1 completions, streamed": ("/v1/completions", {"model": "m", "prompt": "hi", "stream": True}),
+    "v1 responses": ("/v1/responses", {"model": "m", "input": "hi"}),
+    "v1 responses, streamed": ("/v1/responses", {"model": "m", "input": "hi", "stream": True}),
+    "v1 messages": ("/v1/messages", CHAT | {"max_tokens": 100}),
+    "v1 messages, streamed": ("/v1/messages", CHAT | {"max_tokens": 100, "stream": True}),
     "embed": ("/api/embed", {"model": "e", "input": "hi"}),
     "v1 embeddings": ("/v1/embeddings", {"model": "e", "input": "hi"}),
 }
+LATE_HEAD: dict[str, Any] = {"streaming.heartbeat_after": -1}  # it waits for the answer
 STREAMS = tuple(name for name in ROUTES if "streamed" in name)
+LAST_EVENTS = ("response.completed", "message_stop")
 WORDS = tuple(f" w{n}" for n in range(20))
 
 
@@ -125,8 +131,10 @@ class Asking:
 
 def records(reply: Reply) -> list[Any]:
     """The records of a streamed answer, as JSON; ``[DONE]`` as text."""
-    lines = [line.removeprefix(b"data: ") for line in reply.body.splitlines() if line]
-    return [line.decode() if line == b"[DONE]" else json.loads(line) for line in lines]
+    silent = (b"event: ", b":")
+    lines = [line for line in reply.body.splitlines() if line and not line.startswith(silent)]
+    told = [line.removeprefix(b"data: ") for line in lines]
+    return [line.decode() if line == b"[DONE]" else json.loads(line) for line in told]
 
 
 def said(reply: Reply) -> str:
@@ -139,6 +147,11 @@ def _text(told: dict[str, Any]) -> str:
     for choice in told.get("choices", ()):
         message = choice.get("delta") or choice.get("message") or {}
         return str(choice.get("text") or message.get("content") or "")
+    if told.get("type") in ("response.output_text.delta", "content_block_delta"):
+        delta = told["delta"]
+        return str(delta["text"] if isinstance(delta, dict) else delta)
+    for block in told.get("content") or told.get("output") or ():
+        return str(block["text"] if "text" in block else block["content"][0]["text"])
     return str(told.get("response") or (told.get("message") or {}).get("content") or "")
 
 
@@ -150,7 +163,7 @@ def is_whole(reply: Reply, path: str) -> bool:
         return b'"embedding' in reply.body
     if reply.framing == "chunked":
         last = records(reply)[-1]
-        return bool(last == "[DONE]" or (isinstance(last, dict) and last.get("done") is True))
+        return last == "[DONE]" or last.get("done") is True or last.get("type") in LAST_EVENTS
     return said(reply) == "".join(WORDS)
 
 

@@ -84,8 +84,8 @@ async def test_a_role_is_needed() -> None:
             ("POST", "/_balancer/reload", {}),
             ("GET", "/_balancer/status", None),
             ("POST", "/api/generate", UNLOAD),
-            ("POST", "/api/pull", {"model": "m"}),
-            ("DELETE", "/api/delete", {"model": "m"}),
+            ("POST", "/api/push", {"model": "m", "stream": False}),
+            ("DELETE", "/api/delete", {"model": "other"}),
         ]
         await rig.warm("a", "m")
         for method, path, body in asked:
@@ -97,7 +97,8 @@ async def test_a_role_is_needed() -> None:
         statuses = []
         for method, path, body in asked:
             statuses.append((await rig.ask(method, path, body, **JSON, **bearer(ADMIN))).status)
-        assert statuses == [200, 200, 200, 501, 501]
+        assert statuses[:3] + statuses[4:] == [200, 200, 200, 200]
+        assert statuses[3] not in (401, 403)
         assert rig.loaded() == {"a": []}
         assert (await rig.ask("GET", "/api/tags", None, **bearer(USER))).status == 200
 

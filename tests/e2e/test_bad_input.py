@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from balancer.core.domain import Dialect, Kind
-from balancer.core.routes import TABLE
+from balancer.core.domain import Dialect
 from balancer.ops.log import Bridge, LogWriter, configure
 from balancer.sim.loop import run
 from tests.conftest import Start
@@ -382,28 +381,6 @@ async def untouching(rig: Rig, asked: Coroutine[Any, Any, Reply]) -> Reply:
     reply = await asked
     assert len(rig.inference()) == before, "no host may be asked"
     return reply
-
-
-LATER = [route for route in TABLE if route.kind is Kind.LATER]
-
-
-@in_module
-@pytest.mark.parametrize("route", LATER, ids=lambda route: f"{route.method} {route.path}")
-async def test_what_is_not_served_yet_says_so(shared: Rig, route: Any) -> None:
-    """501 in the shape of the route, naming it; no host sees it."""
-    path = route.path.partition("{")[0] + ("x" if "{" in route.path else "")
-    body = None if route.method in ("GET", "HEAD") else {"model": "llama3.2"}
-    seen = [len(host.requests) for host in shared.fleet]
-    reply = await shared.ask(route.method, path, body)
-    assert reply.status == 501
-    assert reply.get("x-should-retry") == "false"
-    if route.method != "HEAD":
-        assert shape(reply) is route.dialect
-        assert route.path in message(reply)
-    told = [
-        one for host, n in zip(shared.fleet, seen, strict=True) for one in list(host.requests)[n:]
-    ]
-    assert not [one for one in told if one.path == path]
 
 
 # -- bodies ---------------------------------------------------------------------------------------

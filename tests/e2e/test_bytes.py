@@ -18,6 +18,7 @@ from tests.sim.wire import Reply
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 GENERATE: dict[str, Any] = {"model": "m", "prompt": "hi"}
+RESPONSES: dict[str, Any] = {"model": "m", "input": "hi"}
 EMBED: dict[str, Any] = {"model": "e", "input": ["a", "b"]}
 ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("/api/generate", GENERATE | {"stream": False}),
@@ -35,6 +36,10 @@ ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "v1 completions": ("/v1/completions", GENERATE),
     "v1 completions, streamed": ("/v1/completions", GENERATE | {"stream": True}),
     "v1 embeddings": ("/v1/embeddings", EMBED),
+    "v1 responses": ("/v1/responses", RESPONSES),
+    "v1 responses, streamed": ("/v1/responses", RESPONSES | {"stream": True}),
+    "v1 messages": ("/v1/messages", CHAT | {"max_tokens": 100}),
+    "v1 messages, streamed": ("/v1/messages", CHAT | {"max_tokens": 100, "stream": True}),
 }
 WORDS = ("☃", " é", " 漢字", ' "quoted"\n', " 🎈", " <&>\u2028", "\u0085", " {", "\\n", " end")
 NDJSON = [("Content-Type", "application/x-ndjson")]

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 LIMIT_S = 1.0
 ABORTS = 200
-GENERATING = ("chat", "generate", "v1 chat", "v1 completions")
+GENERATING = ("chat", "generate", "v1 chat", "v1 completions", "v1 responses", "v1 messages")
 
 
 async def leave(rig: Rig, when: str, number: int, rng: Random) -> float:
@@ -173,6 +173,14 @@ TERMINAL = {
         b"data: [DONE]\n\n",
     ],
     "v1 completions, streamed": [b'data: {"choices":[{"text":"a"}]}\n\n', b"data: [DONE]\n\n"],
+    "v1 responses, streamed": [
+        b'event: response.output_text.delta\ndata: {"delta":"a"}\n\n',
+        b'event: response.completed\ndata: {"response":{}}\n\n',
+    ],
+    "v1 messages, streamed": [
+        b'event: content_block_delta\ndata: {"delta":{"text":"a"}}\n\n',
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+    ],
 }
 
 

@@ -13,6 +13,7 @@ from balancer.sim.delivery import Seen
 from balancer.sim.host import Settings
 from tests.e2e.stage import (
     CHAT,
+    LATE_HEAD,
     ROUTES,
     Asking,
     error_of,
@@ -25,7 +26,7 @@ from tests.e2e.stage import (
     virtual,
 )
 from tests.rig import Rig, running
-from tests.sim.wire import Reply
+from tests.sim.wire import Reply, ask
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -53,7 +54,7 @@ async def together(rig: Rig, count: int, path: str = "/api/chat", **more: Any) -
 @virtual
 async def test_many_callers_make_one_load() -> None:
     """Ten calls for a cold model on three hosts: one load in all, and ten answers."""
-    async with running(3, models=models(20.0), **ROOMY) as rig:
+    async with running(3, models=models(20.0), **ROOMY, **LATE_HEAD) as rig:
         replies = await together(rig, 10)
         assert all(is_whole(reply, "/api/chat") for reply in replies)
         assert {reply.get("x-balancer-route") for reply in replies} == {"cold", "warm"}
@@ -131,7 +132,7 @@ async def test_a_model_that_embeds_is_loaded_by_embedding(route: str) -> None:
 @virtual
 async def test_a_load_beyond_its_budget() -> None:
     """It is given up when the budget is spent, and another host loads; one opens no breaker."""
-    async with running(2, models=models(5.0), config={"timeouts.load": "30s"}) as rig:
+    async with running(2, models=models(5.0), config={"timeouts.load": "30s"}, **LATE_HEAD) as rig:
         rig.fleet["a"].faults.slow_load(20.0)
         began = now()
         reply = await rig.ask("POST", "/api/chat", CHAT)
@@ -150,7 +151,9 @@ async def test_a_load_beyond_its_budget() -> None:
 @virtual
 async def test_a_load_beyond_its_budget_everywhere() -> None:
     """Two loads are tried, then 503 says what was; a third host is left alone."""
-    async with running(3, models=models(100.0), config={"timeouts.load": "30s"}) as rig:
+    async with running(
+        3, models=models(100.0), config={"timeouts.load": "30s"}, **LATE_HEAD
+    ) as rig:
         reply = await rig.ask("POST", "/api/chat", CHAT)
         assert reply.status == 503
         assert error_of(reply).count("did not finish in its time budget") == 2
@@ -232,7 +235,7 @@ async def test_a_slow_load_is_never_cut(stream: bool) -> None:
 @virtual
 async def test_an_overdue_load_lets_another_host_try() -> None:
     """A load far slower than its size suggests no longer holds its callers up; nothing is cut."""
-    async with running(2, models=models(5.0)) as rig:
+    async with running(2, models=models(5.0), **LATE_HEAD) as rig:
         rig.fleet["a"].faults.slow_load(60.0)
         began = now()
         reply = await rig.ask("POST", "/api/chat", CHAT)
@@ -246,7 +249,7 @@ async def test_an_overdue_load_lets_another_host_try() -> None:
 async def test_the_queues_limit_counts_from_the_end_of_the_load() -> None:
     """A slot that does not come free afterwards is waited for as long as the queue allows."""
     more: dict[str, Any] = {"backend": {"slots": 1}, "queue.max_wait": "30s"}
-    async with running(1, models=models(50.0, speed=0.05), **more) as rig:
+    async with running(1, models=models(50.0, speed=0.05), **more, **LATE_HEAD) as rig:
         first = await Asking.of(rig, "/api/chat", CHAT)
         second = await Asking.of(rig, "/api/chat", CHAT)
         refused = await second.head()
@@ -291,6 +294,18 @@ async def test_an_unload_of_what_is_not_loaded() -> None:
         unknown = await rig.ask("POST", "/api/generate", {"model": "x", "keep_alive": 0})
         assert (known.status, unknown.status) == (200, 404)
         assert rig.inference() == []
+
+
+@virtual
+async def test_an_unload_reaches_what_somebody_else_has_loaded() -> None:
+    """Past the balancer, a moment ago: `ollama stop` means all of it."""
+    async with running(2, models=models()) as rig:
+        await rig.warm("a", "m")
+        there = rig.fleet["b"].port
+        assert (await ask(there, "POST", "/api/generate", {"model": "m"})).status == 200
+        reply = await rig.ask("POST", "/api/generate", {"model": "m", "keep_alive": 0})
+        assert reply.get("x-balancer-backend") == "a,b"
+        assert rig.loaded() == {"a": [], "b": []}
 
 
 @virtual

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from balancer.core.domain import Dialect, Kind
+from balancer.core.domain import Dialect
 from balancer.core.errors import BalancerError, CutStream, catalogue
-from balancer.core.routes import TABLE
 from balancer.sim.host import Settings
 from tests.e2e.stage import Asking, models, virtual
-from tests.rig import Rig, running
+from tests.rig import Rig, dead_url, running
 from tests.sim.wire import Reply
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -24,8 +24,6 @@ PLACES: dict[Dialect, tuple[str, dict[str, Any]]] = {
     Dialect.RESPONSES: ("/v1/responses", {"model": "m", "input": "hi"}),
     Dialect.ANTHROPIC: ("/v1/messages", {"model": "m", "max_tokens": 99, "messages": HELLO}),
 }
-LATER = [route for route in TABLE if route.kind is Kind.LATER and "{" not in route.path]
-UNSERVED = {route.dialect: route for route in LATER if route.method == "POST"}
 ONE_SLOT = Settings(num_parallel=1)
 KEYS = {
     "auth.anonymous": "never",
@@ -104,9 +102,15 @@ async def encoded(dialect: Dialect) -> Reply:
 
 
 async def unserved(dialect: Dialect) -> Reply:
-    """A route for later."""
-    async with running(1, models=models(0.0)) as rig:
-        return await rig.ask("POST", UNSERVED[dialect].path, {"model": "m"})
+    """Signing out of ollama.com itself, which a key in the configuration is signed in to."""
+    assert dialect is Dialect.OLLAMA
+    key = {"type": "bearer", "token": "x"}
+    async with running(0) as rig:
+        rig.config["backends"] = [{"name": "far", "url": "https://ollama.com", "auth": key}]
+        rig.balancer.reload_now()
+        reached = rig.balancer.upstream.targets
+        reached["far"] = replace(reached["far"], url=dead_url())
+        return await rig.ask("POST", "/api/signout")
 
 
 async def no_version(dialect: Dialect) -> Reply:
@@ -198,7 +202,7 @@ HOW: dict[str, tuple[Callable[[Dialect], Awaitable[Reply]], frozenset[Dialect]]]
     "request_timeout": (silent_client, frozenset()),
     "body_too_large": (large, frozenset()),
     "unsupported_encoding": (encoded, frozenset()),
-    "not_served": (unserved, frozenset(set(Dialect) - UNSERVED.keys())),
+    "not_served": (unserved, NOT_ASKED),
     "unavailable": (no_version, NOT_ASKED),
     "queue_full": (queue_full, frozenset()),
     "queue_timeout": (queue_timeout, frozenset()),

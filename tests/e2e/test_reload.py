@@ -12,6 +12,7 @@ import pytest
 from balancer.core.events import ConfigApplied, ConfigRejected, MemberJoined, MemberLeft
 from tests.e2e.stage import (
     CHAT,
+    LATE_HEAD,
     Asking,
     error_of,
     is_whole,
@@ -111,7 +112,7 @@ async def test_a_removed_backend_that_dies_is_told_to_its_client() -> None:
 @virtual
 async def test_a_backend_goes_while_it_loads() -> None:
     """The load ends with it, and who waited for it is served by another host."""
-    async with running(2, models=models(20.0)) as rig:
+    async with running(2, models=models(20.0), **LATE_HEAD) as rig:
         asking = await Asking.of(rig, "/api/chat", CHAT)
         await asyncio.sleep(5.0)
         await reload(rig, backends=places(rig, "b"))

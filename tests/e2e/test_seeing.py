@@ -71,7 +71,7 @@ async def everything(rig: Rig) -> dict[str, tuple[int, str]]:
     await ask("foreign-page", 403, "rejected", *chat, CHAT, Origin="https://evil.example")
     await ask("not-json", 400, "rejected", *chat, b"{")
     await ask("no-model", 404, "rejected", *chat, CHAT | {"model": "nobody"})
-    await ask("not-served", 501, "rejected", "POST", "/api/pull", {"model": "m"})
+    await ask("no-account", 403, "rejected", "POST", "/api/me")
     await ask("unload", 200, "ok", "POST", "/api/generate", {"model": "e", "keep_alive": 0})
     await leave("left-early", 499, 0, CHAT)
     await leave("left-midway", 200, 3, CHAT)
@@ -277,6 +277,40 @@ async def test_status_tells_what_is_going_on() -> None:
             await each.head()
             assert is_whole(await each.rest(), "/api/chat")
             each.close()
+
+
+@virtual
+async def test_status_remembers_what_happened() -> None:
+    """Newest first: a fault, where the call went on, the breaker; and of each backend its last."""
+    async with running(2, models=models(0.0)) as rig:
+        for host in "ab":
+            await rig.warm(host, "m")
+        rig.fleet["a"].faults.garbage(times=3)
+        for _ in range(6):
+            assert is_whole(await rig.ask("POST", "/api/chat", CHAT), "/api/chat")
+        _, told = await status(rig)
+        happened = [(row["event"], row["backend"]) for row in told["recent"]]
+        assert ("failover", "b") in happened
+        assert ("breaker_opened", "a") in happened
+        assert happened[-1] == ("backend_added", "a"), "the oldest is last"
+        failover = next(row for row in told["recent"] if row["event"] == "failover")
+        assert set(failover) == {"at", "event", "backend", "model", "text", "count"}
+        assert failover["text"].startswith("after a: ")
+        a, b = told["backends"]
+        assert [each["verdict"] for each in a["failures"]] == ["fault"] * 3
+        assert (b["failures"], a["source"]) == ([], "--backend")
+
+
+@virtual
+async def test_a_backend_that_is_down_has_no_trial() -> None:
+    """Its breaker waits until it is up; "in 0 s" would be a promise that nobody keeps."""
+    async with running(1, models=models(0.0)) as rig:
+        rig.balancer.pool.members["a"].gate.trip("test")
+        rig.fleet["a"].faults.refuse()
+        await asyncio.sleep(60.0)
+        _, told = await status(rig)
+        (a,) = told["backends"]
+        assert a["breaker"]["trial"] == "a trial when it is up again"
 
 
 @virtual

@@ -246,3 +246,32 @@ async def test_a_backend_that_leaves_while_it_is_checked() -> None:
         assert (await looking.head()).status == 404
         assert "There are: b." in error_of(await looking.rest())
         looking.close()
+
+
+@virtual
+async def test_a_model_is_warmed_where_the_operator_wants_it() -> None:
+    """Once; who stops waiting does not stop it, and a call that comes meanwhile is served by it."""
+    async with running(2, models=models(3.0)) as rig:
+        asking = await Asking.of(rig, "/_balancer/backends/b/warm?model=m", {}, **JSON)
+        await asyncio.sleep(1.0)
+        asking.hang_up()
+        status, told = await steer(rig, "b", "warm?model=m")
+        assert (status, told["error"].startswith("another load")) == (200, True)
+        call = await rig.ask("POST", "/api/chat", CHAT)
+        assert (is_whole(call, "/api/chat"), rig.loaded()["b"]) == (True, ["m"])
+        status, told = await steer(rig, "b", "warm?model=m:latest")
+        states = {model["name"]: model["state"] for model in told["backend"]["models"]}
+        assert (status, told["error"], states["m:latest"]) == (200, "", "loaded")
+        loads = [seen for seen in rig.fleet["b"].requests if seen.path == "/api/generate"]
+        assert len(loads) == 1
+
+
+@virtual
+async def test_what_cannot_be_warmed() -> None:
+    """A model that is not there, or does not load."""
+    async with running(1, models=models(1.0)) as rig:
+        for name in ("none", "a b", ""):
+            status, told = await steer(rig, "a", f"warm?model={name.replace(' ', '%20')}")
+            assert (status, told["error"]) == (404, f'a does not have the model "{name}".')
+        rig.fleet["a"].faults.fail("m", text=NO_GPU)
+        assert (await steer(rig, "a", "warm?model=m"))[1]["error"] == NO_GPU

@@ -14,6 +14,7 @@ from balancer.sim.delivery import Seen
 from balancer.sim.host import Settings
 from tests.e2e.stage import (
     CHAT,
+    LATE_HEAD,
     ROUTES,
     Asking,
     is_whole,
@@ -59,7 +60,7 @@ async def test_a_hang_is_found_and_the_call_served_elsewhere(route: str, fault: 
     """Silence on a loaded model costs a call at most 35 s; its host is closed off, once blamed."""
     path, body = ROUTES[route]
     body = body if "input" in body else body | SHORT
-    async with running(2, models=models(0.0)) as rig:
+    async with running(2, models=models(0.0), **LATE_HEAD) as rig:
         for host in "ab":
             await rig.warm(host, body["model"])
         await asyncio.sleep(1.0)
@@ -79,7 +80,9 @@ async def test_a_hang_is_found_and_the_call_served_elsewhere(route: str, fault: 
 @virtual
 async def test_all_that_waits_there_goes_elsewhere() -> None:
     """One canary settles it for every call without a byte; a stream that had some is left alone."""
-    async with running(2, models=models(0.0, speed=0.05), settings=Settings(num_parallel=8)) as rig:
+    async with running(
+        2, models=models(0.0, speed=0.05), settings=Settings(num_parallel=8), **LATE_HEAD
+    ) as rig:
         for host in "ab":
             await rig.warm(host, "m")
         stream = await Asking.of(rig, "/api/chat", CHAT)
@@ -187,7 +190,7 @@ async def test_a_long_prompt_on_a_slow_host(stream: bool) -> None:
     slow = tuple(replace(model, prompt_tps=30.0) for model in models(0.0))
     words = " ".join(f"word{n}" for n in range(3000))
     body = CHAT | {"messages": [{"role": "user", "content": words}], "stream": stream}
-    async with running(2, models=slow) as rig:
+    async with running(2, models=slow, **LATE_HEAD) as rig:
         for host in "ab":
             await rig.warm(host, "m")
         reply = await rig.ask("POST", "/api/chat", body)
@@ -217,7 +220,7 @@ async def test_a_long_answer_in_one_piece() -> None:
 async def test_one_model_hangs_and_the_others_move() -> None:
     """Its own breaker opens, the host's stays shut, and the other models stay in use there."""
     more: dict[str, Any] = {"settings": Settings(num_parallel=4), "breaker.host.in_a_row": 1}
-    async with running(2, models=models(0.0), **more) as rig:
+    async with running(2, models=models(0.0), **more, **LATE_HEAD) as rig:
         await rig.warm("a", "m")
         await rig.warm("a", "other")
         rig.fleet["a"].faults.fail("m", "never told", 500, "run", 100_000.0)
@@ -238,7 +241,7 @@ async def test_one_model_hangs_and_the_others_move() -> None:
 @virtual
 async def test_a_call_that_got_lost_goes_elsewhere_unblamed() -> None:
     """The canary is answered, the call is not: after twice the wait another host serves it."""
-    async with running(2, models=models(0.0)) as rig:
+    async with running(2, models=models(0.0), **LATE_HEAD) as rig:
         await known(rig)
         rig.fleet["a"].script("/api/chat", segments=[(10_000.0, b"x")], framing="chunked")
         reply = await rig.ask("POST", "/api/chat", CHAT)

@@ -39,6 +39,7 @@ class FakeLease:
         self.backend = Backend(name, url)
         self.on_revoke: Callable[[Judgement], None] | None = None
         self.moves = 0
+        self.remote = False
 
     def moved(self) -> None:
         """One more move."""

@@ -204,6 +204,21 @@ async def test_more_wakes_for_data_and_for_the_end() -> None:
         stage.attempt.take()
 
 
+async def test_more_can_be_woken_without_any() -> None:
+    """Whoever waits may have something else to do; afterwards it can wait again."""
+    stage = Stage()
+    stage.attempt.head(200, NDJSON)
+    stage.attempt.data(LINE)
+    assert stage.attempt.take() == LINE
+    for _ in range(2):
+        waiting = asyncio.get_running_loop().create_task(stage.attempt.more())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        stage.attempt.rouse()
+        await waiting
+        assert (stage.attempt.take(), stage.attempt.is_over) == (b"", False)
+
+
 async def test_a_backend_is_held_back_while_the_client_is_slow() -> None:
     """Above 64 KiB not taken it is paused, once; taking lets it go on."""
     stage = Stage()

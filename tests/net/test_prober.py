@@ -37,7 +37,7 @@ from balancer.net.prober import (
 )
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target
-from tests.e2e.stage import CHAT, Asking, error_of, models, now, verdicts, virtual
+from tests.e2e.stage import CHAT, LATE_HEAD, Asking, error_of, models, now, verdicts, virtual
 from tests.net.parts import a_call
 from tests.rig import Rig, running
 
@@ -313,7 +313,7 @@ async def test_a_host_that_hangs_costs_only_its_own_checks() -> None:
 @virtual
 async def test_who_leaves_the_configuration_is_left_alone() -> None:
     """Its checks and its load end; who joins is asked at once."""
-    async with running(2, models=models(100.0)) as rig:
+    async with running(2, models=models(100.0), **LATE_HEAD) as rig:
         asking = await Asking.of(rig, "/api/chat", CHAT)
         await asyncio.sleep(3)
         (busy,) = [name for name, m in rig.balancer.pool.members.items() if m.loading]
@@ -363,7 +363,7 @@ async def test_a_load_is_nobodys_to_cancel() -> None:
 async def test_a_load_that_takes_too_long_is_given_up() -> None:
     """After `timeouts.load` the host is told so, and another one is tried."""
     config = {"timeouts.load": "60s"}
-    async with running(2, models=models(30.0), config=config) as rig:
+    async with running(2, models=models(30.0), config=config, **LATE_HEAD) as rig:
         rig.fleet["a"].faults.slow_load(10.0)
         reply = await rig.ask("POST", "/api/chat", CHAT)
         assert (reply.status, reply.get("x-balancer-backend")) == (200, "b")

@@ -310,6 +310,29 @@ async def test_a_client_that_stops_reading_is_given_up() -> None:
         assert rig.forwarded()[-1].ending == "client-gone"
 
 
+@virtual
+async def test_a_client_that_does_not_take_a_whole_answer_is_given_up() -> None:
+    """After a minute too; by then the backend has long been free."""
+    answer = b'{"embeddings":[[' + b"0.125," * 1_390_000 + b"0]]}"  # just below what is held whole
+    async with running(1, models=models(0.0)) as rig:
+        await rig.warm("a", "e")
+        rig.fleet["a"].script("/api/embed", segments=[answer])
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop, began = asyncio.get_running_loop(), now()
+            await loop.sock_connect(sock, ("127.0.0.1", rig.port))
+            body = b'{"model":"e","input":"x"}'
+            head = f"POST /api/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+            await loop.sock_sendall(sock, head.encode() + b"\r\n\r\n" + body)
+            await rig.events.until(lambda: bool(verdicts(rig)))
+            assert verdicts(rig) == [("a", "ok")]
+            assert rig.balancer.pool.running == 0
+            (told,) = await rig.ended(limit_s=120.0)
+        assert now() - began == pytest.approx(60.0, abs=5.0)
+        assert (told.outcome, told.status) == ("client_abort", 200)
+
+
 # -- limits ---------------------------------------------------------------------------------------
 
 
@@ -317,11 +340,11 @@ async def test_a_client_that_stops_reading_is_given_up() -> None:
 @virtual
 async def test_silence_in_a_stream_ends_it_with_an_error(path: str, body: Any) -> None:
     """After `timeouts.idle` the client is told, and the host need not go on."""
-    async with running(1, models=models(0.0), config={"timeouts.idle": "20s"}) as rig:
+    async with running(1, models=models(0.0), config={"timeouts.idle": "14s"}) as rig:
         rig.fleet["a"].faults.stall(2)
         began = now()
         reply = await rig.ask("POST", path, body)
-        assert 20.0 < now() - began < 23.0
+        assert 14.0 < now() - began < 17.0
         assert (reply.status, reply.ended) == (200, "clean")
         told = records(reply)
         assert len(told) == 3

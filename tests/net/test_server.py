@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from aiohttp.web_protocol import RequestHandler
 
 from balancer.core.domain import Admitted, Dialect, Kind, Principal, Role
-from balancer.core.errors import BadRequest, Forbidden
+from balancer.core.errors import BadRequest, Forbidden, NoBackend, OptionError
 from balancer.core.events import CallEnded, Event, Mishap
 from balancer.net import server as subject
 from balancer.net.server import Exchange, Front, check_parser, listen, make_server, read_body
@@ -35,15 +35,24 @@ class FakeDoor:
 
     guarded = 0
 
+    takes_path = False
+    discreet = False
+    key = ""
+
     def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
         """There is none."""
         return None
 
-    def admit(self, request: web.BaseRequest, now: float) -> Admitted:
+    def cors(self, request: web.BaseRequest) -> tuple[tuple[str, str], ...]:
+        """As for a page that is welcome."""
+        return (("Vary", "Origin"),)
+
+    def admit(self, request: web.BaseRequest, now: float, path: str, key: str) -> Admitted:
         """Welcome, unless told otherwise."""
+        self.key = key
         if "X-Refuse" in request.headers:
             raise Forbidden(request.headers["X-Refuse"])
-        return Admitted(Principal("somebody", Role.USER), "192.0.2.1", (("Vary", "Origin"),))
+        return Admitted(Principal("somebody", Role.USER), "192.0.2.1", self.discreet)
 
     def require(self, principal: Principal, role: Role) -> None:
         """An admin's right must be one's own."""
@@ -237,6 +246,91 @@ async def test_a_client_that_leaves_ends_its_handler(how: str) -> None:
 
 
 # -- who gets in, and where -----------------------------------------------------------------------
+
+
+async def routed(exchange: Exchange) -> web.StreamResponse:
+    """What the call was routed by."""
+    told = f"{exchange.path} {exchange.argument} {exchange.dialect.value}"
+    return web.Response(text=told)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/k/s3cret/api/tags", "/api/tags  ollama"),
+        ("/k/s3cret/", "/  ollama"),
+        ("/k/s3cret", "/  ollama"),
+        ("/k/s3cret/v1/models", "/v1/models  openai"),
+        ("/%6b/s3cret/v1/models", "/v1/models  openai"),
+        ("/k/s3cret/v1/models/a%2Fb", "/v1/models/a/b a/b openai"),
+        ("/k/s%33cret/v1/models", "/v1/models  openai"),
+        ("http://localhost/k/s3cret/v1/models", "/v1/models  openai"),
+    ],
+)
+async def test_a_key_in_front_of_the_path_is_for_the_door(path: str, told: str) -> None:
+    """The call is routed by the rest, and nobody is told the key."""
+    async with staged(routed) as stage:
+        stage.door.takes_path = True
+        reply = await stage.ask(path)
+        assert (reply.status, reply.body) == (200, told.encode())
+        assert stage.door.key == "s3cret"
+        (ended,) = stage.ended
+        assert "s3cret" not in repr(ended)
+        assert "/k/***" in ended.path
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/k/s3cret/api/tags", 404),
+        ("/k/s3cret%2Fapi/tags", 400),
+        ("/k/s3cret/api%2Ftags", 400),
+        ("/k/s3cret/../api/tags", 400),
+        ("/k/s3cret//api/tags", 400),
+        ("/k/s3cret/api/tags#", 400),
+        ("/K/s3cret/api/tags", 404),
+        ("/v1/k/s3cret/models", 404),
+    ],
+)
+@pytest.mark.parametrize("takes_path", [True, False])
+async def test_a_key_where_none_belongs_is_not_told_either(
+    path: str, status: int, *, takes_path: bool
+) -> None:
+    """A path that is refused, or is none, may hold one all the same."""
+    if takes_path and path == "/k/s3cret/api/tags":
+        return
+    async with staged(routed) as stage:
+        stage.door.takes_path = takes_path
+        reply = await stage.ask(path)
+        assert reply.status == status
+        assert stage.door.key == ""
+        assert "s3cret" not in repr(stage.ended) + reply.body.decode()
+
+
+async def test_backends_are_not_told_to_whom_they_do_not_concern() -> None:
+    """Neither in headers nor in errors of ours; in the log they are."""
+
+    async def answer(exchange: Exchange) -> web.StreamResponse:
+        if exchange.path == "/api/ps":
+            raise NoBackend("gpu1: connection refused", retry_after_s=7.0)
+        if exchange.path == "/api/version":
+            raise OptionError("option num_ctx must be of type integer")
+        headers = exchange.headers() | {"X-Balancer-Backend": "gpu1", "X-Balancer-Queue-Ms": "3"}
+        return web.Response(text="ok", headers=headers)
+
+    async with staged(answer) as stage:
+        for discreet in (False, True):
+            stage.door.discreet = discreet
+            told = await stage.ask("/")
+            assert (told.get("x-balancer-backend") is None) is discreet
+            assert (told.get("x-balancer-queue-ms") is None) is discreet
+            assert told.get("x-request-id")
+            failed = await stage.ask("/api/ps")
+            assert (failed.status, b"gpu1" in failed.body) == (503, not discreet)
+            assert failed.get("retry-after") == "7"
+            assert stage.ended[-1].error == "gpu1: connection refused"
+            option = await stage.ask("/api/version")
+            assert b"num_ctx" in option.body
 
 
 async def test_the_open_pages_ask_nobody() -> None:
@@ -443,12 +537,13 @@ def test_hooks_are_still_called_as_we_override_them() -> None:
 
 async def test_the_server_hands_its_settings_to_each_connection() -> None:
     """`_kwargs` of aiohttp's server hold them."""
-    front: Any = type("Front", (), {"handle": staticmethod(hello)})
+    front: Any = SimpleNamespace(handle=hello, malformed=None)
     server = make_server(front, keepalive_s=75.0, head_timeout_s=3.0, max_header=1000)
     connection = server()
     assert isinstance(connection, subject._Connection)
     assert (connection.keepalive_timeout, connection.head_timeout_s) == (75.0, 3.0)
     assert (connection.max_field_size, connection.max_headers) == (1000, 128)
+    assert connection._max_head == 4000
     assert server.handler_cancellation
 
 

@@ -1,4 +1,4 @@
-"""Access: addresses behind proxies, keys, Host, Origin, the admin guard."""
+"""Access: addresses behind proxies, keys, Host, the admin guard."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ from balancer.ops.auth import (
     Access,
     Failures,
     check_host,
-    check_origin,
     client_address,
-    is_same_origin,
-    preflight,
     require,
 )
 
@@ -39,6 +36,8 @@ class Key:
     name: str
     sha256: bytes
     role: Role = Role.USER
+    models: tuple[str, ...] = ("*",)
+    expires_at: float | None = None
 
 
 KEYS = (
@@ -49,7 +48,8 @@ ADMIN = Principal("boss", Role.ADMIN)
 
 
 def access(**rules: Any) -> Access:
-    return Access(**({"keys": KEYS} | rules))
+    usual: dict[str, Any] = {"keys": KEYS, "wall": lambda: 0.0}
+    return Access(**(usual | rules))
 
 
 def headers(**fields: str) -> CIMultiDict[str]:
@@ -60,8 +60,14 @@ def bearer(token: str) -> CIMultiDict[str]:
     return headers(Authorization=f"Bearer {token}")
 
 
-def ask(rules: Access, sent: CIMultiDict[str], peer: str = OUTSIDER, now: float = 0.0) -> Principal:
-    return rules.authenticate(sent, rules.caller(peer, sent), now)
+def ask(
+    rules: Access,
+    sent: CIMultiDict[str],
+    peer: str = OUTSIDER,
+    now: float = 0.0,
+    in_path: str = "",
+) -> Principal:
+    return rules.authenticate(sent, rules.caller(peer, sent), now, in_path)
 
 
 # -- addresses ------------------------------------------------------------------------------
@@ -179,6 +185,77 @@ def test_a_way_that_is_not_accepted_is_not_read() -> None:
     rules = access(anonymous="never", accept=("bearer",))
     with pytest.raises(Unauthorized):
         ask(rules, headers(x_api_key=SECRET))
+
+
+PLACES = ("bearer", "x-api-key", "path")
+
+
+def test_a_key_may_stand_in_the_path() -> None:
+    """Only where that is accepted; beside it libraries go on sending made-up ones."""
+    everywhere = access(anonymous="never", accept=PLACES)
+    assert ask(everywhere, headers(), in_path=SECRET).name == "lab"
+    assert ask(everywhere, bearer("ollama"), in_path=SECRET).name == "lab"
+    assert ask(everywhere, bearer(SECRET), in_path="ollama").name == "lab"
+    assert (everywhere.takes_path, access().takes_path) == (True, False)
+    with pytest.raises(Unauthorized, match="is needed"):
+        ask(access(anonymous="never"), headers(), in_path=SECRET)
+
+
+def test_wrong_keys_in_the_path_are_guesses_too() -> None:
+    """The address rests for them as for others."""
+    rules = access(anonymous="never", accept=PLACES)
+    for number in range(10):
+        with pytest.raises(Unauthorized, match="not known"):
+            ask(rules, headers(), in_path=f"guess-{number}")
+    with pytest.raises(Unauthorized, match="Too many"):
+        ask(rules, headers(), in_path="guess")
+
+
+@pytest.mark.parametrize(
+    ("accept", "told", "untold"),
+    [
+        (("bearer",), ["Authorization: Bearer KEY"], ["x-api-key", "/k/"]),
+        (("bearer", "x-api-key"), ["Authorization: Bearer KEY", "x-api-key: KEY"], ["/k/"]),
+        (("path",), ["http://HOST/k/KEY/v1", "OLLAMA_HOST"], ["Bearer", "x-api-key"]),
+    ],
+)
+def test_who_has_no_key_is_told_how_to_send_one(
+    accept: tuple[str, ...], told: list[str], untold: list[str]
+) -> None:
+    """Only the ways that would be read, and where keys come from."""
+    with pytest.raises(Unauthorized) as refusal:
+        ask(access(anonymous="never", accept=accept), headers(Authorization="a2V5:c2ln"))
+    assert all(way in refusal.value.text for way in [*told, "ollama-balancer key new"])
+    assert not any(way in refusal.value.text for way in untold)
+
+
+def test_a_key_ends_on_time() -> None:
+    """Until the instant it opens, from then on its owner hears why not; it is no guess."""
+    wall = [99.9]
+    key = Key("temp", hashlib.sha256(SECRET.encode()).digest(), expires_at=100.0)
+    rules = access(keys=(key,), anonymous="never", wall=lambda: wall[0])
+    assert ask(rules, bearer(SECRET)).name == "temp"
+    wall[0] = 100.0
+    for _ in range(20):
+        with pytest.raises(Unauthorized, match="'temp' has expired"):
+            ask(rules, bearer(SECRET))
+    with pytest.raises(Unauthorized, match="not known"):
+        ask(rules, bearer("guess"))
+
+
+def test_an_expired_key_is_as_good_as_a_made_up_one() -> None:
+    """Where none is needed it does no harm; and it does not hide a good one beside it."""
+    old = Key("old", hashlib.sha256(SECRET.encode()).digest(), Role.ADMIN, expires_at=1.0)
+    rules = access(keys=(old, KEYS[1]), wall=lambda: 2.0, anonymous="always")
+    assert ask(rules, bearer(SECRET)) == Principal(ANONYMOUS, Role.USER)
+    assert ask(rules, headers(Authorization=f"Bearer {SECRET}", x_api_key=BOSS)).name == "boss"
+
+
+def test_a_key_brings_its_models() -> None:
+    """They are the caller's own."""
+    key = Key("lab", hashlib.sha256(SECRET.encode()).digest(), models=("llama*", "e"))
+    assert ask(access(keys=(key,)), bearer(SECRET)).models == ("llama*", "e")
+    assert ask(access(keys=(key,)), headers(), "127.0.0.1").models == ("*",)
 
 
 @pytest.mark.parametrize(
@@ -477,109 +554,6 @@ def test_a_key_needs_no_host() -> None:
     )
 
 
-# -- Origin ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "http://localhost",
-        "https://localhost:3000",
-        "http://127.0.0.1:8080",
-        "https://0.0.0.0",
-        "app://obsidian.md",
-        "file://",
-        "tauri://localhost",
-        "vscode-webview://1a2b",
-        "vscode-file://vscode-app",
-    ],
-)
-def test_local_pages_may_call(origin: str) -> None:
-    """Pages and desktop applications of this machine get the two headers."""
-    assert check_origin(origin, "gpu:11435") == (
-        ("Access-Control-Allow-Origin", origin),
-        ("Vary", "Origin"),
-    )
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "http://evil.example",
-        "null",
-        "",
-        "chrome-extension://abc",
-        "http://localhost.evil.example",
-        "http://localhost:3000.evil.example",
-        "http://localhost:",
-        "http://localhost@evil.example",
-        "https://127.0.0.1.evil.example",
-        "http://gpu:11436",
-        "app://\udcff",
-        "app://a b",
-        "HTTP://LOCALHOST\n",
-    ],
-)
-def test_foreign_pages_may_not(origin: str) -> None:
-    """Any other page is refused with an empty body, as Ollama does it."""
-    with pytest.raises(Forbidden) as refusal:
-        check_origin(origin, "gpu:11435")
-    assert refusal.value.text == ""
-    with pytest.raises(Forbidden):
-        preflight(origin, "gpu:11435")
-
-
-def test_our_own_page_needs_no_cors() -> None:
-    """The same origin, or none, is no matter of CORS."""
-    assert check_origin(None, "gpu:11435") == ()
-    assert check_origin("http://gpu:11435", "GPU:11435") == ()
-    assert check_origin("https://gpu:11435", "gpu:11435") == ()
-    assert preflight(None, "gpu:11435") is None
-    assert preflight("http://gpu:11435", "gpu:11435") is None
-
-
-@UNTIMED
-@given(st.text(max_size=60) | st.from_regex(r"(app|file|tauri)://.*", fullmatch=True))
-def test_what_is_echoed_can_be_sent(origin: str) -> None:
-    """An origin that we repeat is printable ASCII, so no answer breaks on it."""
-    try:
-        echoed = dict(check_origin(origin, "gpu")).get("Access-Control-Allow-Origin", "")
-    except Forbidden:
-        return
-    assert echoed.isascii()
-    assert echoed.isprintable()
-
-
-def test_a_preflight_is_answered_as_ollama_answers() -> None:
-    """The headers and their order are those recorded from a real Ollama."""
-    assert preflight("http://localhost:3000", "127.0.0.1:11434", "POST") == (
-        (
-            "Access-Control-Allow-Headers",
-            (
-                "Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,"
-                "X-Stainless-Arch,X-Stainless-Async,X-Stainless-Custom-Poll-Interval,"
-                "X-Stainless-Helper-Method,X-Stainless-Lang,X-Stainless-Os,"
-                "X-Stainless-Package-Version,X-Stainless-Poll-Helper,X-Stainless-Retry-Count,"
-                "X-Stainless-Runtime,X-Stainless-Runtime-Version,X-Stainless-Timeout"
-            ),
-        ),
-        ("Access-Control-Allow-Methods", "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"),
-        ("Access-Control-Allow-Origin", "http://localhost:3000"),
-        ("Access-Control-Max-Age", "43200"),
-        ("Allow", "POST"),
-        ("Vary", "Origin"),
-        ("Vary", "Access-Control-Request-Method"),
-        ("Vary", "Access-Control-Request-Headers"),
-    )
-
-
-def test_a_preflight_for_an_unknown_path_has_no_allow() -> None:
-    """It is answered all the same."""
-    answer = preflight("http://localhost:3000", "127.0.0.1:11434")
-    assert answer is not None
-    assert "Allow" not in dict(answer)
-
-
 # -- admin ----------------------------------------------------------------------------------
 
 POST = {"Host": "127.0.0.1:11435", "Content-Type": "application/json; charset=utf-8"}
@@ -603,7 +577,10 @@ def guard(
         {"method": "GET"},
         {"method": "HEAD"},
         {"method": "GET", "sent": {"Content-Type": "text/plain"}},
+        {"method": "GET", "sent": {"Origin": "http://localhost:3000"}},
+        {"method": "GET", "principal": Principal(ANONYMOUS, Role.ADMIN)},
         {"sent": {"Origin": "http://127.0.0.1:11435"}},
+        {"sent": {"Origin": "http://127.0.0.1:11435", "Sec-Fetch-Site": "same-origin"}},
         {"sent": {"Host": "localhost:11435"}},
         {"sent": {"Host": "mybox"}, "local_names": ("MyBox",)},
         {"sent": {"Host": "lb.example"}, "admin_hosts": ("lb.example",)},
@@ -618,6 +595,8 @@ def test_the_admin_may(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        ({"sent": {"Sec-Fetch-Site": "cross-site"}}, "Only a page of this balancer"),
+        ({"sent": {"Sec-Fetch-Site": "same-site"}}, "Only a page of this balancer"),
         ({"peer": "10.0.0.7"}, "admin.allowed_cidrs"),
         ({"peer": ""}, "admin.allowed_cidrs"),
         ({"sent": {"X-Forwarded-For": "127.0.0.1"}}, "trusted_proxies"),
@@ -630,6 +609,14 @@ def test_the_admin_may(change: dict[str, Any]) -> None:
         ({"method": "DELETE"}, "POST"),
         ({"sent": {"Origin": "http://localhost:3000"}}, "page of this balancer"),
         ({"sent": {"Origin": "null"}}, "page of this balancer"),
+        (
+            {
+                "method": "GET",
+                "principal": Principal(ANONYMOUS, Role.ADMIN),
+                "sent": {"Origin": "http://localhost:3000"},
+            },
+            "without an API key",
+        ),
     ],
 )
 def test_others_may_not(change: dict[str, Any], why: str) -> None:
@@ -654,13 +641,6 @@ def test_metrics_need_reach_but_no_key() -> None:
     rules.guard_reach(rules.caller("10.0.0.7", sent), sent)
     with pytest.raises(Forbidden):
         rules.guard_reach(rules.caller("127.0.0.1", sent), sent)
-
-
-def test_same_origin() -> None:
-    """Scheme aside, an origin is the same if its authority is exactly our Host."""
-    assert is_same_origin("http://gpu:1", "gpu:1")
-    assert not is_same_origin("http://gpu:1", "gpu")
-    assert not is_same_origin("ftp://gpu", "gpu")
 
 
 def test_nothing_shows_a_key() -> None:

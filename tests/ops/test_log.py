@@ -22,7 +22,9 @@ from balancer.core import events
 from balancer.core.domain import BreakerState, Outcome, Switch, Usage, Verdict
 from balancer.core.events import (
     AttemptEnded,
+    BackendDrained,
     BreakerMoved,
+    BreakersReset,
     CallEnded,
     CallQueued,
     CatalogChanged,
@@ -31,16 +33,19 @@ from balancer.core.events import (
     ConfigRejected,
     Event,
     HealthFlipped,
+    HostPassedOver,
     LeaseGranted,
     LoadEnded,
     LoadStarted,
     MemberJoined,
     MemberLeft,
     Mishap,
+    OrderEnded,
     Serving,
     Stopped,
     Stopping,
     Suspected,
+    SwitchesLost,
     SwitchMoved,
     TrialEnded,
 )
@@ -98,7 +103,7 @@ TOLD: list[tuple[Event, str, str]] = [
     (HealthFlipped(1.0, "gpu0", True, "Ollama 0.33.0"), "info", "backend_up"),
     (HealthFlipped(1.0, "gpu0", False, "refused"), "warning", "backend_down"),
     (opened(), "warning", "breaker_opened"),
-    (opened(HALF, OPEN), "info", "breaker_opened"),
+    (opened(HALF, OPEN), "info", "breaker_reopened"),
     (opened(OPEN, HALF), "debug", "breaker_half_open"),
     (opened(HALF, CLOSED), "info", "breaker_closed"),
     (TrialEnded(1.0, "gpu0", None, "version", False, "refused"), "debug", "trial_ended"),
@@ -109,9 +114,16 @@ TOLD: list[tuple[Event, str, str]] = [
     (CatalogChanged(1.0, "gpu0", 3, ("m",)), "debug", "catalog_changed"),
     (MemberJoined(1.0, "gpu0", "http://gpu0:11434"), "info", "backend_added"),
     (MemberLeft(1.0, "gpu0"), "info", "backend_removed"),
+    (HostPassedOver(1.0, "twice"), "warning", "host_passed_over"),
     (SwitchMoved(1.0, "gpu0", Switch.DRAINING), "info", "backend_draining"),
     (SwitchMoved(1.0, "gpu0", Switch.DISABLED), "info", "backend_disabled"),
     (SwitchMoved(1.0, "gpu0", Switch.SERVING), "info", "backend_resumed"),
+    (BackendDrained(1.0, "gpu0"), "info", "backend_drained"),
+    (BreakersReset(1.0, "gpu0", "ops"), "info", "breaker_reset"),
+    (OrderEnded(1.0, "pull", "m", "ops", ("a",), (), finished=True), "info", "order_ended"),
+    (OrderEnded(1.0, "pull", "m", "ops", (), ("a: x",), finished=True), "warning", "order_ended"),
+    (OrderEnded(1.0, "pull", "m", "", (), (), finished=False), "warning", "order_broken_off"),
+    (SwitchesLost(1.0, "/var/lib/b/state.json", "not JSON"), "warning", "switches_lost"),
     (ConfigApplied(1.0, ("health.fall",), ()), "info", "config_reloaded"),
     (ConfigApplied(1.0, (), ("server.listen",)), "warning", "config_reloaded"),
     (ConfigRejected(1.0, ("config.yaml:3:1 backends: unknown",)), "error", "config_rejected"),
@@ -179,6 +191,13 @@ def test_the_canonical_line() -> None:
         ("gen_ai.usage.output_tokens", 42),
         ("outcome", "ok"),
     ]
+
+
+def test_an_alias_is_told_beside_the_model() -> None:
+    """The model is what served; an operator looks for what the client asked."""
+    (line,) = lines(replace(CALL, alias="fast"))
+    assert (line["gen_ai.request.model"], line["model.alias"]) == ("llama3.2", "fast")
+    assert "model.alias" not in lines(CALL)[0]
 
 
 @pytest.mark.parametrize(("event", "level", "name"), TOLD)
@@ -283,7 +302,14 @@ def test_client_address_none_in_the_line() -> None:
     [
         ("/api/chat?ts=1&key=sk-1", "/api/chat"),
         ("/k/sk-1/api/chat", "/k/***/api/chat"),
-        ("/k/sk-1", "/k/***/"),
+        ("/k/sk-1", "/k/***"),
+        ("/k/sk-1/", "/k/***/"),
+        ("/K/sk-1/v1", "/k/***/v1"),
+        ("//k//sk-1/v1", "/k/***/v1"),
+        ("/%6b/sk-1/v1", "/k/***/v1"),
+        ("/k%2Fsk-1%2Fv1", "/k/***"),
+        ("/v1/k/sk-1/models", "/v1/k/***/models"),
+        ("http://gpu/k/sk-1/v1", "http://gpu/k/***/v1"),
         ("/kitchen", "/kitchen"),
     ],
 )
@@ -388,18 +414,19 @@ def written_to_a_file(tmp_path: Path, variable: str, *, is_tty: bool = False) ->
         for event in (CALL, replace(CALL, status=500), Mishap(1.0, "x", "y")):
             LogWriter(log)(event)
         stream.seek(0)
-        return [line[:3] for line in stream]
+        return [line[:6] for line in stream]
 
 
 def test_the_journal_gets_priorities(tmp_path: Path) -> None:
-    """Lines to systemd's journal begin with their priority."""
-    assert written_to_a_file(tmp_path, "") == ["<6>", "<4>", "<3>"]
+    """Lines to systemd's journal begin with their priority; the time is the journal's own."""
+    assert written_to_a_file(tmp_path, "") == ['<6>{"l', '<4>{"l', '<3>{"l']
 
 
 def test_a_pipeline_under_systemd_gets_none(tmp_path: Path) -> None:
     """The variable is inherited by whoever pipes our output elsewhere; that is not the journal."""
-    assert written_to_a_file(tmp_path, "1:2") == ['{"t', '{"t', '{"t']
-    assert written_to_a_file(tmp_path, "", is_tty=True) == ['{"t', '{"t', '{"t']
+    timed = ['{"time'] * 3
+    assert written_to_a_file(tmp_path, "1:2") == timed
+    assert written_to_a_file(tmp_path, "", is_tty=True) == timed
 
 
 # -- records of libraries -------------------------------------------------------------------

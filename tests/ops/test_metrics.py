@@ -192,6 +192,14 @@ def test_warmth(why: str, load_s: float | None, warm: str) -> None:
     assert bench.labels("time_to_first_token_seconds_sum", "warm") == {warm}
 
 
+def test_what_goes_to_several_backends_has_one_label() -> None:
+    """Not one for each set of them."""
+    calls = [replace(CALL, backend=names, inference=False) for names in ("a,b", "a,c")]
+    bench = Bench().tell(*calls)
+    assert bench.labels("requests_total", "backend") == {"several"}
+    assert bench.labels("request_duration_seconds_count", "backend") == {"several"}
+
+
 def test_no_first_token_without_a_stream() -> None:
     """The first byte of a whole answer is its last one, and a read has no tokens at all."""
     bench = Bench("llama3.2:latest").tell(

@@ -126,7 +126,9 @@ async def upload(sim: SimOllama, digest: str, pieces: list[bytes], *, chunked: b
     wire = await Wire.connect(sim.port)
     size = sum(map(len, pieces))
     framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
-    wire.writer.write(f"POST /api/blobs/{digest} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode())
+    wire.writer.write(
+        f"POST /api/blobs/{digest} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode()
+    )
     for piece in pieces:
         wire.writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         await asyncio.sleep(0.001)

@@ -54,8 +54,9 @@ def test_the_context_is_clamped(asked: float | None, tokens: int) -> None:
 
 
 def test_only_runner_options_make_another_runner() -> None:
-    """Sampling does not, defaults spelt out do not, the shift flag does."""
+    """Sampling does not, nor defaults spelt out, nor nulls; the shift flag does."""
     plain = wanted().runner_options()
+    assert wanted(options={"num_gpu": None, "num_thread": None}).runner_options() == plain
     assert wanted(options={"temperature": 0, "num_gpu": -1}, shift=True).runner_options() == plain
     for body in ({"options": {"num_gpu": 0}}, {"options": {"num_thread": 4}}, {"shift": False}):
         assert wanted(**body).runner_options() != plain
