@@ -1,15 +1,17 @@
 """
-The fault table on real processes in real time: ``python bench/faults.py [FAULT…]``.
+The fault table on real processes in real time: ``python bench/faults.py [--cycles N] [FAULT…]``.
 
 Per fault: three simulated hosts and a balancer, each a process; traffic for a minute at least, the
-fault put into the first host and healed again until twenty attempts have met it. ``killed`` is
-SIGKILL and a new process on the same port, ``frozen`` SIGSTOP and SIGCONT.
+fault put into the first host and healed again until twenty attempts have met it, or N times.
+``killed`` is SIGKILL and a new process on the same port, ``frozen`` SIGSTOP and SIGCONT.
 """
 
+import argparse
 import asyncio
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from processes import Rig, SimHost
 
@@ -52,9 +54,10 @@ async def heal(host: SimHost, name: str) -> None:
         host.tell("heal")
 
 
-async def storm(name: str) -> bool:
+async def storm(name: str, cycles: int) -> bool:
     """Run one row of the table; False: a call was lost, a cut not told, or a traceback logged."""
     course = courses.get(name, Course())
+    course = replace(course, most=min(course.most, cycles))
     loop = asyncio.get_running_loop()
     # At sixty calls a second a load of three seconds keeps as many waiting as the default allows.
     env = {"BALANCER_QUEUE__MAX_DEPTH_PER_MODEL": "256"}
@@ -119,9 +122,12 @@ async def storm(name: str) -> bool:
 
 def main() -> int:
     """Run the rows named, or all."""
-    names = sys.argv[1:] or WANTED
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", metavar="FAULT")
+    parser.add_argument("--cycles", type=int, default=100, help="at the most")
+    options = parser.parse_args()
     print(HEADER)
-    results = [asyncio.run(storm(name)) for name in names]
+    results = [asyncio.run(storm(name, options.cycles)) for name in options.names or WANTED]
     return 0 if all(results) else 1
 
 

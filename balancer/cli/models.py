@@ -150,13 +150,12 @@ def sync(
         return ExitCode.OK
     if not lacking and not as_json:
         print("Every backend has what it may have.")
-    failed = []
-    with _teller(as_json=as_json) as say:
-        for shelved in lacking:
-            if not as_json:
-                print(f"{_plain(shelved.name)} to {_plain(', '.join(shelved.lacking))}")
-            if not dry_run and (told := _synced(balancer, shelved, say)):
-                failed.append(told)
+    failed: list[str] = []
+    for shelved in lacking:
+        if not as_json:
+            print(f"{_plain(shelved.name)} to {_plain(', '.join(shelved.lacking))}")
+        if not dry_run:
+            failed += _synced(balancer, shelved, as_json=as_json)
     if failed:
         raise CommandError(*failed, code=ExitCode.FAILURE)
     return ExitCode.OK
@@ -203,18 +202,19 @@ def _pull(
         raise CommandError(text, code=ExitCode.FAILURE)
 
 
-def _synced(balancer: Admin, shelved: Shelved, say: Say) -> str:
-    """What went wrong, empty: nothing."""
+def _synced(balancer: Admin, shelved: Shelved, *, as_json: bool) -> list[str]:
+    """What went wrong."""
     try:
-        _pull(balancer, shelved.name, shelved.lacking, say)
+        with _teller(as_json=as_json) as say:
+            _pull(balancer, shelved.name, shelved.lacking, say)
     except CommandError as error:
         if error.code is not ExitCode.FAILURE:
             raise
         hint = ""
         if "manifest: file does not exist" in str(error):
             hint = ". No registry has it: push it to one, or create it on each of them"
-        return f"{_plain(shelved.name)}: {error}{hint}"
-    return ""
+        return [f"{_plain(shelved.name)}: {error}{hint}"]
+    return []
 
 
 def _warm_on(balancer: Admin, model: str, name: str) -> None:
@@ -276,14 +276,13 @@ def _teller(*, as_json: bool) -> Iterator[Say]:
 
 def _lines() -> Say:
     """Each status once."""
-    last = ""
+    said = {""}
 
     def say(record: Mapping[str, Any]) -> None:
-        nonlocal last
         status = _plain(record.get("status", ""))
-        if status and status != last:
+        if status not in said:
             print(status, flush=True)
-        last = status
+        said.add(status)
 
     return say
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -318,7 +318,7 @@ class Manage:
         source = order.source.canonical if order.source is not None else ""
         text = str(order.fields.get("source"))
         scope = self._holders("copy", source, order.name.canonical)
-        if not scope.groups and not scope.skipped:
+        if not self._catalog.holders(source):
             raise UnknownModel(f"model {quoted(text)} not found")
         return await self._everywhere(exchange, order, scope, source)
 
@@ -413,12 +413,9 @@ class Manage:
         if exchange.request.method == "HEAD":
             kind = {"Content-Type": NATIVE} if lacking else {}
             return web.Response(status=404 if lacking else 200, headers=headers | kind)
-        if not lacking:
-            response = web.Response(status=200, headers=headers)
-            if exchange.request.can_read_body:
-                response.force_close()  # what is being sent is not wanted
-            return response
-        return await self._upload(exchange, digest, lacking, headers)
+        if lacking:
+            return await self._upload(exchange, digest, lacking, headers)
+        return await _early(exchange, web.Response(status=200, headers=headers))
 
     def _once(self, names: Sequence[str]) -> list[str]:
         """One of each store that the operator named: what is not kept cannot be sent once more."""
@@ -460,10 +457,7 @@ class Manage:
         finally:
             for pump in pumps:
                 pump.stop()
-        response = self._uploaded(exchange, pumps, headers)
-        if not request.content.at_eof():
-            response.force_close()
-        return response
+        return await _early(exchange, self._uploaded(exchange, pumps, headers))
 
     def _uploaded(
         self, exchange: Exchange, pumps: Sequence[_Pump], headers: dict[str, str]
@@ -689,6 +683,29 @@ async def _poured(request: web.BaseRequest, pumps: Sequence[_Pump]) -> int:
         size += len(piece)
         await asyncio.gather(*(pump.put(piece) for pump in pumps))
     return size
+
+
+async def _early(exchange: Exchange, response: web.Response) -> web.StreamResponse:
+    """
+    Answer although the client may still be sending.
+
+    Some clients hear of it only when they have sent everything, and would hear nothing if the
+    connection were closed before.
+    """
+    request = exchange.request
+    if not request.can_read_body or request.content.at_eof():
+        return response
+    response.force_close()
+    if request.headers.get("Expect") is None:
+        exchange.status = response.status
+        exchange.outcome = exchange.outcome or "ok"
+        await response.prepare(request)
+        await response.write_eof()
+        with suppress(TimeoutError, PayloadEncodingError, ConnectionError):
+            while not request.content.at_eof():
+                async with asyncio.timeout(BODY_STALL_S):
+                    await request.content.readany()
+    return response
 
 
 def _is_update(exchange: Exchange, *, may: bool) -> bool:

@@ -650,6 +650,7 @@ class _Connection(RequestHandler):
         "_framing_bytes",
         "_head_bytes",
         "_head_timer",
+        "_last_body",
         "_max_head",
         "_refused",
         "head_timeout_s",
@@ -670,6 +671,7 @@ class _Connection(RequestHandler):
         self._max_head = max_head
         self._head_bytes = 0
         self._body: StreamReader | None = None
+        self._last_body: Any = None
         self._framing_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -681,8 +683,12 @@ class _Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         request, queued = self._current_request, len(self._messages)
-        waiting = not queued and request is None
+        # The rest of a body that was answered early is no head.
+        drains = self._last_body is not None and not self._last_body.is_eof()
+        waiting = not queued and request is None and not drains
         super().data_received(data)
+        if self._messages:
+            self._last_body = self._messages[-1][1]
         if request is not None and not request.content.is_eof():
             self._check_body(request.content, len(data), broken=len(self._messages) > queued)
         if self._messages or self._current_request is not None:

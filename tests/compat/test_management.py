@@ -83,7 +83,8 @@ async def test_create_from_a_file(start: Start, call: Call, tmp_path: Path) -> N
     assert having(rig, "mine") == having(rig, "me/mine") == "abc"
     for name in ("mine", "me/mine"):
         assert (await caller.ask("delete", name)).status == "success"
-    assert (await caller.ask("delete", "mine")).status == "error"
+    with pytest.raises(ollama.ResponseError, match="model 'mine' not found"):
+        await caller.ask("delete", "mine")
     assert having(rig, "mine") == ""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -386,6 +387,19 @@ async def test_a_host_killed_in_a_create_fails_alone() -> None:
 
 
 @virtual
+async def test_a_copy_goes_only_where_its_name_may_be() -> None:
+    """A rule holds for what is made here, too; where none allows it, that is said."""
+    async with shelf(2) as (rig, _):
+        for name, deny in (("a", ("twin*",)), ("b", ("other*",))):
+            object.__setattr__(rig.balancer.pool.members[name].backend, "deny", deny)
+        await rig.ask("POST", "/api/copy", {"source": "old", "destination": "twin"})
+        assert having(rig, "twin") == ["b"]
+        object.__setattr__(rig.balancer.pool.members["b"].backend, "deny", ("*",))
+        refused = await rig.ask("POST", "/api/copy", {"source": "old", "destination": "twin"})
+        assert (refused.status, b"may take 'twin'" in refused.body) == (503, True)
+
+
+@virtual
 async def test_a_copy_over_an_older_one_reaches_a_wrongly_guessed_store() -> None:
     """A name that is there already says nothing; what it stands for does."""
     async with shelf(2, stores=["", ""]) as (rig, _):
@@ -433,12 +447,19 @@ DIGEST = f"sha256:{hashlib.sha256(b''.join(PIECES)).hexdigest()}"
 
 
 async def upload(
-    rig: Rig, digest: str, pieces: Sequence[bytes] = PIECES, *, after: int = 99, do: Any = None
+    rig: Rig,
+    digest: str,
+    pieces: Sequence[bytes] = PIECES,
+    *,
+    after: int = 99,
+    do: Any = None,
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> Reply:
     """A blob in chunks, as Ollama's command line sends it; *do* is called after so many."""
     wire = await rig.connect()
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     wire.writer.write(
-        f"POST /api/blobs/{digest} HTTP/1.1\r\nHost: localhost\r\n"
+        f"POST /api/blobs/{digest} HTTP/1.1\r\nHost: localhost\r\n{more}"
         "Transfer-Encoding: chunked\r\n\r\n".encode()
     )
     for number, piece in enumerate(pieces):
@@ -474,8 +495,14 @@ async def test_a_blob_that_all_have_is_answered_at_once() -> None:
         rig.fleet["a"].management.store.blobs[DIGEST] = 1
         assert (await upload(rig, DIGEST)).status == 201
         assert requests(rig, f"/api/blobs/{DIGEST}") == {"a": 1, "b": 2}
-        reply = await upload(rig, DIGEST, PIECES[:1])
-        assert (reply.status, reply.get("connection")) == (200, "close")
+        reply = await upload(rig, DIGEST)  # which is heard by who sends everything first, too
+        assert (reply.status, reply.get("connection"), reply.ended) == (200, "close", "clean")
+        wire = await rig.connect()
+        head = f"POST /api/blobs/{DIGEST} HTTP/1.1\r\nHost: localhost\r\n"
+        wire.writer.write(f"{head}Content-Length: 9000\r\n\r\n".encode())
+        assert (await wire.reply("POST")).status == 200, "nothing of the body was sent yet"
+        wire.close()
+        assert [call.outcome for call in (await rig.ended(3))[-3:]] == ["ok"] * 3
 
 
 @virtual
@@ -615,6 +642,8 @@ async def test_a_user_may_pull_what_is_there_and_nothing_else() -> None:
             reply = await rig.ask(method, path, body, **USER)
             assert reply.status == 403, path
             assert "role admin" in json.loads(reply.body)["error"]
+        refused = await upload(rig, DIGEST, PIECES[:10], headers=USER)
+        assert (refused.status, refused.ended) == (403, "clean"), "who still sends hears it, too"
         curious = {"X_Balancer_To": "nobody", "X_Balancer_Update": "1", **USER}
         there = await rig.ask("POST", "/api/pull", {"model": "old"}, **curious)
         assert lines(there)[-1] == {"status": "success"}

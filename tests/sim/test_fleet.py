@@ -127,6 +127,14 @@ def test_run_announces_its_hosts_and_serves_until_cancelled() -> None:
     assert [line.split(" ")[0] for line in told] == ["fast", "slow", "flaky", "fast2"]
 
 
+def test_the_hosts_of_a_demo_can_pull_more() -> None:
+    """All from one place, so that what one has pushed the others can pull."""
+    hosts = list(Fleet.demo())
+    assert all(host.host.find("llama3.2") is None for host in hosts)
+    assert {host.management.registry for host in hosts} == {hosts[0].management.registry}
+    assert hosts[0].management.registry.find("llama3.2") is not None
+
+
 @pytest.mark.parametrize(
     ("scenario", "listen"), [("none", "127.0.0.1:0"), ("calm", "localhost"), ("calm", "x:y")]
 )
