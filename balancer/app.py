@@ -36,9 +36,10 @@ from balancer.core.pool import GateSettings, Pool, PoolSettings
 from balancer.core.retry import Budget
 from balancer.net.account import Account
 from balancer.net.discovery import Discovery, Look
-from balancer.net.manage import Manage, ManageSettings, Right
+from balancer.net.manage import Manage
 from balancer.net.prober import Prober, ProberSettings
 from balancer.net.proxy import Proxy, ProxySettings
+from balancer.net.reach import ManageSettings, Right
 from balancer.net.reads import Reads
 from balancer.net.server import Front, check_parser, listen, make_server
 from balancer.net.tasks import Tasks
@@ -215,6 +216,7 @@ class Balancer:
             emit,
             self.proxy.forwarded,
         )
+        self.proxy.fetch = self.manage.fetch
         self.metrics = self._metrics() if config.metrics.enabled else None
         self.recent = Recent(lambda: _wall().timestamp())
         self.admin = self._admin(config_file)
@@ -415,7 +417,7 @@ class Balancer:
         self.prober.settings = prober_settings(config)
         self.prober.follow()
         self.proxy.settings = proxy_settings(config)
-        self.manage.settings = manage_settings(config)
+        self.manage.reach.settings = manage_settings(config)
         self.reads.version_policy = config.models.version
         self.budget.ratio = config.retry.budget_ratio
         self.door.access, self.door.pages = rules, cors(config)
@@ -506,7 +508,11 @@ def manage_settings(config: Config) -> ManageSettings:
         "delete": Right(manage.delete.allow),
     }
     return ManageSettings(
-        rights, manage.parallel, config.timeouts.pull_idle_s, config.server.max_body_bytes
+        rights,
+        manage.parallel,
+        config.timeouts.pull_idle_s,
+        config.server.max_body_bytes,
+        manage.auto_pull,
     )
 
 

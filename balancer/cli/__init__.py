@@ -9,6 +9,8 @@ Laws:
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 from io import TextIOWrapper
@@ -172,4 +174,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may know no dashes
-    app()
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:  # a reader that has seen enough, as `head`, knows
+            print(f"Cannot write the output: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still held
+        sys.exit(ExitCode.FAILURE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from balancer.cli.exits import CommandError, ExitCode
 
 DEFAULT_PORT: Final = 11435
 TIMEOUT_S: Final = 10.0
+_URL: Final = re.compile(r"https?://[^\s/?#\x00-\x1f\x7f]+(/[!-~]*)?", re.IGNORECASE)
+_KEY: Final = re.compile("[!-~]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +82,16 @@ class Admin:
     def _sent(
         self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]
     ) -> Iterator[http.client.HTTPResponse]:
-        connection = _connect(self.url, self.limit_s)
         sent = {"Content-Type": "application/json"} if method == "POST" else {}
         if self.key:
             sent["Authorization"] = f"Bearer {self.key}"
         prefix = "" if self.url.startswith("unix:") else urlsplit(self.url).path.rstrip("/")
         text = None if body is None else json.dumps(body)
+        connection = _connect(self.url, self.limit_s)
         try:
             connection.request(method, prefix + path, text, {**sent, **headers})
             yield connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: of a name
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise CommandError(
                 f"No balancer answers at {self.url}: {reason}. Start one: ollama-balancer; "
@@ -119,10 +122,13 @@ def _url(text: str) -> str:
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and parts.hostname
-        port = parts.port
+        known = parts.scheme in ("http", "https") and parts.hostname and _URL.fullmatch(url)
+        port, has_password = parts.port, parts.username is not None
     except ValueError:
-        known, port = None, None
+        known, port, has_password = None, None, False
+    if has_password:
+        told = "The address of a balancer takes no user and password. A key: BALANCER_API_KEY."
+        raise CommandError(told, code=ExitCode.USAGE)
     if not known:
         told = f"{text!r} is no address of a balancer. Write http://host:port or unix:/path."
         raise CommandError(told, code=ExitCode.USAGE)
@@ -154,15 +160,18 @@ def _configured(config: str | None) -> str:
 
 def _key() -> str | None:
     key, file = os.environ.get("BALANCER_API_KEY"), os.environ.get("BALANCER_API_KEY_FILE")
-    if key or not file:
-        return key or None
     try:
-        return Path(file).read_text(encoding="utf-8").strip() or None
+        if file and not key:
+            key = Path(file).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         told = (
             f"Cannot read BALANCER_API_KEY_FILE {file}: {getattr(error, 'strerror', None) or error}"
         )
         raise CommandError(told, code=ExitCode.FAILURE) from None
+    if key and not _KEY.fullmatch(key):  # not shown: it may be most of one
+        told = "BALANCER_API_KEY: a key is printable ASCII without spaces."
+        raise CommandError(told, code=ExitCode.FAILURE)
+    return key or None
 
 
 def _stranger(url: str, status: int) -> str:

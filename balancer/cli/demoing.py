@@ -93,9 +93,7 @@ async def _show_live(demo: Demo) -> None:
 
     with Live(auto_refresh=False) as live:
         while True:
-            news = (
-                Text(screen.plain(line), overflow="ellipsis", no_wrap=True) for line in demo.news
-            )
+            news = (Text(screen.plain(line)) for line in demo.news)
             counts = Text(f"{demo.elapsed_s:.0f} s: {demo.tally.summary()}", style="bold")
             live.update(Group(_table(demo), counts, *news), refresh=True)
             await asyncio.sleep(FRAME_S)

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -97,6 +97,8 @@ def new(
 
 def listed(file: File = None, config: ConfigFile = None, as_json: AsJson = False) -> int:
     """The keys of the keys file: name, role, models, expiry; never the keys."""
+    from balancer.cli.screen import table
+
     place = _place(file, config)
     blocks = _named(_read(place.path), place.path).values()
     rows = [_row(block) for block in blocks]
@@ -107,10 +109,7 @@ def listed(file: File = None, config: ConfigFile = None, as_json: AsJson = False
     for row in rows:
         end = (row["expires"] or "never") + (" (expired)" if row["expired"] else "")
         told.append((row["name"], row["role"], ",".join(row["models"]), end))
-    widths = [max(map(len, column)) for column in zip(*told, strict=True)]
-    for cells in told:
-        pairs = zip(cells, widths, strict=True)
-        print("  ".join(f"{cell:{width}}" for cell, width in pairs).rstrip())
+    print(*table(told, indent=""), sep="\n")
     return ExitCode.OK
 
 
@@ -149,8 +148,10 @@ def hashed(as_json: AsJson = False) -> int:
     """Read a key from stdin and print its hash, as `auth.keys` and the keys file take it."""
     from balancer.config.keys import digest, weakness
 
-    tty = sys.stdin.isatty()
-    text = (getpass.getpass("Key: ") if tty else sys.stdin.readline()).strip()
+    text = ""
+    with suppress(EOFError, UnicodeDecodeError):  # Ctrl+D; bytes that are no text are no key
+        tty = sys.stdin.isatty()
+        text = (getpass.getpass("Key: ") if tty else sys.stdin.readline()).strip()
     if not text:
         raise CommandError("No key on stdin: one line is read.", code=ExitCode.USAGE)
     try:

@@ -310,6 +310,7 @@ with warnings.catch_warnings():
         copy: RightBlock = RightBlock()  # type: ignore[assignment]
         delete: RightBlock = RightBlock()
         parallel: kinds.Count = 3
+        auto_pull: kinds.Flag = False
 
 
 class LoggingBlock(Block):

@@ -50,6 +50,7 @@ def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settin
             copy=freeze(settings.Right, file.manage.copy),
             delete=freeze(settings.Right, file.manage.delete),
             parallel=file.manage.parallel,
+            auto_pull=file.manage.auto_pull,
         ),
         timeouts=timeouts,
         streaming=freeze(settings.Streaming, file.streaming),

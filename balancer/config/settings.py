@@ -272,6 +272,7 @@ class Manage:
     copy: Right
     delete: Right
     parallel: int
+    auto_pull: bool
 
 
 @dataclass(frozen=True, slots=True)

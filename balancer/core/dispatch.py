@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from balancer.core.admission import Admission
-from balancer.core.domain import Attempt, Call, Candidate, PlacementKey, Residency, Route
+from balancer.core.domain import Attempt, Call, Candidate, Residency
 from balancer.core.errors import (
     AttemptsExhausted,
     BalancerError,
@@ -255,15 +255,17 @@ class Dispatcher:
         Which of the *calls*, equal but for their model, is to be made.
 
         The first that can be served now; else the first whose model is known, and which waiting
-        may help; else the first. Calls that do not *exist* leave no trace.
+        may help; else the first that is known; else the first. Calls that do not *exist*, and
+        those behind one that can be served, leave no trace.
         """
-
-        def rank(at: int) -> tuple[int, int]:
-            kind = self._pool.prospect(calls[at], frozenset(), exists=exists).kind
-            may_come = kind is ProspectKind.AWAY and self._pool.catalog.knows(calls[at].key.model)
-            return 0 if kind is ProspectKind.OPEN else 1 if may_come else 2, at
-
-        return min(range(len(calls)), key=rank)
+        ranks = []
+        for at, call in enumerate(calls):
+            prospect = self._pool.prospect(call, frozenset(), exists=exists)
+            if prospect.kind is ProspectKind.OPEN:
+                return at
+            known = prospect.kind is ProspectKind.AWAY and self._pool.catalog.knows(call.key.model)
+            ranks.append((not known, known and math.isinf(prospect.retry_in_s), at))
+        return min(ranks)[-1]
 
     def is_served_elsewhere(self, call: Call, excluded: frozenset[str]) -> bool:
         """Whether a backend that is not *excluded* could serve *call* now."""
@@ -419,10 +421,10 @@ class Dispatcher:
 
     def _review(self) -> None:
         """Something in the pool changed: refuse those whom waiting cannot help any more."""
-        prospects: dict[tuple[PlacementKey, str, Route, frozenset[str]], Prospect] = {}
+        prospects: dict[tuple[object, ...], Prospect] = {}
         for ticket in list(self._owners):
             call = ticket.call
-            alike = (call.key, call.model, call.route, ticket.excluded)
+            alike = (call.key, call.model, call.route, ticket.excluded, call.principal.models)
             if alike not in prospects:
                 prospects[alike] = self._pool.prospect(call, ticket.excluded)
             prospect = prospects[alike]

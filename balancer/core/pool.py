@@ -433,7 +433,8 @@ class Pool:
         self._emit(MemberLeft(self.now(), member.name))
         left = Judgement(Verdict.SLOW, blameless=True, text="has left the pool")
         for lease in list(member.leases):
-            if self.prospect(lease.call, frozenset()).kind is ProspectKind.OPEN:
+            call = lease.call
+            if call.replayable and self.prospect(call, frozenset()).kind is ProspectKind.OPEN:
                 lease.revoke(left)
 
     def _touch(self) -> None:
@@ -740,6 +741,8 @@ class Pool:
 
     def _may_have(self, member: Member, model: str) -> bool:
         """Whether it never told what it lists, and might be used for *model* if it has it."""
+        if member.backend.provider:  # what it has goes there, whatever it lists
+            return False
         is_closed = not member.backend.enabled or member.switch is Switch.DISABLED
         unread = not is_closed and not self.catalog.was_read(member.name)
         if unread and not member.health.up and self.now() - member.joined_at > ANSWERS_IN_S:
@@ -867,17 +870,18 @@ class Pool:
         """
         What follows for a backend that only passed a call on.
 
-        That it could not be reached is its own fault. Everything else, in whatever words, may be
-        the provider's, the account's or the way's: no GPU here had a part in it.
+        Whatever goes wrong, in whatever words, may be the provider's, the account's or the way's:
+        no GPU here had a part in it.
         """
         verdict = outcome.verdict
+        mark, _ = marks(verdict, Facts(remote=True, unreached=outcome.unreached))
         if verdict is Verdict.NO_ROUTE and feature:
             self.catalog.note_no_route(member.name, feature)
         if member.backend.provider and verdict is Verdict.OK:
             member.trouble = ""
         if member.backend.provider and outcome.status in (401, 403):
             member.trouble = f"refuses us: {outcome.text}"
-        permit.settle(Mark.BLAME if outcome.unreached else Mark.NEITHER, 1, outcome.text)
+        permit.settle(mark, 1, outcome.text)
 
     def _conclude(
         self,
@@ -1141,7 +1145,7 @@ class Pool:
         judgement = Judgement(Verdict.SLOW, text=text)
         for lease in list(member.leases):
             key = lease.call.key
-            if not suspect.others_move or key.model == suspect.model:
+            if not lease.remote and (not suspect.others_move or key.model == suspect.model):
                 member.asked[key.model] = key  # what a trial may ask for
                 lease.others_move = suspect.others_move
                 lease.revoke(judgement)

@@ -117,8 +117,8 @@ TABLE: Final[Mapping[Verdict, Row]] = {
         NEITHER,
         NEITHER,
         Before.RELAY,
-        "whatever becomes of such a call, no breaker hears of it, unless the backend itself could "
-        "not be reached",
+        "whatever goes wrong with such a call, no breaker hears of it, unless the backend itself "
+        "could not be reached: backend: blame",
     ),
     Verdict.MISCONFIGURED: Row(
         "401 or 403 on a local model, or any redirect",
@@ -185,11 +185,16 @@ class Facts:
     blank_model: bool = False  # the empty error chunk of /v1 came before the end
     blameless: bool = False  # a canary was answered while this call was not
     repeated_crash: bool = False  # an earlier attempt of this call crashed a runner already
+    remote: bool = False  # the backend only passed the call on
+    unreached: bool = False  # not even a connection came about
 
 
 def marks(verdict: Verdict, facts: Facts) -> tuple[Mark, Mark]:
     """The marks for (backend, model). A call that crashes runners in turn blames only the first."""
     row = TABLE[verdict]
+    if facts.remote:
+        answered = row.host if verdict is Verdict.OK else NEITHER
+        return (BLAME if facts.unreached else answered), NEITHER
     if facts.blameless:
         return NEITHER, NEITHER
     if facts.repeated_crash and verdict in (Verdict.UNFIT, Verdict.FAULT, Verdict.BROKEN):

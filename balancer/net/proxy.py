@@ -146,6 +146,7 @@ class _Course:
     answer: Answer | None = None
     seq: int | None = None
     unsent: bool = False  # of the last attempt, nothing had gone out
+    fetched: bool = False  # the model was pulled for this call
 
     def add(self, tried: Tried, answer: Answer | None, *, unsent: bool = False) -> None:
         self.tried += (tried,)
@@ -178,6 +179,8 @@ class Proxy:
 
     Attributes:
         stopping: From now on a backend's connection that ends was ended by us.
+        fetch: Begins to pull what a call needs and nobody has; the future tells why it failed,
+            empty if it did not. None: it may not be.
     """
 
     def __init__(
@@ -201,6 +204,7 @@ class Proxy:
         self._stamp = stamp
         self._replay_bytes = 0
         self.stopping = False
+        self.fetch: Callable[[Exchange, Call], asyncio.Future[str] | None] = lambda *_: None
 
     async def handle(self, exchange: Exchange) -> web.StreamResponse:
         """Answer one inference call."""
@@ -334,6 +338,8 @@ class Proxy:
             except BalancerError as error:
                 if isinstance(error, _LOST) and self._falls(exchange, course):
                     continue
+                if isinstance(error, UnknownModel) and await self._fetched(exchange, course):
+                    continue
                 if isinstance(error, Unavailable) and course.answer is not None:
                     return await self._give_up(exchange, course)
                 raise
@@ -342,6 +348,26 @@ class Proxy:
                 return response
             if not self._goes_on(exchange, course):
                 return await self._give_up(exchange, course)
+
+    async def _fetched(self, exchange: Exchange, course: _Course) -> bool:
+        """
+        Whether the model that nobody had is there now, pulled because the settings say so.
+
+        Raises:
+            UnknownModel: It was tried in vain.
+        """
+        fetching = None if course.fetched else self.fetch(exchange, course.call)
+        if fetching is None:
+            return False
+        course.fetched = True
+        try:
+            failure = await course.reply.until(fetching)
+        finally:
+            fetching.cancel()
+        if failure:
+            told = f"model '{course.call.model}' not found, and it could not be pulled: {failure}"
+            raise UnknownModel(told)
+        return True
 
     async def _acquire(self, exchange: Exchange, course: _Course) -> Lease:
         """Wait for a lease; a grant that comes as the client leaves is given back."""

@@ -41,6 +41,8 @@ CHAT: Final = "demo/haiku"
 EMBED: Final = "demo/embed"
 FLAKY: Final = "flaky"
 PATIENCE_S: Final = 20.0
+LAST_CALLS_S: Final = 1.0  # for calls that run when the demo's time is over; then they are cut
+REASONS: Final = 5  # told at the end
 
 _PROMPTS: Final = (
     "Write a haiku about the sea.",
@@ -68,23 +70,25 @@ class Tally:
     has_died: bool = False
     is_back: bool = False
     has_served_again: bool = False
-    reasons: list[str] = field(default_factory=list)
+    reasons: deque[str] = field(default_factory=lambda: deque(maxlen=REASONS))
     done: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
         """One line."""
         return (
             f"{self.calls} calls, {self.failed} failed, {self.failovers} failovers, "
-            f"breakers opened {self.opened} times and closed {self.closed} times"
+            f"breakers opened {_times(self.opened)} and closed {_times(self.closed)}"
         )
 
     def complaints(self, *, full: bool) -> list[str]:
         """What went wrong; *full*: it ran long enough for a host to die and to come back."""
         found = [f"a call failed: {reason}" for reason in self.reasons]
+        if self.failed > len(self.reasons):
+            found.append(f"and {self.failed - len(self.reasons)} more calls failed")
         if not self.calls:
             found.append("no call was made")
         if self.mishaps:
-            found.append(f"{self.mishaps} mishaps in the balancer")
+            found.append(f"mishaps in the balancer: {self.mishaps}")
         if full and not self.has_died:
             found.append(f"{FLAKY} never died")
         if full and self.has_died and not self.has_served_again:
@@ -151,18 +155,20 @@ class Demo:
         return asyncio.get_running_loop().time() - self._began_at
 
     def stop(self) -> None:
-        """Let running calls end and begin no more."""
+        """Begin no more calls, and let those that run end soon."""
         self._leaving.set()
 
     async def run(self, seconds: float | None = None) -> None:
-        """Make calls for so long, or until `stop`."""
+        """Make calls for so long, or until `stop`; who is then left waiting hangs up."""
         async with asyncio.TaskGroup() as group:
-            for caller in self._callers():
-                group.create_task(caller)
+            callers = [group.create_task(caller) for caller in self._callers()]
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._leaving.wait()
             self._leaving.set()
+            await asyncio.wait(callers, timeout=LAST_CALLS_S)
+            for caller in callers:
+                caller.cancel()
 
     # -- traffic -------------------------------------------------------------------------------
 
@@ -251,6 +257,8 @@ class Demo:
                 self._say(f"checks: {backend} is {'up' if up else 'down'} ({reason})")
             case LoadStarted(backend=backend, model=model):
                 self._say(f"{backend} loads {model}")
+            case LoadEnded(ok=False) if self._leaving.is_set():
+                pass  # stopped by us
             case LoadEnded(backend=backend, model=model, ok=ok, load_s=load_s, text=text):
                 ended = (
                     f"has loaded {model} in {load_s:.1f} s"
@@ -274,6 +282,10 @@ class Demo:
             case _:
                 told = "lets a trial through"
         self._say(f"the breaker of {event.backend} {told}")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 async def _is_whole(ends: AsyncIterator[bool | None]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from balancer import __version__
 from balancer.cli.exits import MEANING, ExitCode
 
-from .conftest import Command
+from .conftest import Command, Spawn
 
 COMMANDS = (
     *("serve", "demo", "sim", "status", "version", "reload", "check", "config"),
@@ -85,6 +86,29 @@ def test_wrong_usage_is_one_line_and_code_2(
     assert told.stdout == ""
     for word in words:
         assert word in told.stderr
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+async def test_a_reader_that_has_seen_enough_is_not_complained_to(
+    spawn: Spawn, buffered: str
+) -> None:
+    """`config show | head -1`: no traceback, neither at once nor when the rest is flushed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {"PYTHONUNBUFFERED": buffered}
+    process = await spawn("config", "show", stdout=writer, env=env)
+    os.close(writer)
+    code, _, err = await process.ended()
+    assert (code, err) == (ExitCode.FAILURE, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+async def test_a_full_disk_is_told_in_a_line(spawn: Spawn) -> None:
+    """And it is a failure: what was to be written is not there."""
+    with Path("/dev/full").open("wb") as full:
+        process = await spawn("config", "show", stdout=full)
+        code, _, err = await process.ended()
+    assert (code, err) == (1, "Cannot write the output: No space left on device\n")
 
 
 def test_light_commands_do_not_import_heavy_libraries(place: Path) -> None:

@@ -89,6 +89,40 @@ def test_a_key_file_that_cannot_be_read_is_told(
         client.find("http://127.0.0.1:1", None)
 
 
+@pytest.mark.parametrize("key", ["two\nlines", "with space", "schlüssel", "€uro"])
+def test_a_key_that_cannot_be_sent_is_refused_unseen(
+    place: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Whatever is wrong with it, most of it may be a key."""
+    monkeypatch.setenv("BALANCER_API_KEY", key)
+    with pytest.raises(CommandError, match="printable ASCII") as caught:
+        client.find("http://127.0.0.1:1", None)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", ["http://", "http://[::1", "foo:bar", "http://a b", "http://h/ä", "http://h/\x01"]
+)
+def test_what_is_no_address(place: Path, given: str) -> None:
+    """Wrong usage, in a line."""
+    with pytest.raises(CommandError, match="is no address of a balancer") as caught:
+        client.find(given, None)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_a_password_in_an_address_is_not_repeated(place: Path) -> None:
+    """The message says where a key goes instead."""
+    with pytest.raises(CommandError, match="BALANCER_API_KEY") as caught:
+        client.find("http://me:geheim@gpu1:11435", None)
+    assert caught.value.code == ExitCode.USAGE
+    assert "geheim" not in str(caught.value)
+
+
+def test_a_name_that_can_be_nobodys() -> None:
+    """Nobody answers there."""
+    assert refused(client.Admin("http://..:1")).code == ExitCode.NO_ADMIN
+
+
 def test_nobody_there() -> None:
     """Exit code 6, and what to do."""
     error = refused(client.Admin(f"http://127.0.0.1:{unused_port()}"))

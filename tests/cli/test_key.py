@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from balancer.cli import app
-from balancer.cli.exits import ExitCode
+from balancer.cli import app, key
+from balancer.cli.exits import CommandError, ExitCode
 from balancer.config import Key, load
 from tests.cli.stub import serving
 
@@ -219,6 +219,19 @@ def test_a_key_is_shown_even_if_nobody_takes_it_over(command: Command, file: Pat
     assert told.exit_code == ExitCode.NO_ADMIN
     assert told.stdout.startswith("olb-")
     assert "webui" in keys_of(file)
+
+
+def test_no_key_typed_is_no_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl+D at the question ends in a line, as an empty stdin does."""
+
+    def gone(_: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("getpass.getpass", gone)
+    with pytest.raises(CommandError, match="No key on stdin") as caught:
+        key.hashed()
+    assert caught.value.code == ExitCode.USAGE
 
 
 def test_a_key_of_ones_own_can_be_hashed(place: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from balancer.core import errors
 from balancer.core.admission import QueueLimits
 from balancer.core.dispatch import MAX_PASSES, LoadFailed
-from balancer.core.domain import Call, Mark, Residency, Switch, Verdict
+from balancer.core.domain import Call, Mark, Principal, Residency, Role, Switch, Verdict
 from balancer.core.errors import BalancerError, Draining
 from balancer.core.events import AttemptEnded, CallQueued, LeaseGranted
 from balancer.core.pool import Lease
@@ -1004,6 +1004,42 @@ def test_to_ask_which_leaves_no_trace_unless_there_is_a_call(bench: Bench) -> No
     assert bench["a"].asked == {}
     choice(bench, "m:1")
     assert canon("m:1") in bench["a"].asked
+
+
+def test_who_is_behind_the_chosen_is_not_asked_for(bench: Bench) -> None:
+    """A trial must load nothing for an alias's second model while the first one serves."""
+    bench["b"].gate.trip("3 in a row")
+    bench.lists("a", "m:1")
+    assert choice(bench, "m:1", "n:1") == "m:1"
+    assert list(bench["b"].asked) == [canon("m:1")]
+    assert choice(bench, "n:1", "m:1") == "m:1"
+    assert canon("n:1") in bench["b"].asked, "that one is wanted, and only missing for now"
+
+
+def test_who_comes_back_by_itself_is_chosen_before_who_does_not(bench: Bench) -> None:
+    """Nobody knows when the operator's drain ends."""
+    bench.lists("a", "m:1")
+    bench.lists("b", "n:1")
+    bench.pool.turn("a", Switch.DRAINING)
+    assert choice(bench, "m:1", "x:1") == "m:1"
+    bench.check("b", ok=False, count=3)
+    assert choice(bench, "m:1", "n:1") == "n:1"
+    assert choice(bench, "x:1", "m:1") == "m:1", "known all the same: 503, not 404"
+
+
+def test_a_hint_names_only_what_the_caller_may_hear_of(bench: Bench) -> None:
+    """Also when two wait for one model, and it goes away."""
+    bench.lists("a", "m:1", "mine:1", "mine:12")
+    bench.lists("b", "m:1")
+    fill(bench)
+    first = bench.submit("mine:1")
+    few = Principal("k", Role.USER, ("m:1", "mine:1"))
+    second = bench.submit("mine:1", principal=few)
+    assert first.waits
+    assert second.waits
+    bench.lists("a", "m:1", "mine:12")
+    assert "mine:12" in first.error.text
+    assert "mine:12" not in second.error.text
 
 
 def test_a_call_that_leaves_its_weights_is_marked(bench: Bench) -> None:

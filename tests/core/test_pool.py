@@ -1534,3 +1534,45 @@ def test_the_provider_takes_over_nothing_of_ours(bench: PoolBench) -> None:
     bench.up("b", "m:1")
     assert bench.pool._has_other("a", None)
     assert bench["p"].health.due_in() > 40.0
+
+
+def test_who_is_answered_in_between_does_not_fail_in_a_row(cloudy: PoolBench) -> None:
+    """A host that only passes calls on has no other calls that could speak for it."""
+    for _ in range(5):
+        settle(cloudy, granted(cloudy, "b", FAR), V.FAULT, unreached=True)
+        settle(cloudy, granted(cloudy, "b", FAR), V.OK)
+    assert cloudy["b"].gate.state is CLOSED
+
+
+def test_a_stuck_gpu_takes_no_cloud_call_with_it(cloudy: PoolBench) -> None:
+    """Such a call cannot be repeated, and its silence is somebody else's."""
+    revoked: list[str] = []
+    near, far = granted(cloudy, "b"), granted(cloudy, "b", FAR)
+    near.on_revoke = lambda _: revoked.append("near")
+    far.on_revoke = lambda _: revoked.append("far")
+    cloudy.clock.advance(60.0)
+    (suspect,) = cloudy.pool.suspects()
+    cloudy.pool.convict(suspect, "stuck")
+    assert revoked == ["near"]
+    assert list(cloudy["b"].asked) == [canon("m:1")], "a trial must not ask for a cloud model"
+    settle(cloudy, near)
+    settle(cloudy, far)
+
+
+def test_a_call_that_cannot_be_repeated_stays_where_it_is(bench: PoolBench) -> None:
+    """A backend that leaves the configuration is not dead."""
+    revoked: list[str] = []
+    lease = bench.lease("a", replayable=False)
+    assert lease is not None
+    lease.on_revoke = lambda _: revoked.append("a")
+    bench.shape("b")
+    assert revoked == []
+    settle(bench, lease)
+
+
+def test_a_provider_that_keeps_its_list_to_itself_hides_no_model_of_ours(bench: PoolBench) -> None:
+    """It has none: that its list is not read makes no 503 of a model that nobody has."""
+    bench.shape("a", "b", backend("p", cloud=True, provider=True))
+    bench.check("p")
+    bench.pool.note_failed("p")
+    assert prospect(bench, "zzz").kind is ProspectKind.UNKNOWN

@@ -341,6 +341,58 @@ async def test_who_hangs_up_may_begin_again_at_once() -> None:
         assert asyncio.get_running_loop().time() - began < 0.9
 
 
+# -- pulled for a call --------------------------------------------------------------------------
+
+AUTO = {"manage.auto_pull": True}
+ASKS = {"model": "big", "prompt": "hi"}
+
+
+@virtual
+async def test_a_call_may_pull_what_nobody_has() -> None:
+    """It waits for the download, with signs of life, and is answered."""
+    async with shelf(2, config={**AUTO, "streaming.heartbeat_after": "0.5s"}) as (rig, _):
+        reply = await rig.ask("POST", "/api/generate", ASKS)
+        assert (reply.status, lines(reply)[-1]["done"]) == (200, True)
+        assert lines(reply)[0]["response"] == ""
+        assert having(rig, "big") == ["a", "b"]
+
+
+@virtual
+async def test_a_pull_for_a_call_that_fails_is_a_404_with_the_reason() -> None:
+    """Once, not again and again."""
+    async with shelf(2, config=AUTO) as (rig, _):
+        reply = await rig.ask("POST", "/api/generate", {**ASKS, "model": "nonsense"})
+        assert reply.status == 404
+        assert "pull model manifest: file does not exist" in json.loads(reply.body)["error"]
+        assert requests(rig, "/api/pull") == {"a": 1, "b": 1}
+
+
+@virtual
+async def test_calls_pull_only_where_it_is_wanted_and_allowed() -> None:
+    """Off by default; and it takes the right to pull."""
+    async with shelf(1) as (rig, _):
+        assert (await rig.ask("POST", "/api/generate", ASKS)).status == 404
+    async with shelf(1, config={**KEYS, **AUTO}) as (rig, _):
+        assert (await rig.ask("POST", "/api/generate", ASKS, **USER)).status == 404
+        assert (await rig.ask("POST", "/api/generate", ASKS, **ADMIN)).status == 200
+
+
+@virtual
+async def test_a_client_that_leaves_ends_the_pull_it_caused() -> None:
+    """Unless somebody else waits for it."""
+    async with shelf(1, config=AUTO) as (rig, _):
+        wire = await rig.connect()
+        body = json.dumps(ASKS).encode()
+        head = f"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        wire.writer.write(head.encode() + b"\r\n\r\n" + body)
+        await asyncio.sleep(0.5)
+        assert rig.fleet["a"].management.store.downloads
+        wire.close()
+        await asyncio.sleep(0.1)
+        assert not rig.fleet["a"].management.store.downloads
+        await rig.idle()
+
+
 # -- push, create, copy, delete -----------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aioresponses import aioresponses
+from aioresponses import CallbackResult, aioresponses
 from yarl import URL
 
 from balancer.config import load
@@ -28,6 +28,7 @@ from balancer.core.domain import (
 )
 from balancer.core.events import Event, LoadEnded, TrialEnded
 from balancer.core.pool import Pool, PoolSettings
+from balancer.core.watchdog import Suspect
 from balancer.net.prober import (
     CANARY_TOKENS,
     CANARY_TOKENS_MIDSTREAM,
@@ -255,6 +256,45 @@ async def test_a_load_does_not_hand_on_a_wish_to_unload(given: Any) -> None:
     assert _keep_alive(a_call(keep_alive=given)) is None
     for kept in (5, "5m", -1, "0.5h"):
         assert _keep_alive(a_call(keep_alive=kept)) == kept
+
+
+async def test_a_list_is_as_old_as_its_question(stage: Stage) -> None:
+    """What a call proves while a suspect is looked into is newer than the list that is read."""
+    stage.know("llama3.2")
+    stage.pool.observe("gpu0", CheckResult(True, 0.0, "0.33.0"))
+
+    def late(url: URL, **_: Any) -> CallbackResult:
+        stage.catalog.note_loaded("gpu0", PlacementKey(LLAMA))
+        return CallbackResult(payload={"models": []})
+
+    stage.answers.get(f"{AT}/api/ps", callback=late)
+    stage.answers.post(f"{AT}/api/generate", payload={"done": True})
+    await stage.prober._look_into(Suspect("gpu0", LLAMA, 30.0, others_move=False))
+    assert stage.catalog.resident("gpu0", LLAMA) == LLAMA
+
+
+async def test_a_load_that_was_asked_for_ends_with_its_backend(stage: Stage) -> None:
+    """A dead host must not hold its token for as long as a load may take."""
+    stage.know("llama3.2")
+    stage.pool.observe("gpu0", CheckResult(True, 0.0, "0.33.0"))
+    begun = asyncio.Event()
+
+    async def never(url: URL, **_: Any) -> CallbackResult:
+        begun.set()
+        await asyncio.Event().wait()
+        return CallbackResult()
+
+    stage.answers.post(f"{AT}/api/generate", callback=never)
+    warming = asyncio.create_task(stage.prober.warm("gpu0", LLAMA))
+    await begun.wait()
+    stage.prober.abandon("gpu0")
+    assert await asyncio.wait_for(warming, 60.0) == "was stopped"
+    assert stage.pool.members["gpu0"].loading is None
+    again = asyncio.create_task(stage.prober.warm("gpu0", LLAMA))
+    await asyncio.sleep(0)  # its task is there, and has not begun
+    stage.prober.abandon("gpu0")
+    assert await asyncio.wait_for(again, 60.0) == "was stopped"
+    assert stage.pool.members["gpu0"].loading is None
 
 
 # -- in time --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from balancer.sim.demo import FLAKY, FULL_S, Demo, Tally
+from balancer.sim.demo import FLAKY, FULL_S, LAST_CALLS_S, REASONS, Demo, Tally
 from balancer.sim.loop import run
 from tests.sim.wire import Reply, ask
 
@@ -65,6 +65,35 @@ def test_failed_calls_are_counted_and_complained_of() -> None:
     )
 
 
+def test_of_many_failed_calls_few_are_told() -> None:
+    """The rest is a number, whatever the demo went through."""
+    tally = change(failed=4000)
+    tally.reasons.extend(map(str, range(4000)))
+    assert len(tally.complaints(full=False)) == REASONS + 1
+    assert tally.complaints(full=False)[-1] == f"and {4000 - REASONS} more calls failed"
+
+
+def test_it_ends_when_it_is_told_to() -> None:
+    """Calls that take longer are given up, and do not count as failed."""
+
+    async def show() -> tuple[float, Tally]:
+        async with Demo(sock=bound()) as demo:
+            for host in demo._fleet:
+                host.faults.hang()
+            await demo.run(2.0)
+            return demo.elapsed_s, demo.tally
+
+    elapsed_s, tally = run(show())
+    assert elapsed_s < 2.0 + LAST_CALLS_S + 0.5
+    assert tally.calls > 0
+    assert tally.complaints(full=False) == []
+
+
+def test_the_summary_counts_as_people_do() -> None:
+    """Once is not 1 times."""
+    assert Tally(opened=1, closed=2).summary().endswith("opened once and closed 2 times")
+
+
 def test_every_answer_is_marked() -> None:
     """Good ones, refusals, streams and our own pages alike."""
 
@@ -101,7 +130,7 @@ def change(**fields: object) -> Tally:
         (change(has_died=False, has_served_again=False), False, None),
         (change(calls=0), False, "no call was made"),
         (change(reasons=["502"]), False, "a call failed: 502"),
-        (change(mishaps=1), False, "1 mishaps"),
+        (change(mishaps=1), False, "mishaps in the balancer: 1"),
         (change(has_died=False), True, "never died"),
         (change(has_served_again=False), True, "never came back"),
     ],
