@@ -45,6 +45,7 @@ TAKEN = {
     ("balancer.cli.inspect", "time.sleep"): "a person watches: `status --watch`",
     ("balancer.cli.key", "os.urandom"): "what makes a key",
     ("balancer.cli.key", "time.time"): "a person asks whether a key has expired",
+    ("balancer.cli.operate", "time.time"): "a person asks since when a configuration is in force",
     ("balancer.cli.serving", "time.time"): "timestamps of log lines",
     (
         "balancer.cli.serving",

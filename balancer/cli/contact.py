@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from balancer.app import targets
 from balancer.cli.exits import CommandError, ExitCode
-from balancer.config import Config
+from balancer.config import Config, join
 from balancer.core.verdicts import FailureKind
+from balancer.net.discovery import first_look
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target, UpstreamError
 
@@ -26,6 +27,13 @@ class Answer:
     models: int = 0
     told: str = ""
     hint: str = ""
+
+
+def joined(config: Config) -> Config:
+    """With the hosts that the balancer would find at its start, and what it would say of others."""
+    looked = asyncio.run(first_look(config))
+    found = join(config, looked.found)
+    return replace(found, warnings=(*found.warnings, *looked.notes))
 
 
 def ask_all(config: Config) -> list[Answer]:

@@ -141,7 +141,8 @@ def _ask(balancer: Admin, name: str, action: str) -> dict[str, Any]:
     from balancer.cli import client
     from balancer.cli.screen import plain
 
-    status, told = balancer.ask("POST", f"/_balancer/backends/{quote(name, safe='')}/{action}")
+    path = f"/_balancer/backends/{quote(name, safe='')}/{action}"
+    status, told = balancer.ask("POST", path, good="backend")
     if status == 404 and "backends" in told:
         text = plain(told["error"])
         raise CommandError(text[:1].upper() + text[1:], code=ExitCode.FAILURE)

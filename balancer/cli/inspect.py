@@ -88,7 +88,8 @@ def explain(
     query = [(key, str(value)) for key, value in asked if value is not None]
     query += [("exclude", name) for name in exclude or ()]
     balancer = client.find(admin, config)
-    status, doc = balancer.ask("GET", f"/_balancer/explain?{urlencode(query)}")
+    path = f"/_balancer/explain?{urlencode(query)}"
+    status, doc = balancer.ask("GET", path, good="explain_version")
     if status != 200:
         raise CommandError(client.refusal(balancer.url, status, doc), code=ExitCode.FAILURE)
     told = json.dumps(doc, indent=2, ensure_ascii=False) if as_json else None

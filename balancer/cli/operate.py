@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import time
+from collections.abc import Mapping
+from typing import Any, Final
 
 import typer
 
@@ -22,10 +24,10 @@ def reload(admin: AdminUrl = None, config: ConfigFile = None) -> int:
     from balancer.cli import client
 
     balancer = client.find(admin, config)
-    status, told = balancer.ask("POST", "/_balancer/reload")
+    status, told = balancer.ask("POST", "/_balancer/reload", good="reloaded")
     problems = told.get("problems")
     if status == 422 and isinstance(problems, list):
-        head = "Reload rejected, the previous configuration stays. Nothing was changed."
+        head = f"Reload rejected, {_previous(told)}. Nothing was changed."
         raise CommandError(head, *map(str, problems), code=ExitCode.CONFIG)
     if status != 200:
         raise CommandError(client.refusal(balancer.url, status, told), code=ExitCode.FAILURE)
@@ -34,3 +36,13 @@ def reload(admin: AdminUrl = None, config: ConfigFile = None) -> int:
     if restart:
         print(f"! Only a restart takes over: {', '.join(restart)}")
     return ExitCode.OK
+
+
+def _previous(told: Mapping[str, Any]) -> str:
+    """What is in force instead, and since when; an older balancer does not say."""
+    from balancer.cli.screen import moment
+
+    running, age_s = "still running the previous configuration", told.get("loaded_s_ago")
+    if not isinstance(age_s, int):
+        return running
+    return f"{running} (loaded {moment(time.time() - age_s)})"  # noqa: TID251 - a person asks now

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Final
+
+LATELY: Final = 5
+TROUBLES: Final = frozenset(
+    {
+        *("backend_down", "backend_suspected", "breaker_opened", "breaker_reopened"),
+        *("failover", "load_failed", "config_rejected", "switches_lost"),
+    }
+)
 
 Document = Mapping[str, Any]
 
@@ -43,6 +52,11 @@ def span(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def moment(at: float) -> str:
+    """Unix seconds as people on this machine tell the time."""
+    return f"{datetime.fromtimestamp(at, UTC).astimezone():%b %d %H:%M:%S}"
+
+
 # -- status ------------------------------------------------------------------------------------
 
 
@@ -61,7 +75,25 @@ def status(doc: Document) -> list[str]:
     lines += ["", *table([head, *map(_row, doc["backends"])])]
     notes = [f"! {note}" for backend in doc["backends"] for note in _notes(backend)]
     notes += [f"! {_conflict(model, held)}" for model, held in doc["conflicts"].items()]
-    return [*lines, *([""] if notes else []), *notes]
+    return [*lines, *([""] if notes else []), *notes, *_lately(doc)]
+
+
+def _lately(doc: Document) -> list[str]:
+    """The last troubles, newest first."""
+    rows = [row for row in doc.get("recent", ()) if row["event"] in TROUBLES][:LATELY]
+    head = ("LATELY", "BACKEND", "WHAT", "MODEL", "WHY")
+    return ["", *table([head, *map(_trouble, rows)])] if rows else []
+
+
+def _trouble(row: Document) -> tuple[str, ...]:
+    times = f" ({row['count']} times)" if row["count"] > 1 else ""
+    return (
+        moment(row["at"]),
+        plain(row["backend"]),
+        row["event"].replace("_", " "),
+        plain(row["model"]),
+        plain(row["text"]) + times,
+    )
 
 
 def _conflict(model: str, held: Mapping[str, Sequence[str]]) -> str:

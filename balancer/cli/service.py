@@ -248,8 +248,8 @@ def _write(plan: Plan, root: str) -> None:
 
 def _put(path: Path, file: Planned) -> str:
     """Write one file whole or not at all; what became of it."""
-    there = path.read_text(encoding="utf-8") if path.exists() else None
-    if there == file.text:
+    there = path.read_bytes() if path.exists() else None  # it need not be a text
+    if there == file.text.encode():
         return "unchanged"
     if there is not None and file.keep:
         return "kept"
@@ -282,11 +282,12 @@ def healthcheck(
         raise CommandError("Either --ready or --live.", code=ExitCode.USAGE)
     where = admin or _listening(os.environ)
     balancer = client.Admin(client.find(where, None).url)  # these pages need no key
-    status, told = balancer.ask("GET", f"/_balancer/{'ready' if ready else 'live'}")
+    what = "ready" if ready else "live"
+    status, told = balancer.ask("GET", f"/_balancer/{what}", good=what)
     if status != 200:
         reason = told.get("reason") or f"it answers {status}"
         raise CommandError(f"{balancer.url}: {reason}", code=ExitCode.FAILURE)
-    print("ready" if ready else "live")
+    print(what)
     return ExitCode.OK
 
 

@@ -114,7 +114,8 @@ def cannot_listen(address: Listen, error: OSError) -> str:
                 "systemctl start ollama-balancer.socket"
             )
         case errno.EADDRINUSE if address.path is not None:
-            return f"{head} a server is there already. Listen elsewhere: --listen unix:/PATH"
+            what = "server" if Path(address.path).is_socket() else "file"
+            return f"{head} a {what} is there already. Listen elsewhere: --listen unix:/PATH"
         case errno.EADDRINUSE:
             return f"{head} address in use — by {_taken(address)}"
         case errno.EACCES | errno.EPERM:

@@ -65,7 +65,9 @@ def check(
         return ExitCode.CONFIG
     except OSError as error:
         raise CommandError(source.unreadable(found, error), code=ExitCode.CONFIG) from None
-    answers = _contact(read) if contact else []
+    answers: list[Answer] | None = None
+    if contact:
+        read, answers = _contact(read)
     code = _verdict(read, answers, strict=strict)
     if as_json:
         _print_json(
@@ -74,7 +76,7 @@ def check(
                 "file": found.told,
                 "problems": [],
                 "warnings": list(read.warnings),
-                "backends": [asdict(answer) for answer in answers],
+                "backends": [asdict(answer) for answer in answers or ()],
             }
         )
     else:
@@ -82,21 +84,24 @@ def check(
     return code
 
 
-def _contact(config: Config) -> list[Answer]:
+def _contact(config: Config) -> tuple[Config, list[Answer]]:
+    """With the hosts that are found, and what all of them say."""
     from balancer.cli import contact
 
-    return contact.ask_all(config)
+    config = contact.joined(config)
+    return config, contact.ask_all(config)
 
 
-def _verdict(config: Config, answers: list[Answer], *, strict: bool) -> int:
-    if answers and not any(answer.ok for answer in answers):
+def _verdict(config: Config, answers: list[Answer] | None, *, strict: bool) -> int:
+    """*answers* None: nobody was asked."""
+    if answers is not None and not any(answer.ok for answer in answers):
         return ExitCode.NO_BACKEND
-    if strict and (config.warnings or not all(answer.ok for answer in answers)):
+    if strict and (config.warnings or not all(answer.ok for answer in answers or ())):
         return ExitCode.FAILURE
     return ExitCode.OK
 
 
-def _tell(found: Source, config: Config, answers: list[Answer]) -> None:
+def _tell(found: Source, config: Config, answers: list[Answer] | None) -> None:
     from balancer.cli.screen import plain, table
 
     count = len(config.backends)
@@ -105,7 +110,10 @@ def _tell(found: Source, config: Config, answers: list[Answer]) -> None:
     print(f"{found.told or 'no file, defaults'}: good, {backends}{looking}")
     for warning in config.warnings:
         print(f"! {warning}")
+    if answers is None:
+        return
     if not answers:
+        print("! There is no backend to ask.")
         return
     rows = [("BACKEND", "URL", "VERSION", "MODELS", "")]
     rows += [

@@ -25,7 +25,7 @@ def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settin
     listen = () if sources.was_refused("server", "listen") else file.server.listen
     backends = build_backends(file.backends, timeouts, listen, sources)
     keys = build_keys(file.auth, sources)
-    _check_access(file, sources)
+    _check_access(file, keys, sources)
     _check_admin(keys, file.auth.anonymous, sources)
     return settings.Config(
         server=freeze(settings.Server, file.server),
@@ -81,22 +81,30 @@ def _discovery(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> s
     return build_discovery(block, env, file.server.listen, sources.warn, wanted=not file.backends)
 
 
-def _check_access(file: blocks.File, sources: Sources) -> None:
+def _check_access(file: blocks.File, keys: Sequence[settings.Key], sources: Sources) -> None:
     """Refuse to open a listener that anyone on the network could use unnoticed."""
     auth = file.auth
-    if auth.keys or auth.keys_file or any(not net.is_loopback for net in auth.anonymous):
+    if auth.keys or any(not net.is_loopback for net in auth.anonymous):
         return
     if sources.was_refused("auth") or sources.was_refused("server", "listen"):
         return  # what was refused may have been the key
-    for listen in file.server.listen:
-        if not listen.is_local:
-            sources.complain_at(
-                ("server", "listen"),
-                f"Refusing to listen on {listen} without an API key: anyone on the network could "
-                "use your models. Set BALANCER_API_KEY, or open it to your network: "
-                "auth.anonymous: [192.168.1.0/24] — or accept the risk: "
-                "--insecure-no-auth (= auth.anonymous: always).",
+    away = [listen for listen in file.server.listen if not listen.is_local]
+    if auth.keys_file:
+        if away and not keys:
+            sources.warn(
+                "holds no key yet, so nobody may call from elsewhere. "
+                "Make one: ollama-balancer key new NAME",
+                ("auth", "keys_file"),
             )
+        return
+    for listen in away:
+        sources.complain_at(
+            ("server", "listen"),
+            f"Refusing to listen on {listen} without an API key: anyone on the network could "
+            "use your models. Set BALANCER_API_KEY, or open it to your network: "
+            "auth.anonymous: [192.168.1.0/24] — or accept the risk: "
+            "--insecure-no-auth (= auth.anonymous: always).",
+        )
 
 
 def _check_admin(

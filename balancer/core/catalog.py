@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from balancer.core import names
 from balancer.core.aliases import Aliases
+from balancer.core.dialect import compact
 from balancer.core.domain import PlacementKey, Residency
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _VERSION: Final = re.compile(
     r"\s*v?(\d{1,9})(?:\.(\d{1,9}))?(?:\.(\d{1,9}))?(?:\.\d+)*(?:[-+].*)?\s*", re.ASCII
 )
-_ESCAPED: Final = re.compile(r"[<>&\u2028\u2029\ud800-\udfff]")
 
 # What Go's clients decode these fields into; absent or null is fine.
 _SHAPES: Final[dict[str, Any]] = {
@@ -75,22 +75,6 @@ _MOST_UNSUPPORTED: Final = 256  # routes remembered per backend; their paths are
 _FROM_SOURCE: Final = (0, 0, 0)  # what a build without a release number says of itself
 
 _Version = tuple[int, int, int]
-
-
-def go_json(value: Any) -> bytes:
-    """
-    JSON as Go's encoder writes it: compact, text as UTF-8, ``<>&`` and line separators escaped.
-
-    Raises:
-        ValueError, TypeError, RecursionError: The value has no JSON form.
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _ESCAPED.sub(_escape, text).encode()
-
-
-def _escape(match: re.Match[str]) -> str:
-    char = match[0]
-    return "\ufffd" if "\ud800" <= char <= "\udfff" else f"\\u{ord(char):04x}"
 
 
 def instant_ns(text: Any) -> int | None:
@@ -203,7 +187,7 @@ def _row(data: Any, time_field: str) -> _Row | None:
     texts = (data.get("name"), data.get("model"))
     try:
         name = names.parse(next(text for text in texts if isinstance(text, str) and text))
-        text = go_json(data)
+        text = compact(data, strict=True)
     except (StopIteration, ValueError, TypeError, RecursionError):
         return None
     digest = data.get("digest")
@@ -402,7 +386,7 @@ class _Listing:
 
     @cached_property
     def models_json(self) -> bytes:
-        return go_json(self.models) + b"\n"
+        return compact(self.models) + b"\n"
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -433,7 +417,7 @@ def _called(name: str, row: _Row) -> _Row:
     return replace(
         row,
         data=data,
-        text=go_json(data),
+        text=compact(data),
         canonical=parsed.canonical,
         display=name,
         owner=parsed.namespace,
@@ -757,7 +741,7 @@ class Catalog:
         entry = self._view().entries.get(canonical)
         held: dict[str, list[int]] = {}
         for backend, row in entry.holders if entry else ():
-            if row.digest and backend in among:
+            if row.digest and not row.cloud and backend in among:
                 held.setdefault(row.digest, []).append(row.at_ns)
         ranks = {digest: (len(times), max(times), digest) for digest, times in held.items()}
         return max(held, key=ranks.__getitem__, default=None)

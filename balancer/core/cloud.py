@@ -28,8 +28,21 @@ PATHS: Final[Mapping[str, str]] = {
     "/api/experimental/web_fetch": "/api/web_fetch",
 }
 _HEX = re.compile(r"[0-9a-f]{1,64}")
-# Who of our network asks is not ollama.com's business.
-PRIVATE: Final = frozenset({"x-forwarded-for"})
+# Of a caller's headers only these are ollama.com's business: web servers on the way here add names,
+# addresses and tokens of our network, under ever new names.
+PASSED: Final = frozenset(
+    {
+        "accept",
+        "accept-encoding",
+        "content-type",
+        "traceparent",
+        "tracestate",
+        "user-agent",
+        "via",
+        "x-request-id",
+    }
+)
+_FAMILIES: Final = ("anthropic-", "openai-", "x-stainless-")
 
 
 def at_provider(call: Call) -> Call:
@@ -38,8 +51,12 @@ def at_provider(call: Call) -> Call:
     return replace(
         call,
         body=body.renamed(call.route, call.body, kind, there(call.key.model)),
-        headers=tuple(pair for pair in call.headers if pair[0].lower() not in PRIVATE),
+        headers=tuple(pair for pair in call.headers if _is_passed(pair[0].lower())),
     )
+
+
+def _is_passed(name: str) -> bool:
+    return name in PASSED or name.startswith(_FAMILIES)
 
 
 def there(model: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 
 from balancer.core.domain import Call, Dialect, Framing
@@ -30,6 +31,7 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_ESCAPED = re.compile(r"[<>&\u2028\u2029\ud800-\udfff]")
 _COMMENT = b": heartbeat\n\n"
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _EMPTY: dict[str, dict[str, object]] = {
@@ -51,13 +53,23 @@ class Rendered:
     body: bytes
 
 
-def compact(value: object) -> bytes:
-    """JSON as Ollama prints it: no spaces; ``<``, ``>``, ``&`` and the line separators escaped."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":
-        if sign in text:
-            text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text.encode("utf-8", "replace")
+def compact(value: object, *, strict: bool = False) -> bytes:
+    """
+    JSON as Go's encoder writes it: no spaces, UTF-8, ``<>&`` and line separators escaped.
+
+    Args:
+        strict: An infinite number, or none, has no JSON form; else it passes as Python writes it.
+
+    Raises:
+        ValueError, TypeError, RecursionError: The value has no JSON form.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=not strict, separators=(",", ":"))
+    return _ESCAPED.sub(_escape, text).encode()
+
+
+def _escape(match: re.Match[str]) -> str:
+    char = match[0]
+    return "\ufffd" if "\ud800" <= char <= "\udfff" else f"\\u{ord(char):04x}"
 
 
 def _told(error: BalancerError, request_id: str) -> str:

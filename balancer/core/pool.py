@@ -24,6 +24,7 @@ from balancer.core.breaker import Gate, Permit, Rule
 from balancer.core.catalog import Catalog
 from balancer.core.domain import (
     ALL,
+    OTHER,
     Backend,
     BreakerState,
     Call,
@@ -562,6 +563,8 @@ class Pool:
             self.serves(member, model)
             and self.allows(member.backend, model)
             and self.catalog.supports(member.name, call.route.feature)
+            # A path that nobody knows could do anything there with the operator's own key.
+            and not (member.backend.provider and call.route.operation == OTHER)
         )
 
     @staticmethod

@@ -177,15 +177,12 @@ class Manage:
         What the task brings is why it failed; empty: the model is there. Cancelled, it leaves the
         download to others who wait for it, and ends it if there are none.
         """
+        model = call.key.model
         may = self.reach.settings.auto_pull and self.reach.may("pull", exchange)
-        if (
-            not may
-            or verdicts.is_cloud(call.key.model)
-            or self._catalog.aliases.find(call.key.model)
-        ):
+        if not may or verdicts.is_cloud(model) or self._catalog.aliases.find(model):
             return None
         order = read("pull", compact({"model": call.model}))
-        scope = self.reach.scope("pull", model)
+        scope = self.reach.scope("pull", call.key.model)
         if not scope.groups:
             return None
         spread = self._join(exchange, routes.find("POST", "/api/pull"), order, scope)

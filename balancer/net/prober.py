@@ -405,15 +405,17 @@ class Prober:
     async def _look_into(self, suspect: Suspect) -> None:
         """Is a load under way, is it slow, or is it stuck?"""
         silent = f"silent for {suspect.silent_s:.0f} s"
+        asked_at = self._clock()
         rows = await self._rows(suspect.backend, "/api/ps", self.settings.timeout_s)
         if rows is None:
             check = await self.check(suspect.backend)
             if not check.ok:
                 self._pool.convict(suspect, f"{silent}, {check.error}")
                 return
+            asked_at = self._clock()
             rows = await self._rows(suspect.backend, "/api/ps")  # alive; it may be busy loading
         if rows is not None:
-            self._pool.note_ps(suspect.backend, rows, self._clock())
+            self._pool.note_ps(suspect.backend, rows, asked_at)
             if self._catalog.resident(suspect.backend, suspect.model) is None:
                 # It is being loaded, which the load budget bounds.
                 self._pool.acquit(suspect, answered=False)
@@ -498,8 +500,10 @@ class Prober:
         return str(loading.result()) if not loading.cancelled() else "was stopped"
 
     async def _warm(self, name: str, key: PlacementKey) -> str:
-        judgement, _ = await self._run_load(name, key, None, embed=False)
-        self._kick()
+        try:
+            judgement, _ = await self._run_load(name, key, None, embed=False)
+        finally:
+            self._kick()
         return "" if judgement.verdict is Verdict.OK else judgement.text or judgement.verdict.value
 
     async def _run_load(
@@ -512,7 +516,9 @@ class Prober:
         repeats: bool = False,
     ) -> tuple[Judgement, Answer | None]:
         """An empty call, which loads; the token comes back whatever happens."""
-        began = self._clock()
+        began, task = self._clock(), asyncio.current_task()
+        if task is not None:
+            self._loads[backend] = task
         judgement, answer = Judgement(Verdict.STOPPED, text="was stopped"), None
         options = dict(key.options)
         shift = options.pop("shift", None)
@@ -533,6 +539,8 @@ class Prober:
             limit_s = None if target is None else target.load_s
             judgement, answer = await self._judged(backend, path, body, limit_s)
         finally:
+            if self._loads.get(backend) is task:
+                del self._loads[backend]
             outcome = self._outcome(judgement, began, answer)
             outcome = replace(outcome, repeated_crash=judgement.crash and repeats)
             self._pool.end_load(backend, key, outcome)

@@ -1,15 +1,14 @@
 """
-Inference: identify, queue, send, judge, fail over, relay.
+Inference: identify, queue, send, judge, fail over.
 
 Laws:
 - The line is *commit*: the first non-error record passed on to the client. Before it a failure is
   answered by another backend; after it never, and never in silence.
-- Bytes pass verbatim. Whole records are written as they come; an unfinished one is held, so that
-  an error record of ours never follows half a record of the backend's.
 - A lease is settled in the frame that got it, whatever happens, cancellation included.
 - Leaving is nobody's fault: a client that hangs up costs a backend nothing but the call.
 
-How the client is told, and kept from thinking us dead, is the matter of `reply`.
+What follows commit is the matter of `relay`; how the client is told, and kept from thinking us
+dead, that of `reply`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -30,7 +30,6 @@ from balancer.core.domain import (
     OTHER,
     Call,
     Dialect,
-    Framing,
     Outcome,
     PlacementKey,
     Purpose,
@@ -46,7 +45,6 @@ from balancer.core.errors import (
     AttemptsExhausted,
     BadRequest,
     BalancerError,
-    CutStream,
     DeadlineExceeded,
     Draining,
     Forbidden,
@@ -54,12 +52,13 @@ from balancer.core.errors import (
     Unavailable,
     UnknownModel,
 )
-from balancer.core.framing import Ending, Splitter, json_terminal, splitter
+from balancer.core.framing import json_terminal
 from balancer.core.pool import Lease, discreet
 from balancer.core.retry import Budget, again, excluded, repeats_crash
 from balancer.core.routes import EMBEDDING, FREE_FORM
-from balancer.core.verdicts import Failure, Judgement
+from balancer.core.verdicts import Judgement
 from balancer.net.attempt import Attempt
+from balancer.net.relay import STOPPING, Relay
 from balancer.net.reply import Reply
 from balancer.net.server import Exchange, read_body
 from balancer.net.upstream import Upstream
@@ -93,7 +92,12 @@ WITHHELD: Final = frozenset(
         "api-key",
         "x-goog-api-key",
         "x-auth-token",
-        "referer",  # may hold a key in its path
+        # The address as it was asked for may hold a key in its path.
+        "referer",
+        "x-original-uri",
+        "x-original-url",
+        "x-rewrite-url",
+        "x-envoy-original-path",
         "forwarded",
         "x-forwarded-for",
         "x-forwarded-host",
@@ -420,7 +424,10 @@ class Proxy:
                 exchange.upstream_s = attempt.head_at - attempt.sent_at
             if attempt.begun:
                 course.reply.check(attempt.framing)
-                return await self._relay(exchange, course, lease, attempt)
+                exchange.phase = "streaming"
+                exchange.first_byte_s = self._clock() - exchange.started_at
+                relay = self._relay(exchange, course, lease, attempt)
+                return await relay.run(self._headers(exchange, attempt.headers))
             judgement, answer, usage = self._judge(call, attempt, remote=lease.remote)
             outcome = self._outcome(course, attempt, judgement, usage)
             lease.settle(outcome)
@@ -438,6 +445,17 @@ class Proxy:
                 attempt.handle.abort()
             lease.settle(self._outcome(course, attempt, Judgement(Verdict.GONE), Usage()))
             raise
+
+    def _relay(self, exchange: Exchange, course: _Course, lease: Lease, attempt: Attempt) -> Relay:
+        return Relay(
+            exchange,
+            course.reply,
+            lease,
+            attempt,
+            course.limit,
+            partial(self._outcome, course, attempt),
+            lambda: self.stopping,
+        )
 
     def _goes_on(self, exchange: Exchange, course: _Course) -> bool:
         """Whether to try once more: with the same model as long as anybody can serve it."""
@@ -488,7 +506,11 @@ class Proxy:
         if attempt.revoked is not None:
             return attempt.revoked, None, Usage()
         if attempt.failure is not None and (attempt.status in (0, 200)):
-            return self._failed(attempt.failure, attempt, committed=False), None, Usage()
+            if self.stopping:
+                return STOPPING, None, Usage()
+            received = attempt.received
+            judged = verdicts.of_failure(attempt.failure, committed=False, received=received)
+            return judged, None, Usage()
         if attempt.status != 200 and not attempt.complete:
             text = f"HTTP {attempt.status} with an endless error"
             return Judgement(Verdict.UNCLEAR, text=text), None, Usage()
@@ -508,11 +530,6 @@ class Proxy:
         if not body or not ending.whole:
             return Judgement(Verdict.FAULT, text="sent an answer that is not whole"), None, Usage()
         return Judgement(Verdict.OK), answer, ending.usage
-
-    def _failed(self, failure: Failure, attempt: Attempt, *, committed: bool) -> Judgement:
-        if self.stopping:
-            return _STOPPING
-        return verdicts.of_failure(failure, committed=committed, received=attempt.received)
 
     @staticmethod
     def _judge_opened(
@@ -580,115 +597,6 @@ class Proxy:
             f"{course.call.model!r} could not be served: {tried}", retry_after_s=5.0
         )
 
-    async def _relay(
-        self, exchange: Exchange, course: _Course, lease: Lease, attempt: Attempt
-    ) -> web.StreamResponse:
-        """Pass a stream on, record by record, until it ends; the call is committed from here."""
-        split = None if attempt.framing is Framing.JSON else splitter(attempt.framing)
-        reply = course.reply
-        exchange.phase = "streaming"
-        exchange.first_byte_s = self._clock() - exchange.started_at
-        settled = False
-
-        def settle(judgement: Judgement, ending: Ending | None) -> None:
-            nonlocal settled
-            if not settled:
-                settled = True
-                usage = ending.usage if ending is not None else Usage()
-                exchange.usage = usage
-                outcome = self._outcome(course, attempt, judgement, usage)
-                blank = ending is not None and ending.blank_model
-                lease.settle(replace(outcome, committed=True, blank_model=blank))
-
-        try:
-            await reply.begin(self._headers(exchange, attempt.headers))
-            if split is not None:
-                reply.rousing(attempt.rouse)
-            while True:
-                data = attempt.take()
-                if data:
-                    out = data if split is None else split.feed(data)
-                    if out:
-                        await reply.write(out)
-                elif attempt.is_over:
-                    break
-                else:
-                    if split is not None and not split.mid_record and not split.finished:
-                        await reply.beat()
-                    await attempt.more()
-            half = split is not None and split.mid_record
-            judgement, ending, last = self._end(course.call.route, attempt, split, lease)
-            settle(judgement, ending)
-            return await self._finish(exchange, reply, judgement, split, last, half=half)
-        except (asyncio.CancelledError, ConnectionError) as error:
-            # A client that leaves after the terminal record has had all it wanted.
-            done = split is not None and split.finished
-            if attempt.handle is not None:
-                attempt.handle.abort()
-            settle(
-                Judgement(Verdict.OK if done else Verdict.GONE),
-                split.ending() if split is not None and done else None,
-            )
-            if done:
-                exchange.outcome, exchange.phase = "ok", ""
-            if isinstance(error, asyncio.CancelledError) and not done:
-                if course.limit.expired():
-                    half = split is None or split.mid_record
-                    return await self._finish(exchange, reply, _STOPPED, split, b"", half=half)
-                raise
-            if not done:
-                exchange.outcome = "client_abort"
-            return await reply.end()
-
-    def _end(
-        self, route: Route, attempt: Attempt, split: Splitter | None, lease: Lease
-    ) -> tuple[Judgement, Ending | None, bytes]:
-        """Judge the end of a stream: the verdict, what it told, and the bytes still held."""
-        is_whole = split is not None and split.finished
-        if attempt.failure is not None and not is_whole:
-            return self._failed(attempt.failure, attempt, committed=True), None, b""
-        if split is None:
-            return Judgement(Verdict.OK), None, b""
-        last = split.flush()
-        ending = split.ending()
-        if ending.error_record is not None:
-            return verdicts.of_record(ending.error_text, remote=lease.remote), ending, last
-        if not ending.complete and route.operation != OTHER:
-            text = "ended its answer without the terminal record"
-            return Judgement(Verdict.UNFINISHED, text=text), ending, last
-        return Judgement(Verdict.OK), ending, last
-
-    async def _finish(
-        self,
-        exchange: Exchange,
-        reply: Reply,
-        judgement: Judgement,
-        split: Splitter | None,
-        last: bytes,
-        *,
-        half: bool,
-    ) -> web.StreamResponse:
-        """
-        Write what is left, and an error record where the end would look like success.
-
-        Args:
-            last: What is still held.
-            half: Part of an unfinished record was passed on.
-        """
-        verdict = judgement.verdict
-        cut = verdict in (Verdict.BROKEN, Verdict.STALLED, Verdict.STOPPED)
-        silent = verdict is Verdict.UNFINISHED and exchange.dialect is not Dialect.OLLAMA
-        stopped = "shed" if self.stopping else "timeout"
-        if verdict is not Verdict.OK:
-            exchange.outcome = stopped if verdict is Verdict.STOPPED else "upstream_error"
-            exchange.error = judgement.text
-        if not cut and not silent:
-            return await reply.end(last)
-        if split is None or half:
-            return reply.abort()  # no record fits behind half a one
-        who = "the answer" if verdict is Verdict.STOPPED else f"backend {exchange.backend}"
-        return await reply.refuse(CutStream(f"{who} {judgement.text}"), split.records)
-
 
 def _for_model(call: Call, model: str) -> Call:
     """The same call for another model; its body still has the first one's name."""
@@ -721,10 +629,6 @@ def _in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:
     if answer is None or text is None or dialect is Dialect.OLLAMA:
         return answer
     return replace(answer, body=relayed(answer.status, text, dialect))
-
-
-_STOPPED: Final = Judgement(Verdict.STOPPED, text="was stopped: the call's time limit has passed")
-_STOPPING: Final = Judgement(Verdict.STOPPED, text="was stopped: the balancer is stopping")
 
 
 def _wanted_s(exchange: Exchange) -> float | None:

@@ -86,8 +86,9 @@ class Reach:
         names = exchange.request.headers.get("X-Balancer-To", "").replace(",", " ").split()
         for name in names:
             if name not in self._pool.members:
-                known = ", ".join(self._pool.members)
-                raise BadRequest(f"no backend {quoted(name[:64])}. There are: {known}.")
+                known = f" There are: {', '.join(self._pool.members)}."
+                known = "" if exchange.discreet else known
+                raise BadRequest(f"no backend {quoted(name[:64])}.{known}")
         return frozenset(names)
 
     def scope(

@@ -17,7 +17,6 @@ from aiohttp import web
 
 from balancer.core import cloud, names, verdicts
 from balancer.core.body import Body, read, renamed
-from balancer.core.catalog import go_json
 from balancer.core.dialect import compact
 from balancer.core.dispatch import Answer, refusal
 from balancer.core.domain import ALL, Call, Kind
@@ -253,7 +252,7 @@ def _visible(exchange: Exchange, told: dict[str, Any], of: str) -> bytes | None:
         name = next(text for key in called if isinstance(text := row.get(key), str) and text)
         if names.covered(principal.models, names.parse(name).canonical):
             kept.append(row)
-    return go_json({**told, of: kept})
+    return compact({**told, of: kept})
 
 
 def _unloaded(call: Call, stamp: str) -> bytes:

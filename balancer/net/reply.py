@@ -123,7 +123,8 @@ class Reply:
             self._framing = framing_of(self._stream.headers.get("Content-Type", ""))
             if self._framing is not Framing.JSON:
                 self._stream.headers["X-Accel-Buffering"] = "no"
-            self._patience_s = self._every_s
+            fits = self._framing is self._call.framing  # else a heartbeat would be none
+            self._patience_s = self._every_s if fits else None
             await self._stream.prepare(exchange.request)
 
     async def write(self, data: bytes) -> None:

@@ -54,6 +54,7 @@ HEAD_LINES: Final = 4  # how many lines of the longest kind may make up a head
 MAX_FRAMING: Final = 64 * 1024  # bytes that frame a body in chunks,
 FRAMING_RATIO: Final = 16  # and so many for each byte of it; one chunk per byte takes six
 MAX_HEADERS: Final = 128
+MAX_UNPACKED: Final = 20 << 20  # of a compressed body, as Ollama has it
 BODY_STALL_S: Final = 30.0
 SAFE_ID: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
 TEXT: Final = "text/plain"
@@ -620,7 +621,10 @@ async def read_body(exchange: Exchange, max_bytes: int, clock: Callable[[], floa
     exchange.bytes_in = size
     body: bytes | None = parts[0] if len(parts) == 1 else b"".join(parts)
     if is_zstd:
-        body = await unzstd(body or b"", max_bytes)
+        most = min(max_bytes, MAX_UNPACKED)
+        body = await unzstd(body or b"", most)
+        if body is None and most < max_bytes:
+            raise BodyTooLarge(f"Unpacked, the request's body is larger than {most} bytes.")
     if body is None:
         raise _too_large(max_bytes)
     return body

@@ -334,6 +334,9 @@ class _Exchange:
             self._fail(_payload_failure(error))
         except (aiohttp.ClientError, OSError, ValueError) as error:
             self._fail(_failure(error, headed=self._headed, sent=self._sent))
+        except Exception:  # a bug of ours; whoever waits must not wait for ever
+            self._fail(Failure(FailureKind.CUT, "the balancer failed"))
+            raise
         finally:
             if self._idle_timer is not None:
                 self._idle_timer.cancel()

@@ -110,7 +110,9 @@ class Admin:
         """Read the configuration again."""
         done = self._reload()
         if done.problems:
-            return _json(asked, {"reloaded": False, "problems": list(done.problems)}, 422)
+            age_s, problems = self._reload.age_s(), list(done.problems)
+            refused = {"reloaded": False, "problems": problems, "loaded_s_ago": age_s}
+            return _json(asked, refused, 422)
         told = {
             "reloaded": True,
             "changed": list(done.changed),

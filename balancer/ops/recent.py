@@ -37,7 +37,8 @@ ROWS: Final = 100
 FAILURES: Final = 5  # remembered of each backend
 FOLD_S: Final = 300.0
 # Of these there may be many in a time of trouble; they must not push everything else out.
-FOLDED: Final = frozenset({"failover", "breaker_reopened", "load_failed"})
+# (Some clients pull their model at each of their starts.)
+FOLDED: Final = frozenset({"failover", "breaker_reopened", "load_failed", "model_pull"})
 HARMLESS: Final = frozenset({Verdict.OK, Verdict.CALLER, Verdict.GONE, Verdict.STOPPED})
 UNDER_WAY: Final = 256
 

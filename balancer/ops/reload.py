@@ -51,6 +51,10 @@ class Reload:
         self._clock = clock
         self._emit = emit
 
+    def age_s(self) -> int:
+        """How long ago the configuration in force was read."""
+        return round(self._clock() - self.loaded_at)
+
     def __call__(self) -> Reloaded:
         """Reload now."""
         try:

@@ -66,7 +66,7 @@ class Status:
             "started_at": round(self._started_at),
             "config": {
                 "file": self._config_file,
-                "loaded_s_ago": round(now - self._reload.loaded_at),
+                "loaded_s_ago": self._reload.age_s(),
                 "rejected": list(self._reload.rejected),
             },
             "ready": self.is_ready(),

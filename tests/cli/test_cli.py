@@ -105,9 +105,10 @@ async def test_a_reader_that_has_seen_enough_is_not_complained_to(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 async def test_a_full_disk_is_told_in_a_line(spawn: Spawn) -> None:
     """And it is a failure: what was to be written is not there."""
-    with Path("/dev/full").open("wb") as full:
-        process = await spawn("config", "show", stdout=full)
-        code, _, err = await process.ended()
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = await spawn("config", "show", stdout=full)
+    os.close(full)
+    code, _, err = await process.ended()
     assert (code, err) == (1, "Cannot write the output: No space left on device\n")
 
 

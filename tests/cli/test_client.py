@@ -12,6 +12,7 @@ from aiohttp.test_utils import unused_port
 from balancer.cli import client
 from balancer.cli.exits import CommandError, ExitCode
 
+from .conftest import Command
 from .stub import serving
 
 GOOD: dict[str, tuple[int, object]] = {"/_balancer/status": (200, {"status_version": 1})}
@@ -138,6 +139,26 @@ def test_somebody_else_there(answer: tuple[int, object]) -> None:
         error = refused(client.Admin(f"http://127.0.0.1:{stub.port}"))
     assert error.code == ExitCode.NO_ADMIN
     assert "no ollama-balancer" in error.lines[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("status",),
+        ("explain", "m"),
+        ("reload",),
+        ("backends", "drain", "a"),
+        ("healthcheck",),
+        ("healthcheck", "--ready"),
+    ],
+)
+def test_a_stranger_that_takes_everything(command: Command, line: tuple[str, ...]) -> None:
+    """Its 200 is no yes of a balancer."""
+    paths = ["status", "explain?model=m", "reload", "backends/a/drain", "live", "ready"]
+    with serving({f"/_balancer/{path}": (200, {}) for path in paths}) as stub:
+        told = command(*line, "--admin", f"127.0.0.1:{stub.port}")
+    assert (told.exit_code, told.stdout) == (ExitCode.NO_ADMIN, "")
+    assert "no ollama-balancer" in told.stderr
 
 
 @pytest.mark.parametrize("error", ["no key", {"message": "no key"}])

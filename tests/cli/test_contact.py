@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from aiohttp.test_utils import unused_port
 
-from balancer.cli.contact import Answer, _ask_all, hint_for
+from balancer.cli.contact import Answer, _ask_all, hint_for, joined
+from balancer.config import load
 from balancer.net.upstream import Target
 from balancer.sim.fleet import Fleet
+
+from .stub import serving
 
 
 async def asked(url: str, limit_s: float = 10.0) -> Answer:
@@ -61,6 +64,17 @@ async def test_a_proxy_before_it_that_wants_a_credential() -> None:
         answer = await asked(fleet.urls[0])
     assert answer.told == "refused: status 401"
     assert '"auth"' in answer.hint
+
+
+def test_who_is_found_joins_who_is_written() -> None:
+    """A host that answers becomes a backend, one that does not a warning."""
+    answers: dict[str, tuple[int, object]] = {"/api/version": (200, {"version": "0.33.0"})}
+    with serving(answers) as stub:
+        there, away = f"127.0.0.1:{stub.port}", f"127.0.0.1:{unused_port()}"
+        env = {"OLLAMA_BASE_URLS": f"{there};{away}", "BALANCER_DISCOVER": "env"}
+        found = joined(load("backends: [gpu1]", env))
+    assert [spec.url for spec in found.backends] == ["http://gpu1:11434", f"http://{there}"]
+    assert [warning.split()[0] for warning in found.warnings] == [f"http://{away}"]
 
 
 def test_port_80_was_probably_not_meant() -> None:

@@ -65,6 +65,14 @@ def test_nobody_answers(command: Command, place: Path) -> None:
     assert command("doctor").exit_code == ExitCode.NO_BACKEND
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a balancer nor an Ollama of this machine is seen."""
+    monkeypatch.setenv("BALANCER_LISTEN", f"127.0.0.1:{unused_port()}")
+    monkeypatch.setenv("BALANCER_DISCOVER", "none")
+
+
+@pytest.mark.usefixtures("alone")
 def test_hosts_may_be_named(command: Command) -> None:
     """Where there is no file yet."""
     told = command("doctor", "-b", f"127.0.0.1:{unused_port()}")
@@ -78,6 +86,7 @@ def test_a_host_that_is_none(command: Command) -> None:
     assert (told.exit_code, told.stdout) == (ExitCode.USAGE, "")
 
 
+@pytest.mark.usefixtures("alone")
 def test_without_anything(command: Command) -> None:
     """It says how to begin."""
     told = command("doctor")

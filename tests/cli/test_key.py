@@ -205,7 +205,8 @@ def test_the_running_balancer_can_be_told_at_once(
 ) -> None:
     """With --reload; what that says goes to stderr, so that stdout stays the key."""
     file.write_text(KEPT)
-    with serving({"/_balancer/reload": (200, {"changed": ["auth.keys"]})}) as stub:
+    answer = {"reloaded": True, "changed": ["auth.keys"]}
+    with serving({"/_balancer/reload": (200, answer)}) as stub:
         told = command("key", *args, "--reload", "--admin", f"127.0.0.1:{stub.port}")
     assert told.exit_code == 0, told.output
     assert [asked[:2] for asked in stub.asked] == [("POST", "/_balancer/reload")]

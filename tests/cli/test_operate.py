@@ -24,7 +24,16 @@ from .stub import serving
             422,
             {"reloaded": False, "problems": ["a.yaml:1:1 x: unknown key.", "a.yaml:2:1 y: no."]},
             ExitCode.CONFIG,
-            ["Nothing was changed", "\na.yaml:1:1 x: unknown key.\na.yaml:2:1 y: no.\n"],
+            [
+                "still running the previous configuration. Nothing was changed",
+                "\na.yaml:1:1 x: unknown key.\na.yaml:2:1 y: no.\n",
+            ],
+        ),
+        (
+            422,
+            {"reloaded": False, "problems": ["no"], "loaded_s_ago": 30},
+            ExitCode.CONFIG,
+            ["still running the previous configuration (loaded ", "). Nothing was changed.\nno\n"],
         ),
         (403, {"error": "needs the role admin"}, ExitCode.FAILURE, ["(403): needs the role"]),
     ],

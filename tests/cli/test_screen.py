@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from balancer.cli import screen
@@ -9,7 +11,7 @@ from tests.conftest import Start
 from tests.rig import Rig
 
 
-def document(rig: Rig) -> screen.Document:
+def document(rig: Rig) -> dict[str, Any]:
     """Its status document."""
     return rig.balancer.admin.state()
 
@@ -64,6 +66,25 @@ async def test_nobody_healthy(start: Start) -> None:
     rig = await start(0, dead=["gone"])
     assert not screen.is_healthy(document(rig))
     assert "not ready" in screen.status(document(rig))[0]
+
+
+def happened(event: str, **more: object) -> dict[str, object]:
+    """A row of what happened lately."""
+    row = {"at": 0.0, "event": event, "backend": "a", "model": "", "text": "refused", "count": 1}
+    return row | more
+
+
+async def test_status_ends_with_the_last_troubles(start: Start) -> None:
+    """A few of them, newest first; what is no trouble is not among them."""
+    rig = await start(1)
+    assert not any("LATELY" in line for line in screen.status(document(rig)))
+    rows = [happened("backend_up"), happened("failover", count=3, model="m", text="after\x1b[0m")]
+    rows += [happened("backend_down")] * 9
+    lines = screen.status(document(rig) | {"recent": rows})
+    at = next(i for i, line in enumerate(lines) if "LATELY" in line)
+    assert len(lines) == at + 1 + screen.LATELY
+    assert lines[at + 1].split()[3:] == ["a", "failover", "m", "after?[0m", "(3", "times)"]
+    assert lines[at + 2].split()[3:] == ["a", "backend", "down", "refused"]
 
 
 async def test_a_rejected_reload_and_an_empty_fleet_are_told(start: Start) -> None:

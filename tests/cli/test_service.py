@@ -70,6 +70,13 @@ def test_a_service_of_ones_own(command: Command, place: Path) -> None:
     assert config.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_is_there_need_not_be_a_text(command: Command, place: Path) -> None:
+    """It is kept."""
+    (place / "Dockerfile").write_bytes(b"\xff\xfe")
+    assert "kept " in command("install", "--docker").stdout
+    assert (place / "Dockerfile").read_bytes() == b"\xff\xfe"
+
+
 @pytest.mark.parametrize(
     ("flag", "names"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import resource
@@ -18,9 +19,9 @@ from aiohttp.test_utils import unused_port
 
 from balancer import __version__
 from balancer.cli.exits import ExitCode
-from balancer.cli.serving import is_demo_meant, lift_file_limit, pulse
+from balancer.cli.serving import cannot_listen, is_demo_meant, lift_file_limit, pulse
 from balancer.cli.source import Source
-from balancer.config import Candidate
+from balancer.config import Candidate, Listen
 from balancer.net.discovery import Look
 from balancer.sim.host import SimModel
 from balancer.sim.ollama import SimOllama
@@ -326,6 +327,17 @@ async def test_a_taken_port_is_code_4(sim: SimOllama, spawn: Spawn) -> None:
     assert err.count("\n") == 1
     assert "by an Ollama server (0.33.0)" in err
     assert "--listen" in err
+
+
+def test_a_file_in_the_way_is_no_server(place: Path) -> None:
+    """Each is called what it is."""
+    (place / "notes.txt").touch()
+    taken = OSError(errno.EADDRINUSE, "Address already in use")
+    told = cannot_listen(Listen("", 0, path=str(place / "notes.txt")), taken)
+    assert "notes.txt: a file is there already" in told
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(place / "s"))
+        assert "a server is there" in cannot_listen(Listen("", 0, path=str(place / "s")), taken)
 
 
 async def test_demo_marks_every_answer(spawn: Spawn) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 from aiohttp.test_utils import unused_port
 
@@ -12,6 +13,7 @@ from balancer import config as configuration
 from balancer.cli.exits import ExitCode
 
 from .conftest import Command
+from .stub import serving
 
 BAD = "backnds: [gpu1]\ntimeouts: {load: 15 secs}\n"
 
@@ -77,6 +79,24 @@ def test_contact_with_nobody_there_is_code_5(command: Command, place: Path) -> N
     assert told.exit_code == ExitCode.NO_BACKEND
     assert "cannot connect: connection refused" in told.stdout
     assert "! 127.0.0.1: Is Ollama running there" in told.stdout
+
+
+def test_contact_without_a_file_asks_who_is_found(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `serve` would: who answers is told, with nobody there it is code 5."""
+    monkeypatch.setenv("BALANCER_DISCOVER", "env")
+    answers = {"/api/version": (200, {"version": "0.33.0"}), "/api/tags": (200, {"models": []})}
+    with serving(answers) as stub:
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{stub.port}")
+        told = command("check", "--contact")
+    assert told.exit_code == ExitCode.OK
+    assert "no file, defaults: good, 1 backend, using discovery\n" in told.stdout
+    assert "0.33.0" in told.stdout
+    told = command("check", "--contact")
+    assert told.exit_code == ExitCode.NO_BACKEND
+    assert "(OLLAMA_HOST) is left out until it answers" in told.stdout
+    assert "! There is no backend to ask.\n" in told.stdout
 
 
 def test_config_show_is_a_file_that_means_the_same(command: Command, place: Path) -> None:

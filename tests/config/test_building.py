@@ -53,6 +53,22 @@ def test_a_key_or_a_word_opens_the_listener(
     assert faults("", env, overrides={"server.listen": ":1"} | flags, read_file=lambda _: "") == []
 
 
+@pytest.mark.parametrize(
+    ("file", "listen", "warned"),
+    [
+        ("# none yet\n", ":1", True),
+        ("# none yet\n", "127.0.0.1:1", False),
+        (f"web user {'k' * 32}", ":1", False),
+    ],
+)
+def test_an_empty_keys_file_lets_nobody_in(file: str, listen: str, *, warned: bool) -> None:
+    """That is safe, and yet hardly meant by who listens for others."""
+    text = f"server: {{listen: '{listen}'}}\nauth: {{keys_file: /k}}"
+    config = load(text, {}, read_file=lambda _: file)
+    told = [w for w in config.warnings if "auth.keys_file: holds no key yet" in w]
+    assert bool(told) is warned
+
+
 def test_a_bad_key_does_not_count_as_none(faults: Faults) -> None:
     """One fault is told once: with the key mended there is a key."""
     text = "server: {listen: ':1'}\nauth: {keys: [{name: a, kee: x}]}\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from balancer.core import names
 from balancer.core.aliases import Aliases
-from balancer.core.catalog import Catalog, PsChange, go_json, instant_ns
+from balancer.core.catalog import Catalog, PsChange, instant_ns
 from balancer.core.domain import PlacementKey, Residency
 
 LOADED, ON_DISK = Residency.LOADED, Residency.ON_DISK
@@ -390,13 +390,6 @@ def test_answers_are_cached_until_something_changes(catalog: Catalog) -> None:
     assert all(x is y for x, y in zip(first, again, strict=True))
     catalog.note_tags("two", [tag("n", B)])
     assert shown(catalog.tags()) == ["m", "n"]
-
-
-def test_json_is_written_as_go_does() -> None:
-    """Compact, UTF-8, HTML and line separators escaped, lone surrogates replaced."""
-    assert go_json({"é<>&": "\u2028\u2029\ud800\n"}) == (
-        '{"é\\u003c\\u003e\\u0026":"\\u2028\\u2029\ufffd\\n"}'.encode()
-    )
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,23 @@ def test_a_source_is_taken_off_as_it_was_written() -> None:
 
 
 def test_who_asked_is_not_told() -> None:
-    """The address of a client stays here, whatever its header is spelled like."""
-    headers = (("X-Forwarded-For", "10.0.0.7"), ("Accept", "*/*"))
-    sent = call("m:cloud", body=b'{"model":"m:cloud"}', headers=headers)
-    assert cloud.at_provider(sent).headers == (("Accept", "*/*"),)
+    """Addresses stay here, and what a web server in front adds; what the call means goes."""
+    private = (
+        ("X-Forwarded-For", "10.0.0.7"),
+        ("CF-Connecting-IP", "10.0.0.7"),
+        ("Cf-Access-Jwt-Assertion", "eyJ"),
+        ("X-Goog-IAP-JWT-Assertion", "eyJ"),
+        ("Remote-User", "ann"),
+    )
+    passed = (
+        ("Accept", "*/*"),
+        ("Content-Type", "multipart/form-data; boundary=x"),
+        ("Anthropic-Beta", "x"),
+        ("OpenAI-Beta", "x"),
+        ("X-Stainless-Lang", "python"),
+    )
+    sent = call("m:cloud", body=b'{"model":"m:cloud"}', headers=(*private, *passed))
+    assert cloud.at_provider(sent).headers == passed
 
 
 def test_a_list_of_theirs_is_a_list_of_stubs() -> None:

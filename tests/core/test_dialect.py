@@ -132,10 +132,12 @@ def test_any_text_survives(text: str) -> None:
 
 
 def test_json_looks_as_go_writes_it() -> None:
-    """No spaces, no escaped UTF-8, but the signs that Go escapes for HTML's sake."""
-    assert compact({"a": ["<&>", "ü", "\u2028"]}) == (
-        '{"a":["\\u003c\\u0026\\u003e","ü","\\u2028"]}'.encode()
+    """No spaces, no escaped UTF-8, but the signs that Go escapes for HTML's sake; no surrogates."""
+    assert compact({"é<>&": ["\u2028\u2029\ud800\n"]}) == (
+        '{"é\\u003c\\u003e\\u0026":["\\u2028\\u2029\ufffd\\n"]}'.encode()
     )
+    with pytest.raises(ValueError, match="JSON"):
+        compact([float("nan")], strict=True)
 
 
 # -- when to try again -------------------------------------------------------------------------

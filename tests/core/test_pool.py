@@ -1407,6 +1407,17 @@ def test_who_is_disabled_or_not_allowed_has_no_say() -> None:
     assert (usable(bench), embedders(bench)) == ("a", "a")
 
 
+def test_stubs_have_no_say_in_which_weights_are_usual() -> None:
+    """However many they are: else nobody who has weights at all could serve."""
+    bench = differing("a", "b")
+    bench.shape(*"abcd")
+    for name in "cd":
+        bench.check(name)
+        row = tag("m:1") | {"remote_model": "m:1", "digest": "9" * 64}
+        bench.pool.note_tags(name, [row], bench.clock())
+    assert bench.pool.strangers(call("m:1")) == frozenset("acd")
+
+
 def test_same_weights_everywhere_bind_nobody(bench: PoolBench) -> None:
     """Without a conflict there are no strangers."""
     assert bench.pool.strangers(call("m:1")) == frozenset()

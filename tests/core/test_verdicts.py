@@ -122,6 +122,14 @@ def test_a_repeated_crash_excuses_nothing_else() -> None:
     assert marks(V.SLOW, Facts(repeated_crash=True)) == (BLAME, NEITHER)
 
 
+@pytest.mark.parametrize("verdict", Verdict)
+def test_of_a_call_that_was_passed_on_only_the_reaching_counts(verdict: Verdict) -> None:
+    """The backend is blamed if it could not be reached, credited for a whole answer; no model."""
+    credit = CREDIT if verdict is V.OK else NEITHER
+    assert marks(verdict, Facts(remote=True)) == (credit, NEITHER)
+    assert marks(verdict, Facts(remote=True, unreached=True)) == (BLAME, NEITHER)
+
+
 def test_the_documentation_is_printed_from_the_table() -> None:
     """One line per verdict, each with its marks, in a table of six columns."""
     lines = document().splitlines()

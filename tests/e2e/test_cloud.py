@@ -461,6 +461,17 @@ async def test_what_ollama_com_has_under_other_names() -> None:
         assert json.loads(asked(sim, "/api/show")[-1].body)["model"] == "gpt-oss:120b"
 
 
+@pytest.mark.parametrize("path", ["/api/web_search", "/api/user/keys", "/v1/later"])
+@virtual
+async def test_an_unknown_path_does_not_reach_ollama_com(path: str) -> None:
+    """Whoever may chat could else do there whatever the operator's key may do."""
+    async with provided() as (rig, sim):
+        sim.script(path, segments=[b"{}"])
+        reply = await rig.ask("POST", path, {"model": FAR, "query": "x"})
+        assert (reply.status, reply.body) == (404, b"404 page not found")
+        assert not asked(sim, path)
+
+
 @virtual
 async def test_nothing_is_installed_at_ollama_com() -> None:
     """What changes hosts leaves it out."""

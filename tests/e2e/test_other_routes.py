@@ -325,6 +325,18 @@ async def test_a_bomb_is_a_413() -> None:
         assert asked(rig, path) == []
 
 
+@virtual
+async def test_a_compressed_body_may_be_as_large_as_ollama_takes_it() -> None:
+    """However much is taken plain, so that a few bytes cannot ask for all of that."""
+    async with running(1, models=models(0.0), config={"server.max_body": "256MiB"}) as rig:
+        text = json.dumps(CHAT).encode()
+        for over, status in ((0, 200), (1, 413)):
+            body = compress(text + b" " * ((20 << 20) - len(text) + over))
+            reply = await rig.ask("POST", "/v1/chat/completions", body, Content_Encoding="zstd")
+            assert reply.status == status
+        assert "20971520 bytes" in error_of(reply)
+
+
 # -- methods and expectations ------------------------------------------------------------------
 
 

@@ -240,6 +240,7 @@ async def test_a_bad_configuration_changes_nothing() -> None:
         assert list(rejected.problems) == told["problems"]
         status = json.loads((await rig.ask("GET", "/_balancer/status")).body)
         assert status["config"]["rejected"] == told["problems"]
+        assert status["config"]["loaded_s_ago"] == told["loaded_s_ago"]
         assert sum((await served_by(rig)).values()) == 6
         await reload(rig, backends=places(rig, "b"), queue__max_wait="9s")
         status = json.loads((await rig.ask("GET", "/_balancer/status")).body)

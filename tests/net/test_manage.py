@@ -703,6 +703,17 @@ async def test_a_user_may_pull_what_is_there_and_nothing_else() -> None:
         assert lines(done)[-1]["status"] == "success"
 
 
+@pytest.mark.parametrize("who", [USER, ADMIN])
+@virtual
+async def test_which_backends_there_are_may_be_for_admins_only(who: dict[str, str]) -> None:
+    """Also where a name is wrong."""
+    more = {"manage.pull.allow": "user", "server.headers": "minimal"}
+    async with shelf(2, config=KEYS | more) as (rig, _):
+        wrong = await rig.ask("POST", "/api/pull", {"model": "big"}, X_Balancer_To="d", **who)
+        assert wrong.status == 400
+        assert ("There are: a, b." in json.loads(wrong.body)["error"]) is (who is ADMIN)
+
+
 @virtual
 async def test_a_right_may_be_everybodys_or_nobodys() -> None:
     """As the operator says."""

@@ -211,6 +211,22 @@ async def test_the_timer_of_a_stream_follows_what_is_written() -> None:
 
 
 @virtual
+async def test_a_stream_of_another_kind_has_no_heartbeats() -> None:
+    """What a backend sends may be framed as nobody expects: one of ours would break it."""
+    roused: list[float] = []
+
+    async def handle(reply: Reply, _: Exchange) -> web.StreamResponse:
+        await reply.begin({"Content-Type": "text/event-stream"})
+        reply.rousing(lambda: roused.append(now()))
+        await asyncio.sleep(100.0)
+        await reply.beat()
+        return await reply.end()
+
+    got, _ = await told(handle)
+    assert (got.body, roused) == (b"", [])
+
+
+@virtual
 async def test_a_heartbeat_that_is_not_due_is_none() -> None:
     """`beat` may be called whenever no record is half written."""
 

@@ -391,6 +391,18 @@ async def test_an_abort_closes_the_connection_and_silences_the_sink() -> None:
                 await stage.told(body=CHAT)  # the model is loaded now
 
 
+async def test_a_bug_of_ours_is_told_like_any_failure() -> None:
+    """And as a mishap besides: no call waits for ever."""
+    async with staged() as stage:
+        await stage.upstream.close()
+        tape = await stage.told(body=CHAT)
+        assert tape.failure.text.endswith("the balancer failed")
+        await until(lambda: len(stage.tasks) == 0)
+        (mishap,) = stage.events
+        assert "Session is closed" in str(mishap)
+        stage.events.clear()
+
+
 async def test_the_end_of_the_balancer_is_a_failure_of_its_own() -> None:
     """Ended tasks tell their sinks, so that no call waits for ever."""
     async with staged() as stage:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from balancer.cli import app
 from balancer.core.dialect import Rendered
 from balancer.core.domain import Switch
 from balancer.core.errors import Forbidden
+from balancer.ops import recent
 from balancer.ops.dashboard import ASSETS, FOLDER, Dashboard
 from balancer.ops.feed import Feed
+from balancer.ops.log import SWITCHED
 from balancer.sim.host import SimModel
 from tests.e2e.stage import models, virtual
 from tests.rig import running
@@ -100,6 +105,35 @@ async def test_the_page_can_be_read_without_javascript() -> None:
         assert "m:latest" in page.text
         assert f"OLLAMA_HOST=http://127.0.0.1:{rig.port}" in page.text
         assert all("hidden" in attrs for _, attrs in page.tags if attrs.get("class") == "acts")
+
+
+@virtual
+async def test_every_event_has_words() -> None:
+    """Those of backends, of the configuration, and of each order, as `Recent` names them."""
+    orders = ("pull", "push", "create", "copy", "delete", "blob")
+    source = inspect.getsource(recent)
+    names = (
+        set(re.findall(r"_add\(\s*\"(\w+)\"", source)) | {"backend_down"} | set(SWITCHED.values())
+    )
+    names |= {f"breaker_{word}" for word in ("opened", "reopened", "closed")}
+    async with running(1, models=models(0.0)) as rig:
+        page = Reader((await rig.ask("GET", "/_balancer/")).body.decode())
+    worded = {attrs["data-event"] for tag, attrs in page.tags if tag == "i"}
+    assert worded == names | {f"model_{order}" for order in orders}
+
+
+@virtual
+async def test_the_page_names_commands_that_exist() -> None:
+    """Whoever copies one from it gets no error."""
+    async with running(1, models=models(0.0)) as rig:
+        page = Reader((await rig.ask("GET", "/_balancer/")).body.decode())
+    lines = re.findall(r"ollama-balancer ([a-z]+)(?: ([a-z]+))?", page.text)
+    assert ("backends", "drain") in lines
+    commands: Any = get_command(app)
+    for name, inner in lines:
+        command = commands.get_command(None, name)
+        assert command is not None, name
+        assert inner in getattr(command, "commands", {inner}), inner
 
 
 @virtual

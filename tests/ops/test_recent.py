@@ -20,6 +20,7 @@ from balancer.core.events import (
     LoadEnded,
     MemberJoined,
     MemberLeft,
+    OrderEnded,
     Suspected,
     SwitchesLost,
     SwitchMoved,
@@ -147,6 +148,16 @@ def test_a_storm_of_failovers_is_one_row(recent: Recent, clock: ManualClock) -> 
     clock.advance(FOLD_S + 1)
     recent(again("later"))
     assert [each.count for each in recent.rows()] == [1, ROWS * 2, 1]
+
+
+def test_a_client_that_pulls_at_each_start_is_one_row(recent: Recent) -> None:
+    """As often as it starts: what else happened is still to be seen."""
+    recent(HealthFlipped(1.0, "a", False, "refused"))
+    for _ in range(ROWS * 2):
+        recent(OrderEnded(1.0, "pull", "m:latest", "ops", ("a",), (), finished=True))
+    pull, down = recent.rows()
+    assert (pull.event, pull.count, pull.text) == ("model_pull", ROWS * 2, "done on a (by ops)")
+    assert down.event == "backend_down"
 
 
 def test_openings_are_never_folded(recent: Recent) -> None:

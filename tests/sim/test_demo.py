@@ -78,8 +78,6 @@ def test_it_ends_when_it_is_told_to() -> None:
 
     async def show() -> tuple[float, Tally]:
         async with Demo(sock=bound()) as demo:
-            for host in demo._fleet:
-                host.faults.hang()
             await demo.run(2.0)
             return demo.elapsed_s, demo.tally
 

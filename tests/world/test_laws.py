@@ -32,8 +32,22 @@ from balancer.core.domain import (
     Switch,
     Verdict,
 )
-from balancer.core.errors import BalancerError, Draining, QueueFull, UnknownModel
-from balancer.core.events import AttemptEnded, BreakerMoved, LoadEnded, LoadStarted
+from balancer.core.errors import (
+    AttemptsExhausted,
+    BalancerError,
+    Draining,
+    Forbidden,
+    NoBackend,
+    QueueFull,
+    UnknownModel,
+)
+from balancer.core.events import (
+    AttemptEnded,
+    BreakerMoved,
+    LeaseGranted,
+    LoadEnded,
+    LoadStarted,
+)
 from balancer.core.pool import GateSettings, Lease, PoolSettings, Trial
 from balancer.core.scheduler import (
     POLICIES,
@@ -43,9 +57,9 @@ from balancer.core.scheduler import (
     build,
     split_by_context,
 )
-from balancer.core.verdicts import TABLE, Before, Judgement
+from balancer.core.verdicts import TABLE, Before, Judgement, is_cloud
 from balancer.core.watchdog import Suspect
-from tests.core.bench import GB, Bench, backend, call, resident, tag
+from tests.core.bench import GB, Bench, backend, call, digest, resident, tag
 
 SEEDS = {"least-loaded": 50, "warm-first": 15, "round-robin": 15}
 STEPS = 120
@@ -53,6 +67,12 @@ V = Verdict
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 LEGAL = {(CLOSED, OPEN), (OPEN, HALF_OPEN), (HALF_OPEN, OPEN), (HALF_OPEN, CLOSED)}
 NAMES = "abcd"
+PROVIDER = "z"  # ollama.com itself
+FAR = "far:cloud"
+BACKENDS = NAMES + PROVIDER
+OTHER_WEIGHTS = {("c", "n:1"), ("a", "o:1"), ("d", "o:1")}  # than elsewhere under that name
+ALIASES = (("n:1", "m:1"), (FAR, "o:1"), ("unknown:1", "p:1", FAR), ("o:1", "n:1", "m:1"))
+LOST = (NoBackend, AttemptsExhausted, UnknownModel, Forbidden)
 MODELS = ("m:1", "n:1", "o:1", "p:1")
 PATHS = ("/api/chat", "/api/generate", "/api/embed", "/v1/chat/completions")
 LIMITS = QueueLimits(max_depth=20, max_depth_per_model=6, max_wait_s=20.0)
@@ -70,6 +90,7 @@ class Caller:
     """A client's call through all its attempts, and what it heard."""
 
     call: Call
+    others: tuple[Call, ...] = ()  # for the further models of an alias
     seq: int | None = None
     ticket: Ticket | None = None
     lease: Lease | None = None
@@ -88,7 +109,7 @@ class World(Bench):
         self.rng = random.Random(seed)
         self.policy = policy
         self.callers: list[Caller] = []
-        self.grants = 0
+        self.grants = self.falls = 0
         self.on_disk: dict[str, set[str]] = {}
         self.in_memory: dict[str, set[str]] = {}
         self.under_way: list[tuple[str, PlacementKey, Load | None, Trial | None]] = []
@@ -101,6 +122,7 @@ class World(Bench):
         for name in NAMES:
             self.on_disk[name] = set(self.rng.sample(MODELS, 3))
             self.in_memory[name] = set()
+        self.on_disk[PROVIDER], self.in_memory[PROVIDER] = {FAR}, set()
 
     # -- chance --------------------------------------------------------------------------------
 
@@ -139,8 +161,17 @@ class World(Bench):
             more["deadline"] = self.clock() + rng.choice([0.0, 3.0, 40.0])
         if rng.random() < 0.2:
             more["options"] = {"num_ctx": rng.choice([4096, 8192])}
-        model = rng.choice([*MODELS, "m:1", "m:1", "unknown:1"])
-        caller = Caller(call(model, rng.choice(PATHS), id=f"r{len(self.callers)}", **more))
+        path, number = rng.choice(PATHS), f"r{len(self.callers)}"
+        more["embedding"] = path == "/api/embed"
+        meant: tuple[str, ...] = (rng.choice([*MODELS, "m:1", "m:1", FAR, FAR, "unknown:1"]),)
+        if rng.random() < 0.2:
+            meant = rng.choice(ALIASES)
+        calls = [
+            call(model, path, id=number, replayable=model != FAR and rng.random() < 0.9, **more)
+            for model in meant
+        ]
+        first, *others = calls[self.dispatcher.choose(calls) :]
+        caller = Caller(first, tuple(others))
         self.callers.append(caller)
         self.queue(caller)
 
@@ -204,6 +235,7 @@ class World(Bench):
             retry_after_s=rng.choice([None, None, 3.0]) if verdict is V.BUSY else None,
             repeated_crash=rng.random() < 0.1,
             blameless=blameless,
+            unreached=verdict is V.FAULT and rng.random() < 0.5,
         )
 
     def first_byte(self) -> None:
@@ -264,23 +296,23 @@ class World(Bench):
 
     def read_memory(self) -> None:
         name = self.member()
-        if not self.pool.members[name].health.up:
+        if name == PROVIDER or not self.pool.members[name].health.up:
             return
         if self.rng.random() < 0.2 and self.in_memory[name]:
             self.in_memory[name].remove(self.rng.choice(sorted(self.in_memory[name])))
         if self.rng.random() < 0.2:
             self.in_memory[name].add(self.rng.choice(sorted(self.on_disk[name]) or ["m:1"]))
         asked_at = self.clock() - self.rng.choice([0.0, 0.0, 0.5])
-        rows = [resident(model) for model in sorted(self.in_memory[name])]
+        rows = [resident(model) | weights(name, model) for model in sorted(self.in_memory[name])]
         self.pool.note_ps(name, rows, asked_at)
 
     def read_list(self) -> None:
         name = self.member()
         if not self.pool.members[name].health.up:
             return
-        if self.rng.random() < 0.3:
-            self.on_disk[name] ^= {self.rng.choice(MODELS)}
-        rows = [tag(model, 4 * GB) for model in sorted(self.on_disk[name])]
+        if self.rng.random() < 0.3 and name != PROVIDER:
+            self.on_disk[name] ^= {self.rng.choice([*MODELS, FAR])}
+        rows = [tag(model, 4 * GB) | weights(name, model) for model in sorted(self.on_disk[name])]
         self.pool.note_tags(name, rows, self.clock())
 
     def operate(self) -> None:
@@ -301,9 +333,12 @@ class World(Bench):
                 url = old.backend.url if old is not None else f"http://{name}:1"
                 if rng.random() < 0.1:
                     url += "1"
-                deny = ("p:*",) if rng.random() < 0.1 else ()
-                slots = rng.randint(1, 3)
-                wanted.append(Backend(name, url, slots, deny=deny, enabled=rng.random() < 0.95))
+                more: dict[str, Any] = {"deny": ("p:*",) if rng.random() < 0.1 else ()}
+                more |= {"enabled": rng.random() < 0.95, "cloud": rng.random() < 0.3}
+                wanted.append(Backend(name, url, rng.randint(1, 3), **more))
+        if rng.random() < 0.3:
+            wanted.append(Backend(PROVIDER, "https://ollama.com", cloud=True, provider=True))
+        rng.shuffle(wanted)
         before = {name: member.backend.url for name, member in self.pool.members.items()}
         _, left = self.shape(*(wanted or [backend("a")]))
         assert all(before[name] for name in left)
@@ -356,6 +391,8 @@ class World(Bench):
     def _on_load(self, load: Load) -> None:
         member = self[load.backend]
         assert member.loading is not None
+        assert not is_cloud(load.key.model)
+        assert not member.backend.provider
         assert member.loading.key == load.key
         assert member.switch is Switch.SERVING
         assert member.backend.enabled
@@ -374,19 +411,27 @@ class World(Bench):
         caller.waits, caller.ticket, caller.lease = False, None, lease
         caller.answers.append(name)
         self.grants += 1
-        assert member.load.in_flight(model) <= member.load.slots(model)
+        if is_cloud(model):
+            assert lease.remote
+            assert model not in member.models
+        else:
+            assert not lease.remote
+            assert not member.backend.provider
+            assert member.load.in_flight(model) <= member.load.slots(model)
+            assert member.models[model].state is CLOSED
+            assert self.catalog.lists(name, model)
+        assert not (wanted.embedding and name in self.pool.strangers(wanted))
+        assert name in {c.backend for c in self.pool.candidates(wanted, caller.excluded)}
         assert lease in member.leases
         assert member.switch is Switch.SERVING
         assert member.backend.enabled
         assert member.health.up
         assert member.gate.state is CLOSED
-        assert member.models[model].state is CLOSED
         assert model not in member.suspects
         assert member.load.cooling_s(model) == 0
-        assert self.catalog.lists(name, model)
         assert self.catalog.supports(name, wanted.route.operation)
         assert self.pool.allows(member.backend, model)
-        assert self.catalog.residency(name, wanted.key) is Residency.LOADED
+        assert self.pool.residency(member, wanted.key) is Residency.LOADED
         assert name not in caller.excluded
         assert lease.number == len(caller.attempts) + 1
         assert wanted.deadline is None or self.clock() < wanted.deadline
@@ -397,6 +442,8 @@ class World(Bench):
     def _revoked(self, caller: Caller, judgement: Judgement) -> None:
         assert caller.lease is not None
         assert not caller.lease.began
+        if caller.lease.remote and not caller.call.replayable:
+            assert self[caller.lease.backend.name].health.hard_down, "it cannot go elsewhere"
         if self.rng.random() < 0.8:  # else it is slow to hear
             self.end(caller, judgement.verdict, blameless=judgement.blameless)
 
@@ -407,11 +454,23 @@ class World(Bench):
         assert not (caller.attempts and isinstance(error, QueueFull))
         model = caller.call.key.model
         if isinstance(error, UnknownModel):
-            assert not any(self.catalog.lists(name, model) for name in self.pool.members)
+            assert not self.pool.holders(model)
         elif not isinstance(error, LoadFailed):
             assert "not found" not in error.text.lower()
         if isinstance(error, LoadFailed):
             self.again(caller, error.attempt)
+        elif isinstance(error, LOST) and not self.closing:
+            self._fall(caller)
+
+    def _fall(self, caller: Caller) -> None:
+        """The next model of an alias takes over: one that can be served now."""
+        for at, other in enumerate(caller.others):
+            if self.dispatcher.is_served_elsewhere(other, frozenset()):
+                caller.call, caller.others = other, caller.others[at + 1 :]
+                caller.excluded = frozenset()
+                self.falls += 1
+                self.queue(caller)
+                return
 
     # -- the laws ------------------------------------------------------------------------------
 
@@ -430,6 +489,7 @@ class World(Bench):
             if caller.ticket is not None:
                 self._look_at_waiter(caller, caller.ticket, now)
         for member in self.pool.members.values():
+            assert not any(is_cloud(model) for model in (*member.models, *member.asked))
             for gate in (member.gate, *member.models.values()):
                 assert gate.retry_in() >= 0
         moves = self.of(BreakerMoved)
@@ -502,6 +562,11 @@ class World(Bench):
             assert member.load.in_flight() == 0
 
 
+def weights(name: str, model: str) -> dict[str, str]:
+    """Of a row, where they are others than elsewhere."""
+    return {"digest": digest(f"{model}, other")} if (name, model) in OTHER_WEIGHTS else {}
+
+
 def _is_free(candidate: Candidate) -> bool:
     return candidate.residency is Residency.LOADED and candidate.in_flight < candidate.slots
 
@@ -533,12 +598,17 @@ def test_the_laws_hold_in_every_history(policy: str) -> None:
             error.add_note(f"seed {seed}, policy {policy}")
             raise
         for caller in world.callers:
-            seen.update("granted" if answer in NAMES else answer for answer in caller.answers)
+            seen.update("granted" if answer in BACKENDS else answer for answer in caller.answers)
         seen.update(type(event).__name__ for event in world.events)
+        seen.update(event.why for event in world.of(LeaseGranted))
+        seen.update(event.model for event in world.of(LeaseGranted))
+        seen["fell"] += world.falls
     # Chance has been everywhere, or the test proves nothing.
     assert seen["granted"] > 5 * SEEDS[policy]
     for code in ("model_not_found", "no_backend", "queue_timeout", "load_failed", "queue_full"):
         assert seen[code], (code, seen)
+    for granted in ("other-weights", "short-context", "cold", FAR, "fell"):
+        assert seen[granted], (granted, seen)
     for event in ("BreakerMoved", "HealthFlipped", "Suspected", "MemberLeft", "LoadEnded"):
         assert seen[event], (event, seen)
 
