@@ -114,12 +114,12 @@ class RequestTimeout(BalancerError):
 
 
 class BodyTooLarge(BalancerError):
-    """The body is larger than `server.max_body`."""
+    """The body is larger than `server.max_body`, or, unpacked, than Ollama's 20 MiB."""
 
     status = 413
     code = "body_too_large"
     retryable = False
-    remedy = "Send less, or ask the operator to raise `server.max_body`."
+    remedy = "Send less, or not compressed, or ask the operator to raise `server.max_body`."
 
 
 class UnsupportedEncoding(BalancerError):

@@ -14,6 +14,7 @@ from typing import Final
 
 DEFAULT_SLOTS: Final = 2
 HALF_LIFE_S: Final = 10.0
+FADE_S: Final = 60.0  # in which half of what was believed of an unused backend is forgotten
 COOL_OFF_S: Final = (1.0, 2.0, 4.0, 8.0)
 MAX_RETRY_AFTER_S: Final = 60.0
 RAMP_S: Final = 30.0
@@ -49,6 +50,14 @@ class PeakEwma:
         excess = max(0.0, self.value - sample)
         self.value = sample + excess * 0.5 ** ((now - self._at) / self._half_life_s)
         self._at = now
+
+    def faded(self, now: float) -> float:
+        """
+        The estimate as it is worth by now.
+
+        Without a sample it fades: who is avoided for bad news would otherwise never bring good.
+        """
+        return self.value * math.pow(0.5, max(0.0, now - self._at) / FADE_S)
 
 
 @dataclass(slots=True)
@@ -121,17 +130,28 @@ class Load:
 
     # -- speed ---------------------------------------------------------------------------------
 
-    def note_first_byte(self, model: str, first_byte_s: float) -> None:
-        """Fold one time to first byte in, in seconds from request sent; of a loaded model only."""
-        ewma = self._first_byte.setdefault(model, PeakEwma(self._half_life_s))
+    def note_first_byte(self, model: str, first_byte_s: float, *, alone: bool = True) -> None:
+        """
+        Fold one time to first byte in, in seconds from request sent; of a loaded model only.
+
+        Args:
+            alone: No other call ran here when this one began. Beside others it may have waited for
+                them: then it can show that the backend is quicker than thought, never slower.
+        """
+        ewma = self._first_byte.get(model)
+        if ewma is None:
+            ewma = self._first_byte[model] = PeakEwma(self._half_life_s)
+        elif not alone:
+            first_byte_s = min(first_byte_s, ewma.value)
         ewma.observe(first_byte_s, self._clock())
 
     def first_byte_s(self, model: str | None) -> float:
         """Estimated time to first byte, of the slowest model if None; 0: nothing known."""
+        now = self._clock()
         if model is None:
-            return max((ewma.value for ewma in self._first_byte.values()), default=0.0)
+            return max((ewma.faded(now) for ewma in self._first_byte.values()), default=0.0)
         ewma = self._first_byte.get(model)
-        return 0.0 if ewma is None else ewma.value
+        return 0.0 if ewma is None else ewma.faded(now)
 
     # -- saturation ----------------------------------------------------------------------------
 

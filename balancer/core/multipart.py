@@ -17,6 +17,7 @@ from balancer.core.errors import BadRequest
 MOST_PARTS: Final = 1000  # as many as Go takes
 MOST_HEAD_BYTES: Final = 16 << 10
 MOST_VALUE_BYTES: Final = 4 << 10
+MOST_LOOKALIKES: Final = 100  # in a part, of the delimiter; clients choose one that is not in it
 
 _WORD = r"[A-Za-z0-9!#$&+.^_`|~-]{1,80}"
 _QUOTED = r'"(?:[^"\\\x00-\x1f\x7f]|\\[^\x00-\x1f\x7f]){0,4096}+"'
@@ -99,7 +100,10 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _next(body: bytes, delimiter: bytes, start: int) -> int:
     """Where the next delimiter line begins; a longer text that begins like one is none."""
-    while (found := body.find(delimiter, start)) >= 0:
+    for _ in range(MOST_LOOKALIKES):
+        found = body.find(delimiter, start)
+        if found < 0:
+            break
         after = body[found + len(delimiter) : found + len(delimiter) + 2]
         if after in (b"\r\n", b"--"):
             return found

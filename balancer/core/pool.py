@@ -174,6 +174,7 @@ class Lease:
     remote: bool = False
     on_revoke: Callable[[Judgement], None] | None = None
     others_move: bool = False  # revoked for its model's silence; other models there make progress
+    alone: bool = False  # nothing else ran there when it was granted
     began: bool = False
     settled: bool = False
 
@@ -792,6 +793,7 @@ class Pool:
         now = self.now()
         cold = why == "cold"
         lease = Lease(member.backend, call, number, why, now, cold, self, permits, remote)
+        lease.alone = not member.load.in_flight()
         member.load.enter(model)
         member.leases[lease] = None
         if remote:  # its silence says nothing of what runs here
@@ -829,7 +831,7 @@ class Pool:
             wait_s = self.now() - lease.granted_at
             self.note(FirstByte(lease.backend.name, key, wait_s))
             if member is not None and lease.call.streaming and not lease.remote:
-                member.load.note_first_byte(key.model, wait_s)
+                member.load.note_first_byte(key.model, wait_s, alone=lease.alone)
 
     def _member_of(self, lease: Lease) -> Member | None:
         """The member it was granted on; None: that has left the pool."""

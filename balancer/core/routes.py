@@ -92,7 +92,7 @@ FREE_FORM: Final = frozenset({"v1_transcriptions", OTHER})
 KEYED: Final = "/k/"  # what follows, up to the next slash, is an API key
 _SLASH = r"(?:[/\\]|%2f|%5c)"
 _STEP = rf"{_SLASH}(?:(?:\.|%2e){{1,2}}(?={_SLASH}))?"  # a dot segment comes with its slash
-_KEY_IN_PATH = re.compile(rf"{_SLASH}+(?:k|%6b|%4b)(?:{_STEP})+[^/?]+", re.IGNORECASE)
+_KEY_IN_PATH = re.compile(rf"{_SLASH}(?:k|%6b|%4b)(?:{_STEP})++[^/?]+", re.IGNORECASE)
 _PLAIN = re.compile(r"/(?:api|v1)(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_~.-]{1,64}){1,8}")
 _CLOSED: Final = "/api/experimental/"  # acts on a host or for its account
 

@@ -263,6 +263,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
 # A load that takes this much longer than its size suggests no longer holds up its callers.
 OVERDUE_FACTOR: Final = 3.0
 OVERDUE_EXTRA_S: Final = 30.0
+WAITED_HALF_LIFE_S: Final = 60.0
 
 
 def load_estimate_s(size_bytes: int) -> float:
@@ -274,9 +275,10 @@ class Greedy:
     """
     The head of each queue goes to the best backend with a free slot.
 
-    A second copy is loaded only when every copy is full and the head has waited as long as the
-    load would take: then waiting and loading have cost the same, whatever comes next (the
-    ski-rental rule, at most twice the optimum).
+    A second copy is loaded only when every copy is full and calls have waited as long as the load
+    would take, the head and those before it together: then waiting and loading have cost the same,
+    whatever comes next (the ski-rental rule, at most twice the optimum). What was waited long ago
+    counts for less and less.
     """
 
     def __init__(self, policy: Policy, view: View) -> None:
@@ -286,6 +288,10 @@ class Greedy:
         self._last_used: dict[str, int] = {}
         self._uses = 0
         self._busy_s: dict[str, float] = {}  # by model: smoothed seconds a call holds its slot
+        self._load_s: dict[str, float] = {}  # by model: smoothed seconds of its loads
+        self._waited: dict[str, _Waited] = {}  # by model
+        self._just_loaded: set[str] = set()
+        self._loaded_at: dict[str, float] = {}  # by model: what was waited before, a load has paid
 
     def enqueue(self, ticket: Ticket) -> None:
         """Take a waiting ticket in, in order of its seq."""
@@ -306,19 +312,29 @@ class Greedy:
         return sorted(tickets, key=lambda ticket: ticket.seq)
 
     def note(self, fact: Fact) -> None:
-        """Learn how long calls hold their slots."""
+        """Learn how long calls hold their slots, and how long loads take."""
         if isinstance(fact, Ended) and fact.ok:
-            known = self._busy_s.get(fact.key.model, fact.busy_s)
-            self._busy_s[fact.key.model] = known + 0.2 * (fact.busy_s - known)
+            _smooth(self._busy_s, fact.key.model, fact.busy_s)
+        elif isinstance(fact, LoadAnswered) and fact.ok and fact.load_s > 0.0:
+            _smooth(self._load_s, fact.key.model, fact.load_s)
+            self._just_loaded.add(fact.key.model)
 
     def plan(self, now: float) -> list[Effect]:
         """One pass over the heads of all queues, oldest first."""
         run = _Pass(now)
+        self._loaded_at.update(dict.fromkeys(self._just_loaded, now))
+        self._just_loaded.clear()
         for key in sorted(self._queues, key=lambda key: self._queues[key][0].seq):
             self._serve(key, run)
         for effect in run.effects:
             if isinstance(effect, Commit):
                 self.withdraw(effect.ticket)
+                model = effect.ticket.call.key.model
+                waited_s = now - self._waits_since(effect.ticket)
+                if waited_s > 0.0:
+                    self._waited.setdefault(model, _Waited()).add(waited_s, now)
+            elif isinstance(effect, Load):
+                self._waited.pop(effect.key.model, None)
         return run.effects
 
     def _serve(self, key: PlacementKey, run: _Pass) -> None:
@@ -366,11 +382,19 @@ class Greedy:
             return
         if not _able(group, run):
             return
-        worth_at = ticket.queued_at + load_estimate_s(max(c.size_bytes for c in group))
+        model = ticket.call.key.model
+        before = self._waited.get(model)
+        paid_s = before.seconds(run.now) if before is not None else 0.0
+        load_s = self._load_s.get(model) or load_estimate_s(_size(group))
+        worth_at = self._waits_since(ticket) + max(0.0, load_s - paid_s)
         if run.now >= worth_at:
             self._load(ticket, group, "every copy is full", run)
         else:
             run.effects.append(WakeAt(worth_at))
+
+    def _waits_since(self, ticket: Ticket) -> float:
+        """Since when it waits for a slot, and not for a load."""
+        return max(ticket.queued_at, self._loaded_at.get(ticket.call.key.model, -math.inf))
 
     def _is_any_loading(self, key: PlacementKey, run: _Pass) -> bool:
         return key in run.loads or bool(self._view.loading(key))
@@ -431,6 +455,8 @@ class Greedy:
         twin = Greedy(self._policy, view)
         twin._queues = {key: list(queue) for key, queue in self._queues.items()}
         twin._last_used, twin._uses = dict(self._last_used), self._uses
+        twin._load_s, twin._loaded_at = self._load_s, dict(self._loaded_at)
+        twin._waited = {model: replace(waited) for model, waited in self._waited.items()}
         wait_s = self._wait_s(ticket, view, now)
         options = self._options(ticket, view)
         twin.enqueue(ticket)
@@ -530,6 +556,27 @@ def _state(c: Candidate, *, is_short: bool) -> str:
 
 def _size(candidates: Sequence[Candidate]) -> int:
     return max((c.size_bytes for c in candidates), default=0)
+
+
+@dataclass(slots=True)
+class _Waited:
+    """Seconds that calls of one key have waited for a slot, lately."""
+
+    amount_s: float = 0.0
+    at: float = 0.0
+
+    def add(self, waited_s: float, now: float) -> None:
+        self.amount_s = self.seconds(now) + waited_s
+        self.at = now
+
+    def seconds(self, now: float) -> float:
+        """What it is worth by now."""
+        return self.amount_s * math.pow(0.5, (now - self.at) / WAITED_HALF_LIFE_S)
+
+
+def _smooth(known: dict[str, float], model: str, seconds: float) -> None:
+    before = known.setdefault(model, seconds)
+    known[model] = before + 0.2 * (seconds - before)
 
 
 @dataclass(slots=True)

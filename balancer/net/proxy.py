@@ -328,7 +328,7 @@ class Proxy:
         self._budget.note_call()
         while True:
             if self.stopping:
-                raise Draining("The balancer is stopping.", retry_after_s=5.0)
+                raise _draining()
             try:
                 lease = await self._acquire(exchange, course)
             except LoadFailed as failed:
@@ -359,6 +359,7 @@ class Proxy:
 
         Raises:
             UnknownModel: It was tried in vain.
+            Draining: We stop.
         """
         fetching = None if course.fetched else self.fetch(exchange, course.call)
         if fetching is None:
@@ -366,6 +367,10 @@ class Proxy:
         course.fetched = True
         try:
             failure = await course.reply.until(fetching)
+        except asyncio.CancelledError:
+            if fetching.cancelled():  # by us; who leaves or is late cancels only the waiting
+                raise _draining() from None
+            raise
         finally:
             fetching.cancel()
         if failure:
@@ -587,7 +592,7 @@ class Proxy:
         """Relay the last answer of a backend; where there was none, 503 and what was tried."""
         last = course.tried[-1].outcome
         if last.verdict is Verdict.STOPPED:
-            raise Draining("The balancer is stopping.", retry_after_s=5.0)
+            raise _draining()
         exchange.outcome = "upstream_error" if last.verdict is not Verdict.CALLER else "rejected"
         exchange.error = last.text
         if course.answer is not None:
@@ -629,6 +634,10 @@ def _in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:
     if answer is None or text is None or dialect is Dialect.OLLAMA:
         return answer
     return replace(answer, body=relayed(answer.status, text, dialect))
+
+
+def _draining() -> Draining:
+    return Draining("The balancer is stopping.", retry_after_s=5.0)
 
 
 def _wanted_s(exchange: Exchange) -> float | None:

@@ -840,5 +840,6 @@ def make_server(
 
 async def listen(server: _Server, sock: socket.socket) -> asyncio.Server:
     """Serve on a bound socket."""
+    sock.listen(BACKLOG)  # uvloop keeps it to itself if somebody else was first
     loop = asyncio.get_running_loop()
     return await loop.create_server(server, sock=sock, backlog=BACKLOG)

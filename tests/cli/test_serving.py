@@ -329,6 +329,15 @@ async def test_a_taken_port_is_code_4(sim: SimOllama, spawn: Spawn) -> None:
     assert "--listen" in err
 
 
+async def test_an_address_that_is_named_twice(spawn: Spawn) -> None:
+    """Both can be bound, one can be served: code 4, and the reason."""
+    there = f"127.0.0.1:{unused_port()}"
+    process = await spawn("-b", "gpu1", "-l", there, "-l", there)
+    code, _, err = await process.ended()
+    assert code == ExitCode.BIND
+    assert err.splitlines()[-1] == "Cannot listen: address already in use."
+
+
 def test_a_file_in_the_way_is_no_server(place: Path) -> None:
     """Each is called what it is."""
     (place / "notes.txt").touch()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.load import DEFAULT_SLOTS, Load, PeakEwma
+from balancer.core.load import DEFAULT_SLOTS, FADE_S, Load, PeakEwma
 from tests.core.clocks import ManualClock
 
 A, B = "registry.ollama.ai/library/a:latest", "registry.ollama.ai/library/b:latest"
@@ -137,6 +137,26 @@ def test_good_news_count_by_half_lives(load: Load, clock: ManualClock) -> None:
     clock.advance(20)
     load.note_first_byte(A, 1.0)
     assert load.first_byte_s(A) == pytest.approx(2.0)
+
+
+def test_beside_others_only_good_news_count(load: Load, clock: ManualClock) -> None:
+    """A first byte that had to wait for other calls says nothing of the backend's speed."""
+    load.note_first_byte(A, 1.0)
+    load.note_first_byte(A, 9.0, alone=False)
+    assert load.first_byte_s(A) == 1.0
+    load.note_first_byte(A, 0.5, alone=False)
+    clock.advance(10)
+    load.note_first_byte(A, 0.5, alone=False)
+    assert load.first_byte_s(A) < 1.0
+
+
+def test_what_was_believed_of_an_unused_backend_fades(load: Load, clock: ManualClock) -> None:
+    """Who is avoided for one slow answer would else never get to show a quick one."""
+    load.note_first_byte(A, 8.0)
+    clock.advance(FADE_S)
+    assert load.first_byte_s(A) == pytest.approx(4.0)
+    clock.advance(2 * FADE_S)
+    assert load.first_byte_s(A) == pytest.approx(1.0)
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from balancer.core.errors import BadRequest
 from balancer.core.multipart import (
     MOST_HEAD_BYTES,
+    MOST_LOOKALIKES,
     MOST_PARTS,
     MOST_VALUE_BYTES,
     field,
@@ -47,6 +48,7 @@ def model(*parts: tuple[bytes, bytes], kind: str = FORM) -> str:
         [(DISPOSITION + b"file; filename=a", b""), (MODEL, b"m:1")],
         [(b"X: y", b"-- b--b"), (MODEL, b"m:1")],
         [(FILE, b"\r\n--bb\r\n--b" + b"x" * 9 + b"\r\n\r\n"), (MODEL, b"m:1")],
+        [(FILE, b"\r\n--bx" * (MOST_LOOKALIKES - 1)), (MODEL, b"m:1")],
         [(MODEL + b"\r\nContent-Type: text/plain; charset=utf-8", b"m:1")],
         [(b"content-disposition:FORM-DATA;Name=model", b"m:1")],
         [(DISPOSITION + rb'"file"; filename="a\"b\\.wav"', b""), (MODEL, b"m:1")],
@@ -139,6 +141,7 @@ def test_a_type_that_is_no_clear_form(kind: str) -> None:
         form((MODEL, b"m" * (MOST_VALUE_BYTES + 1))),
         form((MODEL + b"\r\nX: " + b"y" * MOST_HEAD_BYTES, b"m")),
         form(*[(FILE, b"")] * (MOST_PARTS + 1)),
+        form((FILE, b"\r\n--bx" * MOST_LOOKALIKES), (MODEL, b"m")),
     ],
 )
 def test_what_could_be_read_in_two_ways(body: bytes) -> None:

@@ -165,7 +165,17 @@ def test_a_key_in_front_of_a_path(path: str, key: str, rest: str) -> None:
 def test_no_key_can_be_read_in_a_shown_path(rest: str, key: str) -> None:
     """Whatever stands behind it, and however the letter before it is spelled."""
     key = f"<{key}>"
-    for spelled in ("/k/", "/K/", "/%6b/", "//k/", "/v1/k/", "http://host/k/", "/k%2F"):
+    ways = ("/k/", "/K/", "/%6b/", "//k/", "/v1/k/", "http://host/k/", "/k%2F")
+    for spelled in (*ways, "/k/./", "/k/%2e./", "/k\\", "\\k%5C", "/k//.//"):
         shown = without_key(f"{spelled}{key}/{rest.replace(key, '')}")
         assert key not in shown
         assert "/k/***" in shown
+
+
+def test_a_long_path_is_read_in_one_go() -> None:
+    """Before anybody is known. Looked at anew from each slash, these would take hours."""
+    many = 10**6
+    assert without_key("/" * many) == "/" * many
+    assert without_key("/k" + "/" * many) == "/k" + "/" * many
+    assert without_key("/k" + "/." * many + "/x") == "/k/***"
+    assert without_key("/k/x" * many) == "/k/***" * many

@@ -397,6 +397,58 @@ def test_a_copy_is_loaded_when_waiting_has_cost_as_much() -> None:
     assert bench.plan() == [Load(ticket, "b", key("m:1"), "every copy is full")]
 
 
+def test_many_short_waits_buy_a_copy_as_one_long_one_does() -> None:
+    """A steady queue in which nobody waits long would otherwise keep idle backends idle for ever."""
+    bench = Bench(candidate("a", in_flight=2), candidate("b", ON_DISK))
+    load_s = load_estimate_s(4 * GB)
+    for _ in range(math.ceil(load_s)):
+        bench.ticket()
+        assert of(Load, bench.plan()) == []
+        bench.now += 1.0
+        bench.world.set("a", in_flight=1)
+        (commit,) = of(Commit, bench.plan())
+        assert commit.backend == "a"
+        bench.world.set("a", in_flight=2)
+    ticket = bench.ticket()
+    bench.now += 0.5
+    assert of(Load, bench.plan()) == [Load(ticket, "b", key("m:1"), "every copy is full")]
+
+
+def test_what_was_waited_long_ago_buys_nothing() -> None:
+    """A few waits a day are no reason to load."""
+    bench = Bench(candidate("a", in_flight=2), candidate("b", ON_DISK))
+    bench.ticket()
+    bench.now += 4.5
+    bench.world.set("a", in_flight=1)
+    bench.plan()
+    bench.world.set("a", in_flight=2)
+    bench.now += 3600.0
+    bench.ticket()
+    bench.now += 1.0
+    assert of(Load, bench.plan()) == []
+
+
+def test_the_time_a_load_really_takes_counts() -> None:
+    """Not what its size suggests, once one was seen; a load that was cancelled shows nothing."""
+    bench = Bench(candidate("a", in_flight=2), candidate("b", ON_DISK))
+    bench.scheduler.note(LoadAnswered("a", key("m:1"), ok=True, load_s=0.0))
+    bench.scheduler.note(LoadAnswered("a", key("m:1"), ok=True, load_s=1.0))
+    bench.ticket()
+    (wake,) = bench.plan()
+    assert wake == WakeAt(NOW + 1.0)
+
+
+def test_waiting_for_a_load_is_not_waiting_for_a_slot() -> None:
+    """Who waited for the first copy to come has not paid for a second one."""
+    bench = Bench(candidate("a", ON_DISK), candidate("b", ON_DISK))
+    bench.ticket()
+    bench.plan()
+    bench.now += 10.0
+    bench.scheduler.note(LoadAnswered("a", key("m:1"), ok=True, load_s=10.0))
+    bench.world.set("a", residency=LOADED, in_flight=2)
+    assert bench.plan() == [WakeAt(bench.now + 10.0)]
+
+
 def test_a_copy_needs_a_backend_that_can_load_it() -> None:
     """Without one there is nothing to wake up for."""
     bench = Bench(candidate("a", in_flight=2), candidate("b", ON_DISK, load_token=False))
@@ -579,3 +631,20 @@ def test_policies_are_built_by_name() -> None:
         assert isinstance(build(name, World()), Greedy)
     with pytest.raises(KeyError):
         build("none", World())
+
+
+def test_a_queue_of_one_is_looked_at_once() -> None:
+    """Calls may ask for as many contexts as they like, each a queue of its own."""
+    bench = Bench(candidate("a", in_flight=2))
+    looked: list[PlacementKey] = []
+    see = bench.world.candidates
+
+    def counted(call: Call, excluded: frozenset[str]) -> list[Candidate]:
+        looked.append(call.key)
+        return see(call, excluded)
+
+    bench.world.candidates = counted  # type: ignore[method-assign]
+    for context in range(5):
+        bench.ticket(options={"num_ctx": 4096 + context})
+    assert bench.committed() == []
+    assert len(looked) == 5

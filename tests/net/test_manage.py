@@ -19,7 +19,7 @@ from balancer.core.names import parse
 from balancer.sim.host import SimModel
 from balancer.sim.management import Registry, Store
 from balancer.sim.ollama import SimOllama
-from tests.e2e.stage import virtual
+from tests.e2e.stage import Asking, virtual
 from tests.rig import Rig, running
 from tests.sim.wire import Reply, Wire
 
@@ -391,6 +391,24 @@ async def test_a_client_that_leaves_ends_the_pull_it_caused() -> None:
         await asyncio.sleep(0.1)
         assert not rig.fleet["a"].management.store.downloads
         await rig.idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@virtual
+async def test_a_stop_is_told_to_calls_that_wait_for_a_pull(stream: bool) -> None:
+    """Inside the stream where it has begun, and as what it is."""
+    more = {"streaming.heartbeat_after": "0.5s", "server.drain_timeout": "5s"}
+    async with shelf(1, config=AUTO | more) as (rig, registry):
+        registry.bytes_per_s = 1.0
+        asking = await Asking.of(rig, "/api/generate", ASKS | {"stream": stream})
+        await asyncio.sleep(3.0)
+        rig.balancer.stop(Stop("test"))
+        assert (await asking.head()).status == (200 if stream else 503)
+        reply = await asking.rest()
+        assert "The balancer is stopping" in lines(reply)[-1]["error"]
+        assert [told.outcome for told in await rig.ended()] == ["shed"]
+        await rig.balancer.wait()
+        asking.close()
 
 
 # -- push, create, copy, delete -----------------------------------------------------------------

@@ -61,7 +61,7 @@ from balancer.core.verdicts import TABLE, Before, Judgement, is_cloud
 from balancer.core.watchdog import Suspect
 from tests.core.bench import GB, Bench, backend, call, digest, resident, tag
 
-SEEDS = {"least-loaded": 50, "warm-first": 15, "round-robin": 15}
+SEEDS = {"least-loaded": 50, "warm-first": 25, "round-robin": 15}
 STEPS = 120
 V = Verdict
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
