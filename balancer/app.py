@@ -216,6 +216,7 @@ class Balancer:
             emit,
             self.proxy.forwarded,
         )
+        self.proxy.explore = self.prober.explore
         self.proxy.fetch = self.manage.fetch
         self.metrics = self._metrics() if config.metrics.enabled else None
         self.recent = Recent(lambda: _wall().timestamp())

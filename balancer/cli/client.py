@@ -96,7 +96,7 @@ class Admin:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise CommandError(
                 f"No balancer answers at {self.url}: {reason}. Start one: ollama-balancer; "
-                "or say where it is: --admin URL",
+                "or, if it was started with another address: --admin HOST:PORT",
                 code=ExitCode.NO_ADMIN,
             ) from None
         finally:

@@ -42,7 +42,7 @@ server:
 #   # Or without keys, from your networks alone:
 #   # anonymous: [127.0.0.0/8, "::1/128", 192.168.1.0/24]
 
-# routing: {{strategy: warm-first}}   # prefer hosts that have the model loaded
+# routing: {{strategy: warm-first}}   # one copy of each model, however many calls wait
 # timeouts: {{load: 20m}}             # for huge models on slow disks
 """
 HOSTS: Final = "# Your Ollama hosts. slots: calls at once per model (OLLAMA_NUM_PARALLEL there)."

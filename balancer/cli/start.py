@@ -154,7 +154,7 @@ def _reach(config: Config, listen: Listen) -> str:
     if config.demo.enabled:
         return "(this machine only)"
     if listen.is_local:
-        return "(this machine only; share with --listen 0.0.0.0:11435 and BALANCER_API_KEY)"
+        return "(this machine only; to share: --listen 0.0.0.0:11435 and ollama-balancer key new)"
     if config.auth.anonymous == EVERYWHERE:
         return "(open to everybody who can reach it: nobody is asked for a key)"
     return "(callers from elsewhere need a key)" if config.auth.keys else ""

@@ -287,6 +287,7 @@ class _Shelf:
     version_text: Any = None
     version: _Version | None = None
     unsupported: set[str] = field(default_factory=set)
+    supported: set[str] = field(default_factory=set)  # of the routes that not every Ollama has
     read: bool = False  # its tags, at least once
     rows: dict[str, _Row] = field(default_factory=dict)
     missing: dict[str, tuple[float, str | None]] = field(default_factory=dict)
@@ -560,6 +561,7 @@ class Catalog:
         if version != shelf.version_text:
             shelf.version_text, shelf.version = version, _version(version)
             shelf.unsupported.clear()
+            shelf.supported.clear()
             self._compare_versions()
 
     def note_failed(self, backend: str) -> None:
@@ -593,6 +595,12 @@ class Catalog:
         unsupported = self._shelf(backend).unsupported
         if len(unsupported) < _MOST_UNSUPPORTED:
             unsupported.add(feature)
+
+    def note_route(self, backend: str, feature: str) -> None:
+        """It knows a route that not every Ollama has."""
+        supported = self._shelf(backend).supported
+        if len(supported) < _MOST_UNSUPPORTED:
+            supported.add(feature)
 
     def note_loaded(self, backend: str, key: PlacementKey) -> None:
         """A load or a call of ours completed there: a runner with these options is in memory."""
@@ -702,6 +710,11 @@ class Catalog:
         told = shelf.version or _FROM_SOURCE
         too_old = _FROM_SOURCE < told < _SINCE.get(feature, _FROM_SOURCE)
         return not too_old and feature not in shelf.unsupported
+
+    def is_route_known(self, backend: str, feature: str) -> bool:
+        """Whether it was asked for such a route before."""
+        shelf = self._shelf(backend)
+        return feature in shelf.unsupported or feature in shelf.supported
 
     def digest(self, backend: str, canonical: str) -> str | None:
         """The digest of the model there, 64 hex digits."""

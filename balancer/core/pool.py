@@ -685,9 +685,10 @@ class Pool:
         model = call.key.model
         listing = [m for m in self.members.values() if self.serves(m, model)]
         if any(self.allows(m.backend, model) for m in listing):
-            text = f"No backend with {call.model!r} serves {call.route.path}; update Ollama there."
-            kind = ProspectKind.NO_ROUTE if call.route.optional else ProspectKind.AWAY
-            return Prospect(kind, math.inf, text)
+            text = f"No backend with {call.model!r} serves {call.route.path}; "
+            if call.route.optional:
+                return Prospect(ProspectKind.NO_ROUTE, math.inf, f"{text}their Ollama has it not.")
+            return Prospect(ProspectKind.AWAY, math.inf, f"{text}update Ollama there.")
         if listing:
             text = f"No backend may serve {call.model!r}: the allow and deny rules rule it out."
             return Prospect(ProspectKind.FORBIDDEN, text=text)

@@ -340,9 +340,10 @@ class Greedy:
     def _serve(self, key: PlacementKey, run: _Pass) -> None:
         """Commit from one queue until its head must wait."""
         full: set[tuple[str, frozenset[str]]] = set()
-        for ticket in list(self._queues[key]):
+        queue = list(self._queues[key])
+        for ticket in queue:
             alike = (ticket.call.route.feature, ticket.excluded)
-            if alike in full or self._start(ticket, run):
+            if alike in full or self._start(ticket, run) or ticket is queue[-1]:
                 continue
             # Of those behind it, only one that needs less context may still find a slot.
             if not any(map(_is_free, self._counted(ticket.call, ticket.excluded, run))):

@@ -35,6 +35,7 @@ from balancer.core.domain import (
     PlacementKey,
     Purpose,
     Residency,
+    Route,
     Verdict,
 )
 from balancer.core.events import Emit, Mishap, TrialEnded
@@ -240,6 +241,34 @@ class Prober:
             else:
                 self._pool.note_tags(name, cloud.stubs(rows), now)
         return True
+
+    async def explore(self, call: Call) -> None:
+        """
+        Ask those who have the call's model whether they have its route, where that is not known.
+
+        A backend looks at the route before the model: but we load the model before we send the
+        call. A GET of a route that takes only POST is a 405, of none a 404.
+        """
+        feature = call.route.feature
+        holders = [name for name in self._catalog.holders(call.key.model) if self._is_up(name)]
+        unknown = [name for name in holders if not self._catalog.is_route_known(name, feature)]
+        await asyncio.gather(*(self._explore(name, call.route) for name in unknown))
+
+    def _is_up(self, name: str) -> bool:
+        member = self._pool.members.get(name)
+        return member is not None and bool(member.health.up)
+
+    async def _explore(self, name: str, route: Route) -> None:
+        try:
+            status, _, body = await self._ask(
+                name, "GET", route.path, limit_s=self.settings.timeout_s
+            )
+        except UpstreamError:
+            return
+        if status == 404 and body.strip() == verdicts.UNKNOWN_ROUTE:
+            self._catalog.note_no_route(name, route.feature)
+        else:
+            self._catalog.note_route(name, route.feature)
 
     async def relist(self, name: str) -> None:
         """Read what a backend has now, because something has just been changed there."""

@@ -14,7 +14,7 @@ dead, that of `reply`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
@@ -183,6 +183,7 @@ class Proxy:
 
     Attributes:
         stopping: From now on a backend's connection that ends was ended by us.
+        explore: Finds out who has a route that not everybody has, before a model is loaded for it.
         fetch: Begins to pull what a call needs and nobody has; the future tells why it failed,
             empty if it did not. None: it may not be.
     """
@@ -208,6 +209,7 @@ class Proxy:
         self._stamp = stamp
         self._replay_bytes = 0
         self.stopping = False
+        self.explore: Callable[[Call], Awaitable[None]] = _nothing
         self.fetch: Callable[[Exchange, Call], asyncio.Future[str] | None] = lambda *_: None
 
     async def handle(self, exchange: Exchange) -> web.StreamResponse:
@@ -219,6 +221,8 @@ class Proxy:
         exchange.streaming = call.streaming
         exchange.use(call.model, call.key.model)
         call, *others = self._meant(exchange, call)
+        if call.route.optional:
+            await self.explore(call)
         if call.purpose is Purpose.UNLOAD:
             if exchange.principal.role is not Role.ADMIN:
                 raise Forbidden("Unloading a model needs a key with the role admin.")
@@ -601,6 +605,10 @@ class Proxy:
         raise AttemptsExhausted(
             f"{course.call.model!r} could not be served: {tried}", retry_after_s=5.0
         )
+
+
+async def _nothing(_: Call) -> None:
+    """Whoever builds the whole puts something better in its place."""
 
 
 def _for_model(call: Call, model: str) -> Call:

@@ -252,10 +252,17 @@ class SimOllama(Site):
         head = self.faults.take_head()
         if head is not None:
             self._spoil_head(delivery, head)
+        elif self._is_a_question(seen):
+            delivery.reply(405, [("Allow", "POST"), *_TEXT], b"405 method not allowed")
         elif (script := self._scripts.take(seen)) is not None:
             script.play(self.loop, delivery)
         elif self._gate.passes(delivery):
             self._route(delivery)
+
+    def _is_a_question(self, seen: Seen) -> bool:
+        """Whether somebody asks if there is a route which there is only in a script: it takes POST."""
+        is_made_up = seen.path in self._scripts.paths and not self._methods(seen.path)
+        return is_made_up and seen.method == "GET"
 
     @staticmethod
     def _spoil_head(delivery: Delivery, head: bytes) -> None:

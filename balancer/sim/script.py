@@ -65,10 +65,13 @@ class Scripts:
 
     def __init__(self) -> None:
         self._waiting: dict[str, list[Script]] = defaultdict(list)
+        self.paths: set[str] = set()
+        """All that there ever was an answer for."""
 
     def add(self, path: str, script: Script) -> None:
         """Puts an answer behind those already waiting on the path."""
         self._waiting[path].append(script)
+        self.paths.add(path)
 
     def take(self, seen: Seen) -> Script | None:
         """The answer for this request, if one is waiting."""
