@@ -92,7 +92,7 @@ def test_where_a_backend_was_written(
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ({}, "this machine only; share"),
+        ({}, "this machine only; to share"),
         ({"demo.enabled": True}, "(this machine only)"),
         ({"server.listen": ":0", "auth.anonymous": "always"}, "open to everybody"),
         (

@@ -384,7 +384,7 @@ class World(Bench):
                 self.pool.convict(suspect, "stuck")
 
     def wait(self) -> None:
-        self.sleep(self.rng.choice([0.1] * 4 + [0.5] * 4 + [1.0] * 4 + [3.0] * 3 + [8.0, 35.0]))
+        self.sleep(self.rng.choice([0.1] * 4 + [0.5] * 4 + [1.0] * 4 + [3.0] * 3 + [8.0, 35.0, 35.0]))
 
     # -- what the core asks for ----------------------------------------------------------------
 
