@@ -247,16 +247,18 @@ class Prober:
         Ask those who have the call's model whether they have its route, where that is not known.
 
         A backend looks at the route before the model: but we load the model before we send the
-        call. A GET of a route that takes only POST is a 405, of none a 404.
+        call. A GET of a route that takes only POST is a 405, of none a 404. Never at ollama.com,
+        where whatever path a client names would be asked for with the operator's key.
         """
         feature = call.route.feature
-        holders = [name for name in self._catalog.holders(call.key.model) if self._is_up(name)]
+        holders = [name for name in self._catalog.holders(call.key.model) if self._is_ours(name)]
         unknown = [name for name in holders if not self._catalog.is_route_known(name, feature)]
         await asyncio.gather(*(self._explore(name, call.route) for name in unknown))
 
-    def _is_up(self, name: str) -> bool:
+    def _is_ours(self, name: str) -> bool:
+        """Whether it is a host of ours that is up."""
         member = self._pool.members.get(name)
-        return member is not None and bool(member.health.up)
+        return member is not None and member.health.up and not member.backend.provider
 
     async def _explore(self, name: str, route: Route) -> None:
         try:

@@ -221,7 +221,8 @@ class Reads:
         """
         model = call.key.model
         if not self._pool.holders(model):
-            raise refusal(call.model, self._pool.absent(call.model, model))
+            absent = self._pool.absent(call.model, model, globs=call.principal.models)
+            raise refusal(call.model, absent)
         members = self._pool.members
         up = [m.name for m in members.values() if m.health.up and not m.backend.provider]
         loaded = [name for name in up if self._catalog.resident(name, model) is not None]

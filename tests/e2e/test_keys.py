@@ -164,6 +164,17 @@ async def test_no_hint_names_a_model_of_others() -> None:
 
 
 @virtual
+async def test_no_hint_for_an_admin_of_some_models_names_others() -> None:
+    """Also where it is about an unload, which the catalogue answers."""
+    few = {"name": "half", "role": "admin", "key": FEW, "models": ["m", "gonesom"]}
+    named = (SimModel("gonesome"), SimModel("m"))
+    async with running(1, models=named, config=LOCKED | {"auth.keys": [few]}) as rig:
+        body = {"model": "gonesom", "keep_alive": 0}
+        reply = await rig.ask("POST", "/api/generate", body, **bearer(FEW))
+        assert (reply.status, b"gonesome" in reply.body) == (404, False)
+
+
+@virtual
 async def test_management_keeps_to_the_models_of_a_key() -> None:
     """An admin's key may be for some models, too: also as what another is made from."""
     few = {"name": "half", "role": "admin", "key": FEW, "models": ["m*"]}

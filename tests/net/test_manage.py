@@ -403,11 +403,11 @@ async def test_a_stop_is_told_to_calls_that_wait_for_a_pull(stream: bool) -> Non
         asking = await Asking.of(rig, "/api/generate", ASKS | {"stream": stream})
         await asyncio.sleep(3.0)
         rig.balancer.stop(Stop("test"))
-        assert (await asking.head()).status == (200 if stream else 503)
+        head, _ = await asyncio.gather(asking.head(), rig.balancer.wait())
+        assert head.status == (200 if stream else 503)
         reply = await asking.rest()
         assert "The balancer is stopping" in lines(reply)[-1]["error"]
         assert [told.outcome for told in await rig.ended()] == ["shed"]
-        await rig.balancer.wait()
         asking.close()
 
 

@@ -61,7 +61,7 @@ from balancer.core.verdicts import TABLE, Before, Judgement, is_cloud
 from balancer.core.watchdog import Suspect
 from tests.core.bench import GB, Bench, backend, call, digest, resident, tag
 
-SEEDS = {"least-loaded": 50, "warm-first": 25, "round-robin": 15}
+SEEDS = {"least-loaded": 50, "warm-first": 20, "round-robin": 20}
 STEPS = 120
 V = Verdict
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
@@ -384,7 +384,7 @@ class World(Bench):
                 self.pool.convict(suspect, "stuck")
 
     def wait(self) -> None:
-        self.sleep(self.rng.choice([0.1] * 4 + [0.5] * 4 + [1.0] * 4 + [3.0] * 3 + [8.0, 35.0, 35.0]))
+        self.sleep(self.rng.choice([0.1] * 4 + [0.5] * 4 + [1.0] * 4 + [3.0] * 3 + [8.0, 35.0]))
 
     # -- what the core asks for ----------------------------------------------------------------
 
@@ -587,11 +587,10 @@ def test_every_policy_is_put_to_the_test() -> None:
     assert SEEDS.keys() == POLICIES.keys()
 
 
-@pytest.mark.parametrize("policy", SEEDS)
-def test_the_laws_hold_in_every_history(policy: str) -> None:
+def test_the_laws_hold_in_every_history() -> None:
     """Slots, tokens, permits, tickets, limits and the operator's word, whatever happens."""
     seen: Counter[str] = Counter()
-    for seed in range(SEEDS[policy]):
+    for policy, seed in [(each, seed) for each, count in SEEDS.items() for seed in range(count)]:
         try:
             world = lived(seed, policy)
         except AssertionError as error:
@@ -604,7 +603,7 @@ def test_the_laws_hold_in_every_history(policy: str) -> None:
         seen.update(event.model for event in world.of(LeaseGranted))
         seen["fell"] += world.falls
     # Chance has been everywhere, or the test proves nothing.
-    assert seen["granted"] > 5 * SEEDS[policy]
+    assert seen["granted"] > 5 * sum(SEEDS.values())
     for code in ("model_not_found", "no_backend", "queue_timeout", "load_failed", "queue_full"):
         assert seen[code], (code, seen)
     for granted in ("other-weights", "short-context", "cold", FAR, "fell"):
