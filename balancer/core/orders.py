@@ -20,7 +20,13 @@ from balancer.core.names import ModelName, quoted
 
 DIGEST: Final = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 _FILES: Final = ("files", "adapters", "draft_files")
-_DECODER: Final = json.JSONDecoder()
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(text)  # NaN and Infinity, which are not JSON
+
+
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_number)
 
 
 @dataclass(frozen=True, slots=True)

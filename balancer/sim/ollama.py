@@ -260,7 +260,7 @@ class SimOllama(Site):
             self._route(delivery)
 
     def _is_a_question(self, seen: Seen) -> bool:
-        """Whether somebody asks if there is a route which there is only in a script: it takes POST."""
+        """Whether somebody asks for a route that there is only in a script: it takes POST."""
         is_made_up = seen.path in self._scripts.paths and not self._methods(seen.path)
         return is_made_up and seen.method == "GET"
 

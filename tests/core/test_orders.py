@@ -69,7 +69,9 @@ def test_what_is_wrong_is_told_in_ollamas_words(
         order(operation, **fields)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"model":1}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"\xff", b'{"model":1}', b'{"model":"m","x":NaN}', b"[" * 100_000]
+)
 def test_what_cannot_be_read_is_refused(body: bytes) -> None:
     """Never a crash."""
     with pytest.raises(BadRequest):

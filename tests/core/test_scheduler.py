@@ -398,7 +398,7 @@ def test_a_copy_is_loaded_when_waiting_has_cost_as_much() -> None:
 
 
 def test_many_short_waits_buy_a_copy_as_one_long_one_does() -> None:
-    """A steady queue in which nobody waits long would otherwise keep idle backends idle for ever."""
+    """A steady queue in which nobody waits long would else leave idle backends idle for ever."""
     bench = Bench(candidate("a", in_flight=2), candidate("b", ON_DISK))
     load_s = load_estimate_s(4 * GB)
     for _ in range(math.ceil(load_s)):
