@@ -2,8 +2,8 @@
 What concerns the account at ollama.com: who is signed in, signing out, web search.
 
 Laws:
-- One backend speaks for the account, the same one each time: signing in concerns the key of one
-  host. Nothing is ever asked of another one instead.
+- One backend speaks for the account: the first that is marked for it and up, the same one each time
+  while that lasts, for signing in concerns the key of one host.
 - Answers are relayed as they are, refusals and their ``signin_url`` included.
 """
 

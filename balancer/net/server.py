@@ -56,6 +56,8 @@ FRAMING_RATIO: Final = 16  # and so many for each byte of it; one chunk per byte
 MAX_HEADERS: Final = 128
 MAX_UNPACKED: Final = 20 << 20  # of a compressed body, as Ollama has it
 BODY_STALL_S: Final = 30.0
+# After so many seconds a body must have come at so many bytes a second; not so uploads of files.
+SLOWEST: Final = ((10.0, 1024), (300.0, 100 * 1024))
 SAFE_ID: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
 TEXT: Final = "text/plain"
 MALFORMED: Final = "malformed"
@@ -616,7 +618,7 @@ async def read_body(exchange: Exchange, max_bytes: int, clock: Callable[[], floa
         if size > max_bytes:
             raise _too_large(max_bytes)
         spent_s = clock() - began
-        if spent_s > 10 and size < 1024 * spent_s:
+        if any(spent_s > after_s and size < rate * spent_s for after_s, rate in SLOWEST):
             raise RequestTimeout("The request's body comes too slowly.")
     exchange.bytes_in = size
     body: bytes | None = parts[0] if len(parts) == 1 else b"".join(parts)

@@ -141,6 +141,7 @@ def configure(
     journal = not is_tty and _is_journal(stream, env)
     processors: list[Processor] = [
         _Head(None if journal else wall),
+        *([_brief] if format == "console" else ()),
         _renderer(format, color=color),
         *([_prioritise] if journal else ()),
     ]
@@ -177,6 +178,41 @@ def _safe(value: Any) -> Any:
     if isinstance(value, tuple):
         return [escape(str(one)) for one in value]
     return value
+
+
+# What people see of a request on a terminal, and under which name; the rest is in the other forms.
+_BRIEF: Final = {
+    "gen_ai.request.model": "model",
+    "backend.name": "backend",
+    "attempt.count": "attempts",
+    "key.name": "key",
+    "outcome": "outcome",
+    "error.message": "error",
+    "request_id": "request_id",
+}
+_USUAL: Final = {"attempts": (1,), "key": ("anonymous",), "outcome": ("ok",)}
+
+
+def _brief(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+    """A terminal is narrow, and watched now: the time of day, and of a request what is unusual."""
+    if "timestamp" in fields:
+        fields["timestamp"] = fields["timestamp"][11:19]
+    if "http.request.method" not in fields:
+        return fields
+    told = {name: fields[name] for name in ("timestamp", "level") if name in fields}
+    told["event"] = " ".join(
+        str(fields.get(name, ""))
+        for name in ("http.response.status_code", "http.request.method", "url.path")
+    )
+    is_fine = fields.get("outcome") == "ok"
+    for name, short in _BRIEF.items():
+        value = fields.get(name)
+        if value not in (None, "", *_USUAL.get(short, ())) and not (
+            is_fine and short == "request_id"
+        ):
+            told[short] = value
+    told["took"] = f"{fields.get('duration_ms', 0.0) / 1000:.2f}s"
+    return told
 
 
 _encode = json.JSONEncoder(separators=(",", ":"), default=repr).encode  # made once: it is costly

@@ -592,12 +592,24 @@ SLOW: dict[str, tuple[list[tuple[float, bytes]], tuple[float, float], int | None
         (10.9, 13.1),
         408,
     ),
+    "a body in small pieces, for ever": (
+        [
+            (0, POST + b"Content-Length: 99999999\r\n\r\n"),
+            *((n, b" " * 20_000) for n in range(5, 320, 5)),
+        ],
+        (304.9, 322.1),
+        408,
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SLOW)
 def test_who_does_not_go_on_is_given_up(name: str) -> None:
-    """A head has 10 s, a body 30 s between two pieces, an idle connection 75 s."""
+    """
+    A head has 10 s, a body 30 s between two pieces, an idle connection 75 s.
+
+    After five minutes a body needs 100 KiB a second.
+    """
     pieces, (least, most), status = SLOW[name]
 
     async def scenario() -> tuple[float, Reply | None]:

@@ -305,7 +305,7 @@ def test_client_address_none_in_the_line() -> None:
         ("/k/sk-1", "/k/***"),
         ("/k/sk-1/", "/k/***/"),
         ("/K/sk-1/v1", "/k/***/v1"),
-        ("//k//sk-1/v1", "/k/***/v1"),
+        ("//k//sk-1/v1", "//k/***/v1"),
         ("/%6b/sk-1/v1", "/k/***/v1"),
         ("/k%2Fsk-1%2Fv1", "/k/***"),
         ("/v1/k/sk-1/models", "/v1/k/***/models"),
@@ -403,7 +403,19 @@ def test_auto_is_json_when_piped_and_console_on_a_terminal() -> None:
     assert json.loads(stream.getvalue())
     seen, screen = make("auto", is_tty=True, color=False)
     LogWriter(seen)(CALL)
-    assert screen.getvalue().startswith("1970-01-02T00:00:00.500Z [info     ] request")
+    assert screen.getvalue().startswith("00:00:00 [info     ] 200 POST /api/chat")
+
+
+def test_a_request_is_a_short_line_on_a_terminal() -> None:
+    """Where it went and how long it took; who watches sees what is unusual, and nothing else."""
+    log, screen = make("console", color=False)
+    LogWriter(log)(replace(CALL, attempts=1, key="anonymous"))
+    LogWriter(log)(replace(CALL, attempts=2, outcome="upstream_error", error="gone", status=503))
+    fine, failed = screen.getvalue().splitlines()
+    assert "backend=" in fine
+    assert "took=" in fine
+    assert not any(word in fine for word in ("attempts", "outcome", "request_id", "user_agent"))
+    assert all(word in failed for word in ("attempts=2", "error=gone", "request_id="))
 
 
 def written_to_a_file(tmp_path: Path, variable: str, *, is_tty: bool = False) -> list[str]:
