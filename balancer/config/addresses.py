@@ -162,6 +162,8 @@ def parse_listen(text: str) -> Listen:
         return Listen("", 0, fd=text.removeprefix("fd:"))
     if "://" in text:
         raise ValueError(f"{shown(text)} is a url. Write host:port.")
+    if text.isdecimal():
+        raise ValueError(f"{shown(text)} is a port alone. Write 127.0.0.1:{text}.")
     host, port_text = _split(text)
     port = DEFAULT_LISTEN_PORT
     if port_text is not None:

@@ -199,6 +199,7 @@ def test_a_socket_of_systemd_is_a_listen_address() -> None:
         "host:",
         "a b:1",
         "1.2.3:4",
+        "11435",
     ],
 )
 def test_other_listen_addresses_are_refused(text: str) -> None:
