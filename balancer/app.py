@@ -42,6 +42,7 @@ from balancer.net.proxy import Proxy, ProxySettings
 from balancer.net.reach import ManageSettings, Right
 from balancer.net.reads import Reads
 from balancer.net.server import Front, check_parser, listen, make_server
+from balancer.net.spool import Spool
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target
 from balancer.ops.admin import OPEN_PAGES, Admin
@@ -215,6 +216,7 @@ class Balancer:
             clock,
             emit,
             self.proxy.forwarded,
+            spool(config, clock),
         )
         self.proxy.explore = self.prober.explore
         self.proxy.fetch = self.manage.fetch
@@ -520,6 +522,14 @@ def manage_settings(config: Config) -> ManageSettings:
 def aliases(config: Config) -> Aliases:
     """Names that stand for models, and what is not listed."""
     return Aliases(config.models.aliases, config.models.hide)
+
+
+def spool(config: Config, clock: Callable[[], float]) -> Spool | None:
+    """Where uploads are kept for a while; None: nowhere."""
+    manage = config.manage
+    if manage.spool is None or not manage.spool_max_bytes:
+        return None
+    return Spool(Path(manage.spool), manage.spool_max_bytes, clock)
 
 
 def queue_limits(config: Config) -> QueueLimits:

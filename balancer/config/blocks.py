@@ -311,6 +311,8 @@ with warnings.catch_warnings():
         delete: RightBlock = RightBlock()
         parallel: kinds.Count = 3
         auto_pull: kinds.Flag = False
+        spool: kinds.TextOrNull = None
+        spool_max: kinds.Size = parse_size("32GiB")
 
 
 class LoggingBlock(Block):

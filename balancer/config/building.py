@@ -51,6 +51,8 @@ def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settin
             delete=freeze(settings.Right, file.manage.delete),
             parallel=file.manage.parallel,
             auto_pull=file.manage.auto_pull,
+            spool=file.manage.spool,
+            spool_max_bytes=file.manage.spool_max,
         ),
         timeouts=timeouts,
         streaming=freeze(settings.Streaming, file.streaming),

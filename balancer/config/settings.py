@@ -273,6 +273,8 @@ class Manage:
     delete: Right
     parallel: int
     auto_pull: bool
+    spool: str | None
+    spool_max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

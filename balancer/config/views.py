@@ -11,6 +11,8 @@ from .problems import Path, dotted
 from .settings import Config
 
 _NEEDS_RESTART = (
+    "manage.spool",
+    "manage.spool_max",
     "server.listen",
     "server.max_header",
     "server.head_timeout",

@@ -2,7 +2,8 @@
 Blobs: the files that a model is made of, on their way to every backend that may be asked to.
 
 Laws:
-- Nothing is kept: bytes go to the backends as they come, as fast as the slowest takes them.
+- Bytes go to the backends as they come, as fast as the slowest takes them.
+- What a backend has missed is sent to it before a model is made of it, if it is kept (`spool`).
 - A backend that fails is left out and named; the upload is good if one has taken it.
 - An answer may come before the client has sent everything; it is heard all the same.
 """
@@ -23,6 +24,7 @@ from balancer.core.fanout import failure
 from balancer.core.orders import digest_of
 from balancer.net.reach import NATIVE, Reach, Scope, document
 from balancer.net.server import BODY_STALL_S, Exchange, ask_for_body
+from balancer.net.spool import Copy, Spool, pieces
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target, UpstreamError
 
@@ -40,11 +42,19 @@ class Blobs:
         tell: Hears which backends took a blob, and which did not.
     """
 
-    def __init__(self, reach: Reach, upstream: ClientUpstream, tasks: Tasks, tell: Tell) -> None:
+    def __init__(
+        self,
+        reach: Reach,
+        upstream: ClientUpstream,
+        tasks: Tasks,
+        tell: Tell,
+        spool: Spool | None,
+    ) -> None:
         self._reach = reach
         self._upstream = upstream
         self._tasks = tasks
         self._tell = tell
+        self._spool = spool
 
     async def handle(self, exchange: Exchange) -> web.StreamResponse:
         """HEAD: whether all have it. POST: to all that do not, as it comes."""
@@ -92,21 +102,27 @@ class Blobs:
             _Pump(name, self._upstream, self._reach.target(name), f"/api/blobs/{digest}", sent)
             for name in names
         ]
+        copy = None if self._spool is None else self._spool.begin(digest)
         try:
             for pump in pumps:
                 pump.start(self._tasks)
             ask_for_body(request)
-            exchange.bytes_in = await _poured(request, pumps)
+            exchange.bytes_in = await _poured(request, pumps, copy)
             await asyncio.gather(*(pump.end(self._reach.settings.idle_s) for pump in pumps))
+            if copy is not None:
+                is_right = any(pump.status == 201 for pump in pumps)  # and whole: it was compared
+                await copy.end(keep=is_right)
         finally:
             for pump in pumps:
                 pump.stop()
+            if copy is not None:
+                await copy.end(keep=False)
         return await _early(exchange, self._uploaded(exchange, pumps, headers))
 
     def _uploaded(
         self, exchange: Exchange, pumps: Sequence[_Pump], headers: dict[str, str]
     ) -> web.Response:
-        done = [pump.name for pump in pumps if pump.status in (200, 201)]
+        done = [pump.name for pump in pumps if pump.has_taken]
         failed = {pump.name: pump.text for pump in pumps if pump.name not in done}
         self._tell(exchange, "blob", done, failed)
         if done:
@@ -125,8 +141,9 @@ class Blobs:
         """Those that have all the blobs; if nobody has, all: their own answer is the best one."""
         lacking: dict[str, str] = {}
         for digest in digests:
-            for name in await self.lacking(scope.names, digest):
-                lacking[name] = digest
+            names = await self.lacking(scope.names, digest)
+            have = await asyncio.gather(*(self._sent_again(name, digest) for name in names))
+            lacking |= {name: digest for name, has in zip(names, have, strict=True) if not has}
         left = [[name for name in group if name not in lacking] for group in scope.groups]
         found = [group for group in left if group]
         if not found:
@@ -136,6 +153,20 @@ class Blobs:
             for name, digest in lacking.items()
         }
         return Scope(found, scope.skipped | without)
+
+    async def _sent_again(self, name: str, digest: str) -> bool:
+        """Whether a backend has a blob now, because it was kept."""
+        path = None if self._spool is None else self._spool.find(digest)
+        if path is None:
+            return False
+        headers = [("Content-Type", "application/octet-stream")]
+        try:
+            status, _ = await self._upstream.upload(
+                self._reach.target(name), f"/api/blobs/{digest}", pieces(path), headers
+            )
+        except (UpstreamError, OSError):
+            return False
+        return status in (200, 201)
 
 
 class _Pump:
@@ -166,6 +197,10 @@ class _Pump:
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
+
+    @property
+    def has_taken(self) -> bool:
+        return self.status in (200, 201)
 
     @property
     def is_over(self) -> bool:
@@ -218,8 +253,14 @@ class _Pump:
             yield piece
 
 
-async def _poured(request: web.BaseRequest, pumps: Sequence[_Pump]) -> int:
-    """Read the client's body into every pump. Raises RequestTimeout if it stops coming."""
+async def _poured(request: web.BaseRequest, pumps: Sequence[_Pump], copy: Copy | None) -> int:
+    """
+    Read the client's body into every pump, and the copy.
+
+    Raises:
+        RequestTimeout: It stops coming.
+        BadRequest: It is not framed as HTTP has it.
+    """
     size = 0
     while not all(pump.is_over for pump in pumps):
         try:
@@ -233,6 +274,8 @@ async def _poured(request: web.BaseRequest, pumps: Sequence[_Pump]) -> int:
             break
         size += len(piece)
         await asyncio.gather(*(pump.put(piece) for pump in pumps))
+        if copy is not None:
+            await copy.put(piece)
     return size
 
 

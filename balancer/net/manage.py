@@ -36,6 +36,7 @@ from balancer.net.blobs import Blobs
 from balancer.net.prober import Prober
 from balancer.net.reach import JSON, NATIVE, ManageSettings, Reach, Scope, document
 from balancer.net.server import Exchange, Handler, read_body
+from balancer.net.spool import Spool
 from balancer.net.spread import Spread
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, UpstreamError
@@ -53,6 +54,7 @@ class Manage:
     Args:
         forwarded: The headers that go up with a request, ours among them.
         tasks: Owns the work.
+        spool: Keeps uploads for backends that missed them; None: nothing is kept.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Manage:
         clock: Callable[[], float],
         emit: Emit,
         forwarded: Callable[[Exchange], tuple[tuple[str, str], ...]],
+        spool: Spool | None = None,
     ) -> None:
         self.reach = Reach(settings, pool, upstream)
-        self._blobs = Blobs(self.reach, upstream, tasks, self._tell)
+        self._blobs = Blobs(self.reach, upstream, tasks, self._tell, spool)
         self._pool = pool
         self._catalog = pool.catalog
         self._upstream = upstream

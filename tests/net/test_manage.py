@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -600,6 +601,23 @@ async def test_a_host_killed_in_an_upload_is_left_out_of_the_create() -> None:
         assert last["status"] == "success"
         assert "does not have the blob" in last["backends"]["a"]["skipped"]
         assert having(rig, "mine") == ["b"]
+
+
+@virtual
+async def test_what_a_host_missed_is_sent_to_it_before_the_create() -> None:
+    """It was down during the upload; what was kept makes it whole."""
+    with TemporaryDirectory() as directory:
+        async with shelf(2, config={"manage.spool": directory}) as (rig, _):
+            rig.fleet["a"].faults.refuse()
+            await rig.events.until(lambda: not rig.balancer.pool.members["a"].health.up, 60)
+            assert (await upload(rig, DIGEST)).status == 201
+            assert DIGEST not in rig.fleet["a"].management.store.blobs
+            rig.fleet["a"].faults.heal()
+            await rig.events.until(lambda: bool(rig.balancer.pool.members["a"].health.up), 60)
+            body = {"model": "mine", "files": {"m.gguf": DIGEST}}
+            assert lines(await rig.ask("POST", "/api/create", body))[-1]["status"] == "success"
+            assert having(rig, "mine") == ["a", "b"]
+            assert rig.fleet["a"].management.store.blobs[DIGEST] == sum(map(len, PIECES))
 
 
 @virtual
