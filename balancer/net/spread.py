@@ -165,7 +165,8 @@ class Spread:
 
     async def _one(self, name: str) -> None:
         host = _Host(name, self)
-        handle: Handle = self._upstream.send(self._targets[name], self._call, host)
+        target = self._targets[name]
+        handle: Handle = self._upstream.send(target, self._call, host, patient=False)
         try:
             await host.over
         finally:

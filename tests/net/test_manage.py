@@ -193,6 +193,22 @@ async def test_one_killed_in_the_middle_fails_alone() -> None:
 
 
 @virtual
+async def test_one_that_hangs_fails_alone() -> None:
+    """It takes the order and says nothing, not even a head: after `timeouts.pull_idle` it failed."""
+    async with shelf(2, config={"timeouts.pull_idle": "20s"}) as (rig, _):
+        began = asyncio.get_running_loop().time()
+        pulling = asyncio.get_running_loop().create_task(
+            rig.ask("POST", "/api/pull", {"model": "big"})
+        )
+        await asyncio.sleep(0)
+        rig.fleet["a"].faults.hang()
+        last = lines(await pulling)[-1]
+        assert last["error"].startswith("failed on 1 of 2 hosts: a: stopped in the middle")
+        assert asyncio.get_running_loop().time() - began < 25
+        assert having(rig, "big") == ["b"]
+
+
+@virtual
 async def test_a_nonsense_name_fails_in_ollamas_words() -> None:
     """All fail alike: one clear line, in the stream or as a 500."""
     text = "pull model manifest: file does not exist"

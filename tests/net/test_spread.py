@@ -32,7 +32,7 @@ class Door:
         self.asked: list[str] = []
         self._news = asyncio.Event()
 
-    def send(self, target: Target, call: Call, sink: Sink) -> Any:
+    def send(self, target: Target, call: Call, sink: Sink, *, patient: bool) -> Any:
         """One exchange."""
         name = target.url
         self.asked.append(name)
