@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, Final
 
 from aiohttp import web
@@ -102,21 +102,23 @@ class Blobs:
             _Pump(name, self._upstream, self._reach.target(name), f"/api/blobs/{digest}", sent)
             for name in names
         ]
-        copy = None if self._spool is None else self._spool.begin(digest)
+        copy = None if self._spool is None else self._spool.begin()
         try:
             for pump in pumps:
                 pump.start(self._tasks)
             ask_for_body(request)
             exchange.bytes_in = await _poured(request, pumps, copy)
             await asyncio.gather(*(pump.end(self._reach.settings.idle_s) for pump in pumps))
-            if copy is not None:
-                is_right = any(pump.status == 201 for pump in pumps)  # and whole: it was compared
-                await copy.end(keep=is_right)
+            # A backend that stored it has compared the digest, so the copy is whole and right.
+            is_right = any(pump.status == 201 for pump in pumps)
+            if self._spool is not None and copy is not None and is_right and await copy.end():
+                self._spool.keep(digest, copy)
+                copy = None
         finally:
             for pump in pumps:
                 pump.stop()
             if copy is not None:
-                await copy.end(keep=False)
+                copy.drop()
         return await _early(exchange, self._uploaded(exchange, pumps, headers))
 
     def _uploaded(
@@ -159,14 +161,19 @@ class Blobs:
         path = None if self._spool is None else self._spool.find(digest)
         if path is None:
             return False
-        headers = [("Content-Type", "application/octet-stream")]
+        target, headers = self._reach.target(name), [("Content-Type", "application/octet-stream")]
+        pump = _Pump(name, self._upstream, target, f"/api/blobs/{digest}", headers)
+        pump.start(self._tasks)
         try:
-            status, _ = await self._upstream.upload(
-                self._reach.target(name), f"/api/blobs/{digest}", pieces(path), headers
-            )
-        except (UpstreamError, OSError):
+            async with aclosing(pieces(path)) as parts:  # type: ignore[type-var]
+                async for piece in parts:
+                    await pump.put(piece)
+            await pump.end(self._reach.settings.idle_s)
+        except OSError:
             return False
-        return status in (200, 201)
+        finally:
+            pump.stop()
+        return pump.has_taken
 
 
 class _Pump:

@@ -2,7 +2,7 @@
 Uploads kept on disk for a while, because Ollama gives no blob back.
 
 Laws:
-- A file has its name only once a backend has taken it: then its digest is right.
+- A file counts only once a backend has taken what is in it: then its digest is right.
 - What is kept is bounded, in bytes and in time; the oldest goes first. Losing one costs nothing but
   another upload.
 - The disk is written and read off the event loop.
@@ -11,8 +11,10 @@ Laws:
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -34,105 +36,137 @@ class Spool:
         self._directory = directory
         self._max_bytes = max_bytes
         self._clock = clock
-        self._kept: dict[str, tuple[float, int]] = {}  # digest: since when, bytes; oldest first
+        self._kept: dict[str, _Kept] = {}  # by digest, oldest first
         self._number = 0
 
-    def begin(self, digest: str) -> Copy | None:
+    def begin(self) -> Copy | None:
         """A copy of an upload, to be written as it comes; None: the directory cannot be used."""
+        if not self._number and not self._prepare():
+            return None
         self._number += 1
-        if self._number == 1:
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-                for left in self._directory.glob("sha256-*"):
-                    left.unlink()
-            except OSError:
-                self._number = 0
-                return None
-        path = self._path(digest).with_suffix(f".{self._number}")
-        return Copy(path, self._max_bytes, lambda size: self._keep(digest, path, size))
+        return Copy(self._directory / f"upload-{self._number}", self._max_bytes)
+
+    def keep(self, digest: str, copy: Copy) -> None:
+        """A copy that came to its end has this digest: a backend has compared it."""
+        old = self._kept.pop(digest, None)
+        if old is not None:
+            _discard(old.path)
+        self._kept[digest] = _Kept(copy.path, self._clock(), copy.size)
+        self._forget()
 
     def find(self, digest: str) -> Path | None:
         """The file of a blob, if it is kept."""
         self._forget()
-        return self._path(digest) if digest in self._kept else None
+        kept = self._kept.get(digest)
+        return None if kept is None else kept.path
 
-    def _path(self, digest: str) -> Path:
-        return self._directory / digest.replace(":", "-")
-
-    def _keep(self, digest: str, path: Path, size: int) -> None:
-        path.replace(self._path(digest))
-        self._kept.pop(digest, None)
-        self._kept[digest] = (self._clock(), size)
-        self._forget()
+    def _prepare(self) -> bool:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for left in self._directory.glob("upload-*"):
+                left.unlink()
+        except OSError:
+            return False
+        return True
 
     def _forget(self) -> None:
         """What is too old, and the oldest of what is too much."""
-        now, total = self._clock(), sum(size for _, size in self._kept.values())
-        for digest, (since, size) in list(self._kept.items()):
-            if now - since < KEPT_S and total <= self._max_bytes:
+        now, total = self._clock(), sum(kept.size for kept in self._kept.values())
+        for digest, kept in list(self._kept.items()):
+            if now - kept.since < KEPT_S and total <= self._max_bytes:
                 break
-            total -= size
+            total -= kept.size
             del self._kept[digest]
-            self._path(digest).unlink(missing_ok=True)
+            _discard(kept.path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A file, since when it is kept, and its bytes."""
+
+    path: Path
+    since: float
+    size: int
 
 
 class Copy:
-    """One upload on its way to the disk. Trouble with the disk ends the copy, not the upload."""
+    """
+    One upload on its way to the disk. Trouble with the disk ends the copy, not the upload.
 
-    def __init__(self, path: Path, max_bytes: int, keep: Callable[[int], None]) -> None:
-        self._path = path
+    A write that is under way when the upload is broken off goes on in its thread; whoever comes
+    last, it or `drop`, removes the file.
+
+    Attributes:
+        size: Bytes so far.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self.path = path
+        self.size = 0
         self._max_bytes = max_bytes
-        self._keep = keep
         self._file: BinaryIO | None = None
         self._batch = bytearray()
-        self._size = 0
-        self._given_up = False
+        self._lock = threading.Lock()
+        self._dropped = False
 
     async def put(self, piece: bytes) -> None:
         """Take a piece."""
-        if self._given_up:
+        if self._dropped:
             return
         self._batch += piece
-        self._size += len(piece)
-        if self._size > self._max_bytes:
-            await self.end(keep=False)
+        self.size += len(piece)
+        if self.size > self._max_bytes:
+            self.drop()
         elif len(self._batch) >= BATCH:
             await self._write()
 
-    async def end(self, *, keep: bool) -> None:
-        """The upload is over; *keep* if a backend has taken it. Idempotent."""
-        if self._given_up:
-            return
-        if keep:
-            await self._write()
-        if self._given_up:  # the disk is full
-            return
-        self._given_up = True
-        if self._file is not None:
-            self._file.close()
-            with suppress(OSError):
-                if keep:
-                    self._keep(self._size)
-        self._path.unlink(missing_ok=True)
+    async def end(self) -> bool:
+        """Write what is left; whether all of it is on the disk."""
+        if not self._dropped:
+            await self._write(last=True)
+        return not self._dropped
 
-    async def _write(self) -> None:
+    def drop(self) -> None:
+        """It is not wanted. Idempotent."""
+        self._dropped = True
+        _in_background(self._remove)
+
+    async def _write(self, *, last: bool = False) -> None:
         batch, self._batch = bytes(self._batch), bytearray()
         try:
-            await asyncio.to_thread(self._append, batch)
+            await asyncio.to_thread(self._append, batch, last=last)
         except OSError:
-            await self.end(keep=False)
+            self.drop()
 
-    def _append(self, batch: bytes) -> None:
-        if self._file is None:
-            self._file = self._path.open("wb")
-        self._file.write(batch)
+    def _append(self, batch: bytes, *, last: bool) -> None:
+        with self._lock:
+            if self._dropped:
+                return  # `drop` has been here, or is waiting
+            if self._file is None:
+                self._file = self.path.open("wb")
+            self._file.write(batch)
+            if last:
+                self._file.close()
+
+    def _remove(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
 
 async def pieces(path: Path) -> AsyncIterator[bytes]:
-    """A kept file, from its beginning to its end."""
-    file = await asyncio.to_thread(path.open, "rb")
-    try:
+    """A kept file, from its beginning to its end. Raises OSError."""
+    with path.open("rb") as file:
         while piece := await asyncio.to_thread(file.read, BATCH):
             yield piece
-    finally:
-        file.close()
+
+
+def _discard(path: Path) -> None:
+    _in_background(lambda: path.unlink(missing_ok=True))
+
+
+def _in_background(do: Callable[[], None]) -> None:
+    """To remove a large file takes its time; nobody waits for it."""
+    asyncio.get_running_loop().run_in_executor(None, do)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,29 @@ def spool(tmp_path: Path, clock: ManualClock, max_bytes: int = 10 * BATCH) -> Sp
 
 async def kept(shelf: Spool, digest: str, *parts: bytes, keep: bool = True) -> bool:
     """Whether an upload of these parts is there afterwards."""
-    copy = shelf.begin(digest)
+    copy = shelf.begin()
     assert copy is not None
     for part in parts:
         await copy.put(part)
-    await copy.end(keep=keep)
-    await copy.end(keep=False)
+    if keep and await copy.end():
+        shelf.keep(digest, copy)
+    else:
+        copy.drop()
+        copy.drop()
+    await settled()
     return shelf.find(digest) is not None
+
+
+async def settled() -> None:
+    """Until what runs in threads has come to its end."""
+    await asyncio.get_running_loop().shutdown_default_executor()
+    asyncio.get_running_loop()._executor_shutdown_called = False  # type: ignore[attr-defined]
+    asyncio.get_running_loop()._default_executor = None  # type: ignore[attr-defined]
+
+
+def files(tmp_path: Path) -> list[int]:
+    """The sizes of what is on the disk."""
+    return sorted(path.stat().st_size for path in (tmp_path / "blobs").iterdir())
 
 
 async def test_what_was_taken_is_kept_whole(tmp_path: Path, clock: ManualClock) -> None:
@@ -46,7 +63,7 @@ async def test_what_nobody_took_is_gone(tmp_path: Path, clock: ManualClock) -> N
     """Its digest may be wrong, or it was broken off."""
     shelf = spool(tmp_path, clock)
     assert not await kept(shelf, A, b"x" * (2 * BATCH), keep=False)
-    assert list((tmp_path / "blobs").iterdir()) == []
+    assert files(tmp_path) == []
 
 
 async def test_it_is_kept_for_an_hour(tmp_path: Path, clock: ManualClock) -> None:
@@ -57,7 +74,8 @@ async def test_it_is_kept_for_an_hour(tmp_path: Path, clock: ManualClock) -> Non
     assert shelf.find(A) is not None
     clock.advance(2)
     assert shelf.find(A) is None
-    assert list((tmp_path / "blobs").iterdir()) == []
+    await settled()
+    assert files(tmp_path) == []
 
 
 async def test_the_oldest_makes_room(tmp_path: Path, clock: ManualClock) -> None:
@@ -67,18 +85,35 @@ async def test_the_oldest_makes_room(tmp_path: Path, clock: ManualClock) -> None
     assert await kept(shelf, B, b"x" * (2 * BATCH))
     assert shelf.find(A) is None
     assert not await kept(shelf, A, b"x" * (2 * BATCH), b"x" * (2 * BATCH))
-    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [f"sha256-{'b' * 64}"]
+    assert files(tmp_path) == [2 * BATCH]
 
 
 async def test_what_is_left_from_before_is_removed(tmp_path: Path, clock: ManualClock) -> None:
     """Nobody knows any more whether it is whole."""
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "sha256-x.1").write_bytes(b"x")
+    (tmp_path / "blobs" / "upload-7").write_bytes(b"xyz")
     assert await kept(spool(tmp_path, clock), A, b"x")
-    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [f"sha256-{'a' * 64}"]
+    assert files(tmp_path) == [1]
 
 
 async def test_a_directory_that_cannot_be_is_no_trouble(tmp_path: Path, clock: ManualClock) -> None:
     """Then nothing is kept."""
     (tmp_path / "blobs").write_text("a file")
-    assert spool(tmp_path, clock).begin(A) is None
+    assert spool(tmp_path, clock).begin() is None
+
+
+async def test_an_upload_broken_off_in_a_write_leaves_nothing(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """The thread that writes cannot be cancelled; whoever comes last clears up."""
+    copy = spool(tmp_path, clock).begin()
+    assert copy is not None
+    with copy._lock:  # the disk is slow
+        writing = asyncio.get_running_loop().create_task(copy.put(b"x" * BATCH))
+        await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.wait({writing})
+        copy.drop()
+    await settled()
+    assert files(tmp_path) == []
+    assert copy._file is None or copy._file.closed
