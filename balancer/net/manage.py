@@ -332,7 +332,12 @@ class Manage:
                     await on(name)
 
         exchange.backend = ",".join(scope.names)
-        await asyncio.gather(*(in_turn(group) for group in scope.groups))
+        try:
+            await asyncio.gather(*(in_turn(group) for group in scope.groups))
+        except asyncio.CancelledError:
+            done = [name for name, (status, _) in answers.items() if status == 200]
+            self._tell(exchange, route.operation, done, {}, is_whole=False)
+            raise
         return self._joined(exchange, route.operation, answers, scope)
 
     def _joined(

@@ -528,6 +528,22 @@ async def test_a_copy_and_a_delete_reach_all_who_have_it() -> None:
         assert (gone.status, gone.body) == (404, b'{"error":"model \\"none\\" not found"}')
 
 
+@virtual
+async def test_a_delete_that_is_broken_off_is_in_the_log() -> None:
+    """With those that have done it: an operator will ask where the model went."""
+    async with shelf(2) as (rig, _):
+        wire = await rig.connect()
+        body = b'{"model":"old"}'
+        rig.fleet["b"].faults.hang()
+        head = f"DELETE /api/delete HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        wire.writer.write(head.encode() + b"\r\n\r\n" + body)
+        await asyncio.sleep(1)
+        wire.close()
+        await rig.events.until(lambda: bool(rig.events.of(OrderEnded)))
+        (order,) = rig.events.of(OrderEnded)
+        assert (order.operation, order.done, order.finished) == ("delete", ("a",), False)
+
+
 # -- blobs --------------------------------------------------------------------------------------
 
 PIECES = [bytes([n]) * 100_000 for n in range(30)]
