@@ -25,7 +25,14 @@ from balancer.cli import client, start
 from balancer.cli.exits import CommandError, ExitCode
 from balancer.cli.source import Source, read_or_refuse
 from balancer.config import Config, Listen
-from balancer.core.events import ConfigApplied, Event, HealthFlipped, MemberJoined, Serving
+from balancer.core.events import (
+    ConfigApplied,
+    Event,
+    HealthFlipped,
+    MemberJoined,
+    Mishap,
+    Serving,
+)
 from balancer.net import discovery
 from balancer.ops.log import Bridge, LogWriter, configure
 from balancer.ops.notify import Notify, Wanted, handed_over, wanted
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 LAG_S: Final = 5.0  # for load balancers before us to see that we are not ready any more
 REMIND_S: Final = 60.0
 WATCH_S: Final = 1.0
+FLUSH_S: Final = 0.25  # lines of the log that come so soon after one another go out together
 STUCK_S: Final = 30.0  # past its limit no call waits on, unless the queue stands still
 HOW_TO_STOP: Final = "Press Ctrl+C to stop (waits for running answers; twice = now)"
 DEMO_HEADERS: Final = {"X-Balancer-Demo": "1"}
@@ -171,12 +179,13 @@ async def _serve(
         balancer = _build(source, config, sockets, notify, looked)
         signals = Signals(balancer, on_terminal=on_terminal)
         writer = Writer(balancer)
+        stack.callback(writer.close)
         if on_terminal:
             writer.hold()
         else:
             writer.log.info("starting", version=__version__, config_file=source.told)
         balancer.bus.subscribe(writer)
-        balancer.bus.subscribe(notify)
+        balancer.bus.subscribe(notify, Notify.KINDS)
         try:
             await balancer.start()
         except OSError as error:  # bound by two at once, the other was first to listen
@@ -324,6 +333,7 @@ class Writer:
 
     def __init__(self, balancer: Balancer) -> None:
         self._balancer = balancer
+        self._loop = asyncio.get_running_loop()
         self._held: list[Event] | None = None
         self._bridge: Bridge | None = None
         self._begin()
@@ -337,6 +347,7 @@ class Writer:
             is_tty=sys.stderr.isatty(),
             env=os.environ,
             wall=time.time,  # noqa: TID251 - timestamps are the wall clock's
+            later=self._later,
         )
         slow_s = math.inf if how.slow_s is None else how.slow_s
         self._write = LogWriter(
@@ -344,17 +355,31 @@ class Writer:
         )
         if self._bridge is not None:
             logging.getLogger().removeHandler(self._bridge)
-        self._bridge = Bridge(self.log, asyncio.get_running_loop().time, how.client_ip)
+        self._bridge = Bridge(self.log, self._loop.time, how.client_ip)
         logging.getLogger().addHandler(self._bridge)
+
+    def _later(self, flush: Callable[[], None]) -> None:
+        self._loop.call_later(FLUSH_S, self._flush, flush)
+
+    def _flush(self, flush: Callable[[], None]) -> None:
+        try:
+            flush()
+        except (OSError, ValueError) as error:  # a full disk, or nobody there who reads
+            self._balancer.bus(Mishap(self._loop.time(), "log", str(error)))
 
     def __call__(self, event: Event) -> None:
         """Write one event, or hold it."""
         if isinstance(event, ConfigApplied):
+            self.close()
             self._begin()
         if self._held is not None:
             self._held.append(event)
         else:
             self._write(event)
+
+    def close(self) -> None:
+        """Write what the log still holds; from now on it holds nothing."""
+        self._flush(self.log.lines.close)
 
     def hold(self) -> None:
         """From now on nothing is written."""

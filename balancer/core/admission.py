@@ -79,6 +79,10 @@ class Admission:
         self._waiting[model] -= 1
         if self._waiting[model] <= 0:
             del self._waiting[model]
+        self.passed()
+
+    def passed(self) -> None:
+        """One went through; it may not even have waited."""
         self._left.append(self._clock())
 
     def drain_s(self, depth: int) -> float:

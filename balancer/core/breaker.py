@@ -8,6 +8,7 @@ Laws:
 - A permit belongs to the stretch of state that granted it. News from an earlier stretch is
   counted and dropped.
 - The gate moves only when somebody calls one of its methods; asking for its state moves nothing.
+- `Gate.state` repeats what the register says, as it is asked for with every call.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from pybreaker import (
 
 from balancer.core.domain import BreakerState, Mark
 
+# To look a member up in its enum takes longer than most of what is done with it here.
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+BLAME, NEITHER = Mark.BLAME, Mark.NEITHER
 STATES: Final = {
-    STATE_CLOSED: BreakerState.CLOSED,
-    STATE_OPEN: BreakerState.OPEN,
-    STATE_HALF_OPEN: BreakerState.HALF_OPEN,
+    STATE_CLOSED: CLOSED,
+    STATE_OPEN: OPEN,
+    STATE_HALF_OPEN: HALF_OPEN,
 }
 FORGET_S: Final = 60.0
 MAX_DOUBLINGS: Final = 64  # beyond any cap, below what a float can hold
@@ -81,31 +85,37 @@ class _Tally:
         self.blames_in_a_row = 0
         self.credits = 0
         self._buckets: deque[_Bucket] = deque()
+        self.outcomes = self.blames = 0  # in all buckets, those that have lapsed since included
 
     def note(self, mark: Mark, weight: int, rule: Rule, now: float) -> None:
         """Count one outcome. A weight counts in the row; in the window an outcome is one."""
-        blamed = mark is Mark.BLAME
+        blamed = mark is BLAME
         self.blames_in_a_row = self.blames_in_a_row + weight if blamed else 0
         self.credits += not blamed
         self._trim(rule, now)
         if not self._buckets or now - self._buckets[-1].began_at >= rule.window_s / rule.buckets:
             self._buckets.append(_Bucket(now))
-        self._buckets[-1].outcomes += 1
-        self._buckets[-1].blames += blamed
+        bucket = self._buckets[-1]
+        bucket.outcomes += 1
+        bucket.blames += blamed
+        self.outcomes += 1
+        self.blames += blamed
 
     def seen(self, rule: Rule, now: float) -> tuple[int, int]:
         """Outcomes and blames in the window."""
         self._trim(rule, now)
-        return sum(b.outcomes for b in self._buckets), sum(b.blames for b in self._buckets)
+        return self.outcomes, self.blames
 
     def exceeds(self, rule: Rule, now: float) -> bool:
         """Whether the share of blames in the window is too large."""
         outcomes, blames = self.seen(rule, now)
-        return outcomes >= rule.minimum and blames >= rule.ratio * outcomes
+        return blames > 0 and outcomes >= rule.minimum and blames >= rule.ratio * outcomes
 
     def _trim(self, rule: Rule, now: float) -> None:
         while self._buckets and now - self._buckets[0].began_at >= rule.window_s:
-            self._buckets.popleft()
+            lapsed = self._buckets.popleft()
+            self.outcomes -= lapsed.outcomes
+            self.blames -= lapsed.blames
 
 
 class Permit:
@@ -153,6 +163,7 @@ class Gate(CircuitBreakerListener):
         soft: Whether the last opening was for a ratio.
         since: The instant of the last move.
         successes: Trials in a row that must pass before it closes.
+        state: Closed, open or half-open.
 
     Source:
         Permits with a generation, after gobreaker; the wait in seconds as Polly tells it.
@@ -196,13 +207,9 @@ class Gate(CircuitBreakerListener):
         self._live = False
         self._passed = 0
         self._register = CircuitBreaker(name=name, listeners=[self])
+        self.state = STATES[self._register.current_state]
 
     # -- being asked ---------------------------------------------------------------------------
-
-    @property
-    def state(self) -> BreakerState:
-        """Closed, open or half-open."""
-        return STATES[self._register.current_state]
 
     @property
     def tripped_midstream(self) -> bool:
@@ -212,17 +219,19 @@ class Gate(CircuitBreakerListener):
     @property
     def one_at_a_time(self) -> bool:
         """Closed, though the ratio says otherwise: the last one standing should take it slow."""
-        return self.state is BreakerState.CLOSED and self._tally.exceeds(self.rule, self._clock())
+        if not self._tally.blames:
+            return False
+        return self.state is CLOSED and self._tally.exceeds(self.rule, self._clock())
 
     def due(self) -> bool:
         """Whether `acquire_trial` is worth calling now."""
-        return self.state is not BreakerState.CLOSED and self.retry_in() == 0
+        return self.state is not CLOSED and self.retry_in() == 0
 
     def retry_in(self) -> float:
         """Seconds until a trial may be had at the latest; 0: now, or none is needed."""
-        if self.state is BreakerState.CLOSED:
+        if self.state is CLOSED:
             return 0.0
-        if self.state is BreakerState.HALF_OPEN and not self._live:
+        if self.state is HALF_OPEN and not self._live:
             return 0.0
         return self._left_s(self._clock())
 
@@ -230,7 +239,7 @@ class Gate(CircuitBreakerListener):
 
     def acquire(self) -> Permit | None:
         """A permit for a call of a client; None unless closed."""
-        if self.state is not BreakerState.CLOSED:
+        if self.state is not CLOSED:
             return None
         return Permit(self, self._generation, trial=False)
 
@@ -240,37 +249,39 @@ class Gate(CircuitBreakerListener):
         self._expire(now)
         if not self.due():
             return None
-        if self.state is BreakerState.OPEN:
-            self._move(BreakerState.HALF_OPEN, "trial", now)
+        if self.state is OPEN:
+            self._move(HALF_OPEN, "trial", now)
         self._live = True
         return Permit(self, self._generation, trial=True)
 
     def _settle(self, permit: Permit, mark: Mark, weight: int, reason: str, successes: int) -> None:
         now = self._clock()
-        self._expire(now)
+        if self.state is HALF_OPEN:
+            self._expire(now)
         if permit.generation != self._generation:
             self.stale += 1
             return
         if permit.trial:
             self._live = False
-        if mark is Mark.NEITHER:
+        if mark is NEITHER:
             return
         if not permit.trial:
             self._tally.note(mark, weight, self.rule, now)
-            self._judge(mark, reason, successes, now)
-        elif mark is Mark.BLAME:
+            if mark is BLAME:
+                self._judge(reason, successes, now)
+        elif mark is BLAME:
             self._trip(reason or "trial failed", max(successes, self.successes), now)
         else:
             self._passed += 1
             if self._passed >= self.successes:
-                self._move(BreakerState.CLOSED, "trial passed", now)
+                self._move(CLOSED, "trial passed", now)
 
-    def _judge(self, mark: Mark, reason: str, successes: int, now: float) -> None:
-        """Open, if the rule says so after what was just counted."""
+    def _judge(self, reason: str, successes: int, now: float) -> None:
+        """Open, if the rule says so after the blame that was just counted."""
         tally, rule = self._tally, self.rule
         if tally.blames_in_a_row >= rule.in_a_row:
             self._trip(reason or "failures in a row", successes, now)
-        elif mark is Mark.BLAME and tally.exceeds(rule, now) and self._may_open_softly():
+        elif tally.exceeds(rule, now) and self._may_open_softly():
             outcomes, blames = tally.seen(rule, now)
             text = f"{blames} of {outcomes} failed in {rule.window_s:g} s, last: {reason}"
             self._trip(text, successes, now, soft=True)
@@ -279,16 +290,16 @@ class Gate(CircuitBreakerListener):
 
     def trip(self, reason: str, successes: int = 1) -> None:
         """Open at once, whatever was counted; an open breaker stays as it is."""
-        if self.state is not BreakerState.OPEN:
+        if self.state is not OPEN:
             self._trip(reason, successes, self._clock())
 
     def reset(self) -> None:
         """Close by hand, and forget all that was held against it."""
         now = self._clock()
-        if self.state is BreakerState.OPEN:
-            self._move(BreakerState.HALF_OPEN, "reset", now)
-        if self.state is BreakerState.HALF_OPEN:
-            self._move(BreakerState.CLOSED, "reset", now)
+        if self.state is OPEN:
+            self._move(HALF_OPEN, "reset", now)
+        if self.state is HALF_OPEN:
+            self._move(CLOSED, "reset", now)
         self._tally = _Tally()
         self.forget_growth()
 
@@ -304,7 +315,7 @@ class Gate(CircuitBreakerListener):
         Only once in a stretch of trouble, or until `forget_growth`: after a trial failed in spite
         of passing checks, they have shown that they prove nothing, and the backoff must hold.
         """
-        if self.state is BreakerState.OPEN and not self._brought_forward:
+        if self.state is OPEN and not self._brought_forward:
             self._brought_forward = True
             self._due_at = min(self._due_at, self._clock())
 
@@ -312,7 +323,7 @@ class Gate(CircuitBreakerListener):
 
     def _expire(self, now: float) -> None:
         """Half-open for too long: open again. Nothing was learned, so the wait does not grow."""
-        if self.state is BreakerState.HALF_OPEN and not self._left_s(now):
+        if self.state is HALF_OPEN and not self._left_s(now):
             self._open("no trial was decided in time", now)
 
     def _left_s(self, now: float) -> float:
@@ -322,7 +333,7 @@ class Gate(CircuitBreakerListener):
 
     def _trip(self, reason: str, successes: int, now: float, *, soft: bool = False) -> None:
         """Open, and wait longer than the last time, unless that is forgotten."""
-        if self.state is BreakerState.CLOSED:
+        if self.state is CLOSED:
             quiet_s = max(FORGET_S, 2 * self._wait_s)
             if self._tally.credits and now - self.since >= quiet_s:
                 self._growth = 0
@@ -335,7 +346,7 @@ class Gate(CircuitBreakerListener):
     def _open(self, reason: str, now: float) -> None:
         self._wait_s = self._delay_s()
         self._due_at = now + self._wait_s
-        self._move(BreakerState.OPEN, reason, now)
+        self._move(OPEN, reason, now)
 
     def _delay_s(self) -> float:
         """
@@ -356,13 +367,14 @@ class Gate(CircuitBreakerListener):
         """Move the register; `state_change` hears of it first, then *on_move*."""
         old = self.state
         self.since = now
-        if new is BreakerState.OPEN:
+        if new is OPEN:
             self._register.open()
-        elif new is BreakerState.HALF_OPEN:
+        elif new is HALF_OPEN:
             self._due_at = now + self.half_open_max_s
             self._register.half_open()
         else:
             self._register.close()
+        self.state = STATES[self._register.current_state]
         self._on_move(old, new, reason, self.retry_in())
 
     def state_change(

@@ -71,6 +71,7 @@ _SINCE: Final = {
     "v1_messages": (0, 14, 0),
     "v1_transcriptions": (0, 20, 0),
 }
+_MOST_COPIES: Final = 8192  # options are clients' choice
 _MOST_UNSUPPORTED: Final = 256  # routes remembered per backend; their paths are clients' text
 _FROM_SOURCE: Final = (0, 0, 0)  # what a build without a release number says of itself
 
@@ -221,10 +222,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Resident:
     """
-    A model in a backend's memory.
+    A model in a backend's memory. Only its two times move on; another content is another one.
 
     Args:
         key: The options it was loaded with, None: by somebody else, with options unknown.
@@ -313,6 +314,13 @@ class _Shelf:
                 by_name = resident
         return by_name
 
+    @property
+    def has_twins(self) -> bool:
+        """Whether one name may mean two of the residents: then their order counts."""
+        residents, digests = self.residents, [r.digest for r in self.residents if r.digest]
+        called = {resident.canonical for resident in residents}
+        return len(called) < len(residents) or len(set(digests)) < len(digests)
+
     def serves(self, resident: _Resident, key: PlacementKey) -> bool:
         row = self.rows.get(key.model)
         default = self.defaults.get(self.identity(key.model))
@@ -320,6 +328,41 @@ class _Shelf:
 
     def lapsed(self, now: float, remember_s: float) -> bool:
         return self.away_since is not None and now >= self.away_since + remember_s
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """
+    A model on one backend as one placement key sees it; out of date when the edition is another.
+
+    Args:
+        context: Tokens a call with this key would have, None: unknown.
+        stub: It runs at ollama.com.
+        known: Where it is whatever the time, None: `residency` tells.
+        here: What it is as long as the reading is believed.
+        fits: Whether the runner there serves the key as it is.
+        read_at: When the backend's memory was last read.
+        models_loaded: In memory there, whatever model.
+    """
+
+    context: int | None
+    models_loaded: int
+    stub: bool
+    known: Residency | None
+    here: Residency
+    fits: bool
+    read_at: float
+    believe_s: float
+    resident: _Resident | None
+
+    def residency(self, now: float) -> Residency:
+        """As `Catalog.residency`."""
+        if self.known is not None:
+            return self.known
+        seen_at = self.read_at if self.resident is None else self.resident.seen_at
+        if now - seen_at > self.believe_s:
+            return Residency.UNKNOWN
+        return self.here
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +513,8 @@ class Catalog:
         self._believe_s = believe_s
         self._show_limit = shows
         self._shelves: dict[str, _Shelf] = {}
+        self._copies: dict[tuple[str, PlacementKey], Copy] = {}
+        self._edition = 0
         self._shows: dict[str, _Show] = {}
         self._aliases = Aliases()
         self._versions: tuple[_Version, _Version] | None = None
@@ -485,6 +530,17 @@ class Catalog:
     def aliases(self, aliases: Aliases) -> None:
         self._aliases = aliases
         self._listing = None
+
+    @property
+    def edition(self) -> int:
+        """
+        Grows with what was learned, and with what lapsed: what was made of an older one is out of
+        date. That something known was seen again is nothing learned.
+        """
+        listing = self._listing
+        if listing is None or listing.until < math.inf or listing.remember_s != self.remember_s:
+            self._view()
+        return self._edition
 
     # What happened
 
@@ -522,6 +578,7 @@ class Catalog:
         changed = found.keys() != shelf.rows.keys() or any(
             row.text != shelf.rows[canonical].text for canonical, row in found.items()
         )
+        self._learned()
         shelf.read = True
         if changed:
             shelf.rows = found
@@ -544,6 +601,7 @@ class Catalog:
         shelf = self._shelf(backend)
         if not (rows is None or isinstance(rows, list)):
             return PsChange()
+        self._learned()
         now, before = self._clock(), shelf.residents
         shelf.ps_at, shelf.ps_rows, self._ps = now, _rows(rows, "expires_at"), None
         newer = [it for it in before if it.noted_at > (now if asked_at is None else asked_at)]
@@ -562,6 +620,7 @@ class Catalog:
             shelf.version_text, shelf.version = version, _version(version)
             shelf.unsupported.clear()
             shelf.supported.clear()
+            self._learned()
             self._compare_versions()
 
     def note_failed(self, backend: str) -> None:
@@ -595,6 +654,7 @@ class Catalog:
         unsupported = self._shelf(backend).unsupported
         if len(unsupported) < _MOST_UNSUPPORTED:
             unsupported.add(feature)
+            self._learned()
 
     def note_route(self, backend: str, feature: str) -> None:
         """It knows a route that not every Ollama has."""
@@ -604,18 +664,26 @@ class Catalog:
 
     def note_loaded(self, backend: str, key: PlacementKey) -> None:
         """A load or a call of ours completed there: a runner with these options is in memory."""
-        shelf, now = self._shelf(backend), self._clock()
+        shelf, now, copy = self._shelf(backend), self._clock(), self.copy(backend, key)
         shelf.relisted.pop(key.model, None)
-        row, old = shelf.rows.get(key.model), shelf.resident(key.model)
-        if row is not None and row.cloud:
+        if copy.stub:
             return
+        old = copy.resident
         if old is None:
+            row = shelf.rows.get(key.model)
             new = _Resident(key.model, row.digest if row else None, key, None, now, now)
-        elif shelf.serves(old, key):  # no reload: as it was, options a key may leave out included
-            new = replace(old, key=old.key or key, seen_at=now, noted_at=now)
-        else:
+        elif not copy.fits:
             new = replace(old, key=key, context=None, seen_at=now, noted_at=now)
+        elif old.key is None:
+            new = replace(old, key=key, seen_at=now, noted_at=now)
+        else:  # no reload: as it was, options a key may leave out included
+            new = old
+            old.seen_at = old.noted_at = now
+            if shelf.residents[-1] is old:
+                return
         shelf.residents = [*(other for other in shelf.residents if other is not old), new]
+        if new is not old or shelf.has_twins:
+            self._learned()
 
     def note_unloaded(self, backend: str, canonical: str) -> None:
         """It took the model out of memory on our request."""
@@ -625,6 +693,7 @@ class Catalog:
             shelf.residents = [other for other in shelf.residents if other is not gone]
             shelf.ps_rows = [row for row in shelf.ps_rows if not _same(row, gone)]
             self._ps = None
+            self._learned()
 
     def note_show(self, digest: str, body: bytes) -> None:
         """
@@ -767,18 +836,39 @@ class Catalog:
 
         A stub of a cloud model needs no load, so it counts as loaded. LOADING is not ours to say.
         """
+        return self.copy(backend, key).residency(self._clock())
+
+    def copy(self, backend: str, key: PlacementKey) -> Copy:
+        """What there is to know of the model there, for one key; kept for this edition."""
+        found = self._copies.get((backend, key))
+        if found is None:
+            if len(self._copies) >= _MOST_COPIES:
+                self._copies.clear()
+            found = self._copies[backend, key] = self._copy(backend, key)
+        return found
+
+    def _copy(self, backend: str, key: PlacementKey) -> Copy:
         shelf = self._shelf(backend)
-        row = shelf.rows.get(key.model)
+        row, resident = shelf.rows.get(key.model), shelf.resident(key.model)
+        known = None
         if row is None and (shelf.read or key.model in shelf.missing):
-            return Residency.ABSENT
-        if row is not None and row.cloud:
-            return Residency.LOADED
-        resident = shelf.resident(key.model)
-        seen_at = shelf.ps_at if resident is None else resident.seen_at
-        if self._clock() - seen_at > self._believe_s or (row is None and resident is None):
-            return Residency.UNKNOWN
+            known = Residency.ABSENT
+        elif row is not None and row.cloud:
+            known = Residency.LOADED
+        elif row is None and resident is None:
+            known = Residency.UNKNOWN
         fits = resident is not None and shelf.serves(resident, key)
-        return Residency.LOADED if fits else Residency.ON_DISK
+        return Copy(
+            context=self.known_context(backend, key),
+            models_loaded=len(self.loaded(backend)),
+            stub=row is not None and row.cloud,
+            known=known,
+            here=Residency.LOADED if fits else Residency.ON_DISK,
+            fits=fits,
+            read_at=shelf.ps_at,
+            believe_s=self._believe_s,
+            resident=resident,
+        )
 
     def loaded(self, backend: str) -> list[str]:
         """The models last known to be in its memory, by the name that loaded them."""
@@ -915,7 +1005,13 @@ class Catalog:
         """Its shelf; of a backend that is not in the pool an empty one that nobody keeps."""
         return self._shelves.get(backend) or _Shelf()
 
+    def _learned(self) -> None:
+        """What was made of this edition is out of date."""
+        self._edition += 1
+        self._copies.clear()
+
     def _changed(self) -> None:
+        self._learned()
         self._listing = self._ps = None
         self._compare_versions()
 
@@ -930,6 +1026,7 @@ class Catalog:
         if listing is None or now >= listing.until or listing.remember_s != self.remember_s:
             listing = _Listing(self._shelves, now, self.remember_s, self._aliases)
             self._listing = listing
+            self._edition += 1
         return listing
 
     def _ps_view(self) -> tuple[dict[str, Any], bytes]:

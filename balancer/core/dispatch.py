@@ -6,6 +6,8 @@ Laws:
   and carries its effects out in the same turn.
 - A ticket is answered exactly once: granted, refused, or withdrawn by its owner.
 - Nothing here awaits; the shell hears through callbacks, which must not raise.
+- A call that comes when nobody waits, and can start, is granted without a pass: there is nothing
+  to plan, nobody to be late and nothing to wake for. It gets what a pass would have given it.
 """
 
 from __future__ import annotations
@@ -184,18 +186,18 @@ class Dispatcher:
             BalancerError: It cannot wait: queue full, model unknown, nobody can ever serve it.
         """
         now = self._clock()
-        if not attempts:
-            self._check_prospect(call, excluded, attempts, math.inf)
-            if not self._pool.has_room(call):
-                self._admission.check(call.key.model)
         limit_at = now + self._admission.limits.max_wait_s
         if call.deadline is not None:
             limit_at = min(limit_at, call.deadline)
-        self._check_prospect(call, excluded, attempts, limit_at)
+        is_new = seq is None and not attempts and not excluded
         if seq is None:
-            self._seq += 1
-            seq = self._seq
+            seq = self._seq + 1
         ticket = Ticket(call, seq, excluded, attempts, now, limit_at)
+        is_alone = is_new and not self._owners and not self._planning and not _is_late(ticket, now)
+        if is_alone and self._begin(ticket, on_grant):
+            return ticket
+        self._check(ticket)
+        self._seq = max(self._seq, seq)
         self._owners[ticket] = _Owner(on_grant, on_refuse)
         self._admission.entered(call.key.model)
         self._scheduler.enqueue(ticket)
@@ -203,6 +205,40 @@ class Dispatcher:
         if ticket.state is TicketState.WAITING:
             self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
         return ticket
+
+    def _begin(self, ticket: Ticket, on_grant: Callable[[Lease], None]) -> bool:
+        """Grant at once what can start; False: it cannot, and nothing has changed."""
+        commit = self._scheduler.begin(ticket, ticket.queued_at)
+        if commit is None:
+            return False
+        why = self._why(commit)
+        lease = self._pool.lease(ticket.call, commit.backend, 1, why)
+        if lease is None:
+            self._scheduler.note(CommitRefused(ticket, commit.backend))
+            return False
+        self._seq = ticket.seq
+        ticket.state = TicketState.GRANTED
+        self._admission.passed()
+        self._planning = True  # what the callback asks for comes after it, as in a pass
+        try:
+            self._granted(ticket, lease, on_grant, ticket.queued_at)
+        finally:
+            self._planning = False
+        if self._again:
+            self._plan(MAX_PASSES - 1)
+        return True
+
+    def _check(self, ticket: Ticket) -> None:
+        """Raises what is to be told to a call that cannot wait."""
+        call, now = ticket.call, ticket.queued_at
+        prospect = self._pool.prospect(call, ticket.excluded)
+        if not ticket.attempts:
+            if not _can_wait(prospect, now, math.inf):
+                raise refusal(call.model, prospect)
+            if not self._pool.has_room(call):
+                self._admission.check(call.key.model)
+        if not _can_wait(prospect, now, ticket.limit_at):
+            raise refusal(call.model, prospect, ticket.attempts)
 
     def forecast(self, call: Call, excluded: frozenset[str] = frozenset()) -> Forecast:
         """What would become of *call*, were it submitted now; nothing comes of asking."""
@@ -303,11 +339,13 @@ class Dispatcher:
     def kick(self) -> None:
         """Plan, and carry out what was planned; re-entrant calls are folded into one more pass."""
         self._again = True
-        if self._planning:
-            return
+        if not self._planning:
+            self._plan(MAX_PASSES)
+
+    def _plan(self, passes: int) -> None:
         self._planning = True
         try:
-            for _ in range(MAX_PASSES):
+            for _ in range(passes):
                 if not self._again:
                     break
                 self._again = False
@@ -326,8 +364,10 @@ class Dispatcher:
         self._scheduler.note(fact)
 
     def _pass(self, now: float) -> None:
-        # What may not wait at all still gets a slot that is free: so some expire after the plan.
-        self._expire([t for t in self._owners if t.limit_at < now or _is_late(t, now)], now)
+        owners = self._owners
+        if owners:
+            # What may not wait at all still gets a free slot: so some expire after the plan.
+            self._expire([t for t in owners if t.limit_at < now or _is_late(t, now)], now)
         if self._pool.version != self._seen_version:
             self._seen_version = self._pool.version
             self._review()
@@ -344,9 +384,11 @@ class Dispatcher:
                     self._refuse(ticket, error)
                 case _:
                     wake = min(wake, effect.at)
-        self._expire([t for t in self._owners if t.limit_at <= now], now)
-        limits = [ticket.limit_at for ticket in self._owners]
-        self._wake_at(min([wake, *limits, self._pool.next_change(now)], default=math.inf))
+        if owners:
+            self._expire([t for t in owners if t.limit_at <= now], now)
+            limits = [ticket.limit_at for ticket in owners]
+            wake = min([wake, self._pool.next_change(now), *limits])
+        self._wake_at(wake)
 
     def _commit(self, commit: Commit, now: float) -> None:
         ticket = commit.ticket
@@ -361,23 +403,27 @@ class Dispatcher:
             return
         owner = self._owners[ticket]
         self._finish(ticket, TicketState.GRANTED)
+        self._granted(ticket, lease, owner.on_grant, now)
+
+    def _granted(
+        self, ticket: Ticket, lease: Lease, on_grant: Callable[[Lease], None], now: float
+    ) -> None:
+        call, name = ticket.call, lease.backend.name
         waited_s = now - ticket.queued_at
-        self._emit(
-            LeaseGranted(now, call.id, call.model, commit.backend, lease.number, waited_s, why)
-        )
-        owner.on_grant(lease)
+        self._emit(LeaseGranted(now, call.id, call.model, name, lease.number, waited_s, lease.why))
+        on_grant(lease)
 
     def _why(self, commit: Commit) -> str:
         """The first that holds: other-weights, short-context, failover, only, cold, warm."""
-        if commit.backend in self._pool.strangers(commit.ticket.call):
-            return "other-weights"
+        ticket = commit.ticket
+        peculiar = self._pool.peculiarity(ticket.call, ticket.excluded, commit.backend)
+        if peculiar == "other-weights":
+            return peculiar
         if commit.why == "short-context":
             return commit.why
-        if commit.ticket.attempts:
+        if ticket.attempts:
             return "failover"
-        if len(self._pool.candidates(commit.ticket.call, commit.ticket.excluded)) == 1:
-            return "only"
-        return "cold" if commit.ticket.cold else commit.why
+        return peculiar or ("cold" if ticket.cold else commit.why)
 
     def _load(self, load: Load) -> None:
         is_wanted = load.ticket in self._owners
@@ -430,13 +476,6 @@ class Dispatcher:
             prospect = prospects[alike]
             if not _can_wait(prospect, self._clock(), ticket.limit_at):
                 self._refuse(ticket, refusal(ticket.call.model, prospect, ticket.attempts))
-
-    def _check_prospect(
-        self, call: Call, excluded: frozenset[str], attempts: tuple[Attempt, ...], limit_at: float
-    ) -> None:
-        prospect = self._pool.prospect(call, excluded)
-        if not _can_wait(prospect, self._clock(), limit_at):
-            raise refusal(call.model, prospect, attempts)
 
     def _refuse(self, ticket: Ticket, error: BalancerError) -> None:
         owner = self._finish(ticket, TicketState.REFUSED)

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """
+    A frozen dataclass of a kind of which several are made for each call.
+
+    Here only the type checker keeps it frozen: what guards each field at run time as well makes it
+    cost four times as much to make one.
+    """
+    return dataclass(slots=True, unsafe_hash=True)(cls)
+
 
 OTHER = "other"  # the operation of a route that is in no table, and its label
 ALL = ("*",)  # globs that cover every name
@@ -131,10 +145,9 @@ class Residency(Enum):
     UNKNOWN = "unknown"  # never heard, or too old to believe
 
 
-@dataclass(frozen=True, slots=True)
-class PlacementKey:
+class PlacementKey(NamedTuple):
     """
-    What must be equal for two calls to share a loaded runner.
+    What must be equal for two calls to share a loaded runner; a tuple, as it is looked up often.
 
     Args:
         model: Canonical name, ``host/namespace/model:tag`` in lower case.
@@ -161,7 +174,7 @@ class Principal:
     models: tuple[str, ...] = ALL
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Admitted:
     """
     Who may go on, and the address it comes from.
@@ -175,7 +188,7 @@ class Admitted:
     discreet: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Call:
     """
     What a client wants of one backend, once identified.
@@ -191,7 +204,7 @@ class Call:
         output_tokens: The client's own limit on the answer, None: none given.
         arrived_at: Monotonic seconds.
         deadline: Monotonic seconds; None: none.
-        body: Forwarded as it is.
+        body: Forwarded as it is; empty once it will not be sent again.
         headers: Request headers that go up, hop-by-hop and credentials already taken out.
         query: Without ``?``; may be empty.
         embedding: The operation embeds; its model may be one that cannot generate.
@@ -207,13 +220,17 @@ class Call:
     principal: Principal
     arrived_at: float
     deadline: float | None
-    body: bytes = field(repr=False)
+    body: bytes | bytearray = field(repr=False, hash=False)
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     query: str = ""
     keep_alive: Any = None
     prompt_tokens: int = 0
     output_tokens: int | None = None
     embedding: bool = False
+
+    def let_go(self) -> None:
+        """Forget the body, the one thing that changes: it will not be sent again."""
+        object.__setattr__(self, "body", b"")
 
     @property
     def framing(self) -> Framing:
@@ -261,8 +278,10 @@ class Verdict(Enum):
     GONE = "gone"
     STOPPED = "stopped"
 
+    __hash__ = object.__hash__  # that of `Enum` is slow, and each call asks for it several times
 
-@dataclass(frozen=True, slots=True)
+
+@record
 class Usage:
     """What a final record told. Counts of tokens; durations in seconds; None: not told."""
 
@@ -274,7 +293,7 @@ class Usage:
     total_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Outcome:
     """
     How an attempt ended. Instants are monotonic seconds.
@@ -317,7 +336,7 @@ class Outcome:
     unreached: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Attempt:
     """One try of a call."""
 
@@ -337,7 +356,7 @@ class CheckResult:
     connected: bool = True  # False: not even a connection, so what hangs there is dead
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Candidate:
     """
     A backend as it looks to the scheduler for one placement key, now.

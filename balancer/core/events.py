@@ -8,19 +8,18 @@ counters and pages. `at` is monotonic seconds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from balancer.core.domain import BreakerState, Outcome, Switch, Usage
+from balancer.core.domain import BreakerState, Outcome, Switch, Usage, record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Event:
     """Anything that happened."""
 
     at: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CallQueued(Event):
     """A call waits for a slot. `depth`: calls waiting in all, this one included."""
 
@@ -29,7 +28,7 @@ class CallQueued(Event):
     depth: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LeaseGranted(Event):
     """A call got a slot. `why`: only, warm, cold, failover, short-context, other-weights."""
 
@@ -41,7 +40,7 @@ class LeaseGranted(Event):
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AttemptEnded(Event):
     """One try of a call ended and was settled."""
 
@@ -53,7 +52,7 @@ class AttemptEnded(Event):
     outcome: Outcome
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CallEnded(Event):
     """
     A request was answered, or given up: exactly one per request, whatever it was.
@@ -83,7 +82,7 @@ class CallEnded(Event):
     upstream_s: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = Usage()
     phase: str = ""
     error: str = ""
     inference: bool = False
@@ -91,7 +90,7 @@ class CallEnded(Event):
     alias: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CheckEnded(Event):
     """A health check was answered, or not."""
 
@@ -100,7 +99,7 @@ class CheckEnded(Event):
     latency_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HealthFlipped(Event):
     """A backend went down, or came up. `reason` is for people."""
 
@@ -109,7 +108,7 @@ class HealthFlipped(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BreakerMoved(Event):
     """A breaker changed its state. `model` is None for the backend's own breaker."""
 
@@ -121,7 +120,7 @@ class BreakerMoved(Event):
     retry_in_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TrialEnded(Event):
     """Our own trial of an open breaker ended. `kind`: version, canary, load."""
 
@@ -132,7 +131,7 @@ class TrialEnded(Event):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Suspected(Event):
     """Nothing moved for too long on a resident model; a canary is sent."""
 
@@ -141,7 +140,7 @@ class Suspected(Event):
     silent_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LoadStarted(Event):
     """A detached load of ours began."""
 
@@ -150,7 +149,7 @@ class LoadStarted(Event):
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LoadEnded(Event):
     """A detached load of ours ended."""
 
@@ -161,7 +160,7 @@ class LoadEnded(Event):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CatalogChanged(Event):
     """What a backend lists or holds in memory changed."""
 
@@ -170,7 +169,7 @@ class CatalogChanged(Event):
     loaded: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MemberJoined(Event):
     """A backend joined the pool."""
 
@@ -178,21 +177,21 @@ class MemberJoined(Event):
     url: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MemberLeft(Event):
     """A backend left the pool; calls may still be ending there."""
 
     backend: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HostPassedOver(Event):
     """Discovery found a host that is no further backend. `note`: which, and why."""
 
     note: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SwitchMoved(Event):
     """The operator turned a backend's switch. `by`: the name of the key; may be empty."""
 
@@ -201,14 +200,14 @@ class SwitchMoved(Event):
     by: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BackendDrained(Event):
     """The last that ran on a draining backend has ended."""
 
     backend: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BreakersReset(Event):
     """The operator closed a backend's breakers, its models' included."""
 
@@ -216,7 +215,7 @@ class BreakersReset(Event):
     by: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SwitchesLost(Event):
     """The file that keeps the operator's switches could not be read, or not be written."""
 
@@ -224,7 +223,7 @@ class SwitchesLost(Event):
     error: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ConfigApplied(Event):
     """A configuration was taken over. `needs_restart`: what was changed but stays as it was."""
 
@@ -232,14 +231,14 @@ class ConfigApplied(Event):
     needs_restart: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ConfigRejected(Event):
     """A configuration was refused; the old one stays."""
 
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Serving(Event):
     """The balancer listens."""
 
@@ -248,7 +247,7 @@ class Serving(Event):
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Stopping(Event):
     """A drain began. `running`, `queued`: calls at that moment."""
 
@@ -257,14 +256,14 @@ class Stopping(Event):
     queued: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Stopped(Event):
     """The balancer ended. `cut`: calls that had to be ended early."""
 
     cut: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Mishap(Event):
     """Something that must not happen: a bug of ours, or a surprise, caught where it stands."""
 
@@ -275,7 +274,7 @@ class Mishap(Event):
 Emit = Callable[[Event], None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class OrderEnded(Event):
     """
     A change of what is installed was carried out, or broken off: what, and where.

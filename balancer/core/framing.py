@@ -14,6 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+import msgspec
+
 from balancer.core.domain import Dialect, Framing, Route, Usage
 
 TAIL_MAX: Final = 1 << 20  # bytes of an unfinished record that are held back
@@ -22,6 +24,7 @@ _HEAD: Final = 4 << 10  # of a long record its head and its last LONG bytes are 
 _KEPT: Final = 4  # records: a terminator, the usage before it, an error before that, one to spare
 _NO_USAGE: Final = Usage()
 
+_decode = msgspec.json.Decoder().decode
 _EMPTY_LINES = re.compile(rb"\n\r?\n[\r\n]*")
 _EVENT = re.compile(rb"event: ?([\w.]+)")
 _DONE = re.compile(rb'"done"\s*:\s*true')
@@ -372,6 +375,10 @@ def _told(text: bytes, doc: dict[str, Any], *, complete: bool, whole: bool = Tru
 
 def _parse(text: bytes) -> Any:
     """The document, None if it is no JSON."""
+    try:
+        return _decode(text)
+    except (ValueError, RecursionError):  # or what only the lenient reader takes
+        pass
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -7,7 +7,6 @@ Models are canonical names. Where a model may be None, it means the whole backen
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -57,7 +56,8 @@ class PeakEwma:
 
         Without a sample it fades: who is avoided for bad news would otherwise never bring good.
         """
-        return self.value * math.pow(0.5, max(0.0, now - self._at) / FADE_S)
+        since_s = now - self._at
+        return self.value * math.pow(0.5, since_s / FADE_S) if since_s > 0.0 else self.value
 
 
 @dataclass(slots=True)
@@ -87,7 +87,8 @@ class Load:
         self.configured = configured
         self._clock = clock
         self._half_life_s = half_life_s
-        self._in_flight: Counter[str] = Counter()
+        self._in_flight: dict[str, int] = {}
+        self._total = 0
         self._first_byte: dict[str, PeakEwma] = {}
         self._rests: dict[str | None, _Rest] = {}
         self._ramp_from = -math.inf
@@ -96,19 +97,33 @@ class Load:
 
     def enter(self, model: str) -> None:
         """A call begins."""
-        self._in_flight[model] += 1
+        self._in_flight[model] = self._in_flight.get(model, 0) + 1
+        self._total += 1
 
     def leave(self, model: str) -> None:
         """A call has ended. Raises ValueError if none was in flight."""
-        if not self._in_flight[model]:
+        count = self._in_flight.get(model)
+        if not count:
             raise ValueError(f"no call on {model!r} is in flight")
-        self._in_flight[model] -= 1
-        if not self._in_flight[model]:
+        self._total -= 1
+        if count > 1:
+            self._in_flight[model] = count - 1
+        else:
             del self._in_flight[model]
 
     def in_flight(self, model: str | None = None) -> int:
         """Calls that run, on one model or in all."""
-        return self._in_flight.total() if model is None else self._in_flight.get(model, 0)
+        return self._total if model is None else self._in_flight.get(model, 0)
+
+    def look(self, model: str, now: float) -> tuple[int, int, int, float]:
+        """Calls in flight on *model* and in all, slots, time to first byte: of each in one go."""
+        ewma = self._first_byte.get(model)
+        return (
+            self._in_flight.get(model, 0),
+            self._total,
+            self.slots(model),
+            0.0 if ewma is None else ewma.faded(now),
+        )
 
     def counts(self) -> dict[str, int]:
         """Calls that run, by model."""
@@ -116,6 +131,8 @@ class Load:
 
     def slots(self, model: str) -> int:  # noqa: ARG002 - one belief for all models, for now
         """Calls at once that *model* is believed to take; fewer while the backend warms up."""
+        if self._ramp_from == -math.inf:
+            return DEFAULT_SLOTS if self.configured is None else self.configured
         return self._ramped(self._clock() - self._ramp_from)
 
     def start_ramp(self) -> None:
@@ -171,12 +188,16 @@ class Load:
 
     def note_ok(self, model: str) -> None:
         """It answered: the next cool-off is one step shorter. One under way runs its time."""
+        if not self._rests:
+            return
         for key in (None, model):
             if key in self._rests:
                 self._rests[key].level = max(0, self._rests[key].level - 1)
 
     def cooling_s(self, model: str | None) -> float:
         """Seconds it is still to be left alone, the longest of any model if None; 0: it is not."""
+        if not self._rests:
+            return 0.0
         now = self._clock()
         keys = (None, model) if model is not None else tuple(self._rests)
         return max((self._left_s(key, now) for key in keys), default=0.0)

@@ -6,6 +6,8 @@ Laws:
 - A check never closes a breaker; a request never marks a backend down.
 - Whatever is granted (slot, permits, load token) is settled exactly once, synchronously.
 - What may serve a call is correctness and is decided here; who among them does is the scheduler's.
+- What only the catalogue, the shape of the pool and the operator's switches can change is found
+  once for all calls alike (`_places`); all else is looked at for each call.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
 from balancer.core import names
 from balancer.core.breaker import Gate, Permit, Rule
-from balancer.core.catalog import Catalog
+from balancer.core.catalog import Catalog, Copy
 from balancer.core.domain import (
     ALL,
     OTHER,
@@ -59,12 +61,19 @@ from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import Facts, Judgement, is_cloud, marks
 from balancer.core.watchdog import Suspect, Watchdog
 
+# To look a member up in its enum takes longer than most of what is done with it here.
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+SERVING, DRAINING, DISABLED = Switch.SERVING, Switch.DRAINING, Switch.DISABLED
+LOADED, LOADING = Residency.LOADED, Residency.LOADING
+OK, UNFIT, MISSING = Verdict.OK, Verdict.UNFIT, Verdict.MISSING
+CUT: Final = frozenset({Verdict.BROKEN, Verdict.STALLED})
 UNFIT_WINDOW_S: Final = 60.0
 ANSWERS_IN_S: Final = 60.0  # so long after it joined, a silent backend may yet have any model
 BROKEN: Final = frozenset({"breaker", "model breaker"})  # of the codes of a `Bar`
 LASTING: Final = frozenset(
     {"unread", "not listed", "cloud", "rule", "route", "weights", "excluded"}
 )
+MOST_KNOWN: Final = 512  # kinds of calls; names and options are clients' choice
 PASSED_ON: Final = 1000  # calls at once on a model that no GPU of ours runs
 PROVIDER_INTERVAL_S: Final = 60.0  # the least between checks of what is not ours
 
@@ -129,8 +138,35 @@ class Bar:
     text: str
 
 
-LACKS: Final = Bar("lacks", "does not serve this model")
+_OPEN: Final = Prospect(ProspectKind.OPEN)
 STRANGE: Final = Bar("weights", "has other weights of this model")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """
+    A backend for the calls of one placement key and route, whatever goes on there.
+
+    Args:
+        remote: It only passes them on.
+        strange: It has other weights of the model than those its calls stay on.
+    """
+
+    name: str
+    member: Member
+    copy: Copy
+    remote: bool
+    strange: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """All that hold what the calls need: model, route, right. In the order of the pool."""
+
+    all: tuple[_Place, ...]
+    by_name: Mapping[str, _Place]
+    any_strange: bool
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +353,8 @@ class Pool:
         self.note: Callable[[Fact], None] = lambda _: None
         self.version = 0
         self.members: dict[str, Member] = {}
+        self._known: dict[tuple[PlacementKey, str], _Places] = {}
+        self._edition = -1  # of the catalogue, by which they are known
         self.watchdog = Watchdog(clock, settings.first_byte_s)
 
     def configure(self, settings: PoolSettings) -> None:
@@ -356,6 +394,7 @@ class Pool:
                 self._emit(MemberJoined(self.now(), name, backend.url))
         for name in wanted:  # who comes first is who speaks for the account
             self.members[name] = self.members.pop(name)
+        self._known.clear()
         self._touch()
         return joined, left
 
@@ -392,15 +431,15 @@ class Pool:
         member = self.members.get(name)
         if member is None:
             return
-        if model is None and new is BreakerState.OPEN:
+        if model is None and new is OPEN:
             # When most backends open at once, suspect ourselves and do not let waits grow.
             gates = [other.gate for other in self.members.values()]
-            many = sum(g.state is not BreakerState.CLOSED for g in gates) * 2 > len(gates) > 1
+            many = sum(g.state is not CLOSED for g in gates) * 2 > len(gates) > 1
             for gate in gates:
                 gate.grow = not many
-        if model is None and new is BreakerState.CLOSED:
+        if model is None and new is CLOSED:
             member.load.start_ramp()
-        if new is BreakerState.OPEN:  # what counts is who asks from now on
+        if new is OPEN:  # what counts is who asks from now on
             member.asked.pop(model, None) if model is not None else member.asked.clear()
         self._touch()
 
@@ -411,15 +450,15 @@ class Pool:
             and other.backend.enabled
             and not other.backend.provider
             and other.health.up
-            and other.gate.state is BreakerState.CLOSED
-            and other.switch is Switch.SERVING
+            and other.gate.state is CLOSED
+            and other.switch is SERVING
             and (model is None or self._may_take_over(other, model))
             for other in self.members.values()
         )
 
     def _may_take_over(self, other: Member, model: str) -> bool:
         gate = other.models.get(model)
-        is_closed = gate is None or gate.state is BreakerState.CLOSED
+        is_closed = gate is None or gate.state is CLOSED
         lists = self.catalog.lists(other.name, model)
         return is_closed and lists and self.allows(other.backend, model)
 
@@ -447,22 +486,75 @@ class Pool:
 
     def candidates(self, call: Call, excluded: frozenset[str]) -> list[Candidate]:
         """Backends that may serve *call* now."""
-        bars = self._bars(call, excluded, self._bar)
-        return [self._candidate(member, call) for member, bar in bars if bar is None]
+        key, places, now = call.key, self._places(call), self.now()
+        return [
+            self._candidate(place, key, places.size_bytes, now)
+            for place in self._open(places, call, excluded)
+        ]
 
-    def _bars(
-        self,
-        call: Call,
-        excluded: frozenset[str],
-        bar: Callable[[Member, Call, frozenset[str]], Bar | None],
-    ) -> list[tuple[Member, Bar | None]]:
+    def peculiarity(self, call: Call, excluded: frozenset[str], backend: str) -> str:
+        """What sets *backend*, which may serve *call* now, apart: other-weights, only, or empty."""
+        places, model = self._places(call), call.key.model
+        if places.any_strange:
+            place = places.by_name.get(backend)
+            if place is not None and place.strange:
+                return "other-weights"
+            return "only" if len(self._open(places, call, excluded)) == 1 else ""
+        for place in places.all:
+            name = place.name
+            if name != backend and name not in excluded and not _hindrance(place.member, model):
+                return ""
+        return "only"
+
+    def _places(self, call: Call) -> _Places:
+        """Who holds what calls like this one need."""
+        edition = self.catalog.edition
+        if edition != self._edition or len(self._known) > MOST_KNOWN:
+            self._edition = edition
+            self._known.clear()
+        alike = (call.key, call.route.feature)
+        known = self._known.get(alike)
+        if known is None:
+            known = self._known[alike] = self._find_places(call)
+        return known
+
+    def _find_places(self, call: Call) -> _Places:
+        holders = [member for member in self.members.values() if self._holds(member, call)]
+        strange = self.strangers(call)
+        places = [self._place(m, call.key, strange=m.name in strange) for m in holders]
+        by_name = {place.name: place for place in places}
+        return _Places(tuple(places), by_name, bool(strange), self.catalog.size(call.key.model))
+
+    def _place(self, member: Member, key: PlacementKey, *, strange: bool) -> _Place:
+        copy, remote = self.catalog.copy(member.name, key), self.is_remote(member.name, key.model)
+        return _Place(member.name, member, copy, remote, strange)
+
+    def _open(
+        self, places: _Places, call: Call, excluded: frozenset[str], *, exists: bool = True
+    ) -> list[_Place]:
         """
-        Every member, and why it may not serve *call* now; *bar* says it of one by itself.
+        The places where *call* may be served now.
 
         Vectors of different weights do not compare, so embeddings never leave theirs; other calls
         do when nobody else can serve them now.
         """
-        bars = [(member, bar(member, call, excluded)) for member in self.members.values()]
+        key, found = call.key, []
+        for place in places.all:
+            if place.name not in excluded:
+                hindrance = _hindrance(place.member, key.model)
+                if not hindrance:
+                    found.append(place)
+                elif exists and hindrance in BROKEN and not place.remote:
+                    _note_asked(place.member, key)
+        if places.any_strange:
+            usual = [place for place in found if not place.strange]
+            if call.embedding or usual:
+                return usual
+        return found
+
+    def _bars(self, call: Call, excluded: frozenset[str]) -> list[tuple[Member, Bar | None]]:
+        """Every member, and why it may not serve *call* now; weights as for `_open`."""
+        bars = [(m, self.bar(m, call, excluded)) for m in self.members.values()]
         strange = self.strangers(call)
         any_usual = any(bar is None and m.name not in strange for m, bar in bars)
         if strange and (call.embedding or any_usual):
@@ -483,43 +575,43 @@ class Pool:
         if model not in self.catalog.conflicts():
             return frozenset()
         holders = [m for m in self.members.values() if self._holds(m, call)]
-        counted = [m.name for m in holders if m.backend.enabled and m.switch is not Switch.DISABLED]
+        counted = [m.name for m in holders if m.backend.enabled and m.switch is not DISABLED]
         usual = self.catalog.usual_digest(model, counted or [m.name for m in holders])
         return frozenset(m.name for m in holders if self.catalog.digest(m.name, model) != usual)
 
-    def _candidate(self, member: Member, call: Call) -> Candidate:
-        model = call.key.model
+    def _candidate(
+        self, place: _Place, key: PlacementKey, size_bytes: int, now: float
+    ) -> Candidate:
+        member, copy = place.member, place.copy
+        in_flight, total, slots, first_byte_s = member.load.look(key.model, now)
         return Candidate(
-            backend=member.name,
-            residency=self.residency(member, call.key),
-            in_flight=member.load.in_flight(model),
-            slots=self._slots(member, model),
-            host_in_flight=self._at_work(member),
-            load_token=member.loading is None,
-            first_byte_s=member.load.first_byte_s(model),
-            context=self.catalog.known_context(member.name, call.key),
-            size_bytes=self.catalog.size(model),
-            models_loaded=len(self.catalog.loaded(member.name)),
+            place.name,
+            self._residency(place, key, now),
+            in_flight,
+            _slots(place, slots),
+            self._at_work(member) if total else 0,
+            member.loading is None,
+            first_byte_s,
+            copy.context,
+            size_bytes,
+            copy.models_loaded,
         )
+
+    @staticmethod
+    def _residency(place: _Place, key: PlacementKey, now: float) -> Residency:
+        loading = place.member.loading
+        if loading is not None and loading.key == key:
+            return LOADING
+        return LOADED if place.remote else place.copy.residency(now)
 
     def residency(self, member: Member, key: PlacementKey) -> Residency:
         """Where *key* is on that member, our own loads included."""
-        if member.loading is not None and member.loading.key == key:
-            return Residency.LOADING
-        if is_cloud(key.model):
-            return Residency.LOADED
-        return self.catalog.residency(member.name, key)
+        return self._residency(self._place(member, key, strange=False), key, self.now())
 
     def _at_work(self, member: Member) -> int:
         """Calls there that it does not merely pass on."""
         counts = member.load.counts()
         return sum(n for model, n in counts.items() if not self.is_remote(member.name, model))
-
-    def _slots(self, member: Member, model: str) -> int:
-        """Believed slots; one where only being the last one standing keeps the breaker closed."""
-        if self.is_remote(member.name, model):
-            return PASSED_ON
-        return 1 if member.gate.one_at_a_time else member.load.slots(model)
 
     def is_remote(self, backend: str, model: str) -> bool:
         """Whether the backend only passes calls for *model* on, to ollama.com."""
@@ -553,7 +645,7 @@ class Pool:
     def account(self) -> Member | None:
         """Who speaks for the account: the first that is marked for it, of those that are up."""
         marked = self._marked()
-        usable = [m for m in marked if m.backend.enabled and m.switch is not Switch.DISABLED]
+        usable = [m for m in marked if m.backend.enabled and m.switch is not DISABLED]
         up = [m for m in usable if m.health.up]
         return next(iter(up or usable), None)
 
@@ -576,26 +668,11 @@ class Pool:
             names.matches(glob, name) for glob in backend.deny
         )
 
-    def _bar(self, member: Member, call: Call, excluded: frozenset[str]) -> Bar | None:
-        """As `bar`, for a call that is there: a broken backend remembers what was asked for."""
-        if not self._holds(member, call):
-            return LACKS  # what, only people want to know, and this is asked often
-        bar = self._unready(member, call, excluded)
-        broken = bar is not None and bar.code in BROKEN
-        if broken and not self.is_remote(member.name, call.key.model):
-            _note_asked(member, call.key)
-        return bar
-
     def bar(self, member: Member, call: Call, excluded: frozenset[str]) -> Bar | None:
         """Why *member* may not serve *call* now; None: it may."""
         if not self._holds(member, call):
             return self._lack(member, call)
-        return self._unready(member, call, excluded)
-
-    def _unready(self, member: Member, call: Call, excluded: frozenset[str]) -> Bar | None:
-        if member.name in excluded:
-            return Bar("excluded", "was tried")
-        return self._away(member, call)
+        return Bar("excluded", "was tried") if member.name in excluded else _away(member, call)
 
     def _lack(self, member: Member, call: Call) -> Bar:
         """What *member* lacks to ever serve *call*."""
@@ -611,45 +688,22 @@ class Pool:
             return Bar("rule", "its allow and deny rules rule this model out")
         return Bar("route", f"its Ollama does not know {call.route.path}")
 
-    def _away(self, member: Member, call: Call) -> Bar | None:
-        """Why *member*, which has the model, cannot serve it at this moment."""
-        model = call.key.model
-        if not member.backend.enabled or member.switch is Switch.DISABLED:
-            return Bar("disabled", "disabled")
-        if member.switch is Switch.DRAINING:
-            return Bar("draining", "draining")
-        if not member.health.up:
-            check_s = math.ceil(member.health.due_in())
-            soon = f", next check in {check_s} s" if check_s else ""
-            return Bar("down", f"down, {member.health.last_error or 'not checked yet'}{soon}")
-        if member.gate.state is not BreakerState.CLOSED:
-            told = f"({member.gate.reason}), {_next_trial(member.gate)}"
-            return Bar("breaker", f"breaker open {told}")
-        gate = member.models.get(model)
-        if gate is not None and gate.state is not BreakerState.CLOSED:
-            told = f"({gate.reason}), {_next_trial(gate)}"
-            return Bar("model breaker", f"breaker of this model open {told}")
-        if model in member.suspects:
-            return Bar("suspect", "silent, a canary is under way")
-        cooling_s = member.load.cooling_s(model)
-        if cooling_s > 0:
-            return Bar("cooling", f"busy, cooling off for {math.ceil(cooling_s)} s")
-        return None
-
     def standings(self, call: Call, excluded: frozenset[str]) -> list[Standing]:
         """How every backend stands to *call*, which need not exist: nothing remembers it."""
         found = []
-        for member, bar in self._bars(call, excluded, self.bar):
+        size_bytes = self.catalog.size(call.key.model)
+        for member, bar in self._bars(call, excluded):
             returns_in_s = 0.0
             if bar is not None:
                 returns_in_s = math.inf if bar.code in LASTING else self._returns_in(member, call)
-            standing = Standing(member.name, bar, returns_in_s, self._candidate(member, call))
-            found.append(standing)
+            place = self._place(member, call.key, strange=False)
+            candidate = self._candidate(place, call.key, size_bytes, self.now())
+            found.append(Standing(member.name, bar, returns_in_s, candidate))
         return found
 
     def _returns_in(self, member: Member, call: Call) -> float:
         """Seconds until *member* may serve *call* again; inf: only an operator can tell."""
-        if not member.backend.enabled or member.switch is not Switch.SERVING:
+        if not member.backend.enabled or member.switch is not SERVING:
             return math.inf
         if not member.health.up:
             return member.health.due_in()
@@ -659,16 +713,13 @@ class Pool:
 
     def prospect(self, call: Call, excluded: frozenset[str], *, exists: bool = True) -> Prospect:
         """What waiting may bring *call*; one that does not *exist* leaves no trace."""
-        bar = self._bar if exists else self.bar
-        if any(barred is None for _, barred in self._bars(call, excluded, bar)):
-            return Prospect(ProspectKind.OPEN)
-        strange = self.strangers(call) if call.embedding else frozenset()
-        holders = [
-            m for m in self.members.values() if m.name not in strange and self._holds(m, call)
-        ]
+        places = self._places(call)
+        if self._open(places, call, excluded, exists=exists):
+            return _OPEN
+        holders = [p.member for p in places.all if not (p.strange and call.embedding)]
         left = [m for m in holders if m.name not in excluded]
         if left:
-            bars = ((m, self._away(m, call)) for m in left)
+            bars = ((m, _away(m, call)) for m in left)
             why = "; ".join(f"{m.name}: {discreet(bar.text if bar else '')}" for m, bar in bars)
             retry_in_s = min(self._returns_in(m, call) for m in left)
             hint = "" if math.isinf(retry_in_s) else f" Retry after {max(1, round(retry_in_s))} s."
@@ -748,7 +799,7 @@ class Pool:
         """Whether it never told what it lists, and might be used for *model* if it has it."""
         if member.backend.provider:  # what it has goes there, whatever it lists
             return False
-        is_closed = not member.backend.enabled or member.switch is Switch.DISABLED
+        is_closed = not member.backend.enabled or member.switch is DISABLED
         unread = not is_closed and not self.catalog.was_read(member.name)
         if unread and not member.health.up and self.now() - member.joined_at > ANSWERS_IN_S:
             return False  # a computer that is switched off must not make a 503 of every typo
@@ -757,7 +808,7 @@ class Pool:
     def has_room(self, call: Call) -> bool:
         """Whether a copy in memory has a free slot."""
         return any(
-            c.residency is Residency.LOADED and c.in_flight < c.slots
+            c.residency is LOADED and c.in_flight < c.slots
             for c in self.candidates(call, frozenset())
         )
 
@@ -780,14 +831,13 @@ class Pool:
 
     def lease(self, call: Call, backend: str, number: int, why: str) -> Lease | None:
         """Take slot and permits in one step; None: one of them was not to be had."""
-        member = self.members.get(backend)
-        if member is None or self._bar(member, call, frozenset()) is not None:
+        place = self._places(call).by_name.get(backend)
+        if place is None or (call.embedding and place.strange):
             return None
-        if call.embedding and backend in self.strangers(call):
+        member, model, remote = place.member, call.key.model, place.remote
+        if _hindrance(member, model):
             return None
-        model = call.key.model
-        remote = self.is_remote(backend, model)
-        is_full = member.load.in_flight(model) >= self._slots(member, model)
+        is_full = member.load.in_flight(model) >= _slots(place, member.load.slots(model))
         permits = None if is_full else self._permits(member, None if remote else model)
         if permits is None:
             return None
@@ -843,7 +893,7 @@ class Pool:
         call = lease.call
         busy_s = self.now() - lease.granted_at
         self.watchdog.ended(id(lease))
-        self.note(Ended(lease.backend.name, call.key, busy_s, outcome.verdict is Verdict.OK))
+        self.note(Ended(lease.backend.name, call.key, busy_s, outcome.verdict is OK))
         member = self._member_of(lease)
         if member is not None:
             del member.leases[lease]
@@ -883,7 +933,7 @@ class Pool:
         mark, _ = marks(verdict, Facts(remote=True, unreached=outcome.unreached))
         if verdict is Verdict.NO_ROUTE and feature:
             self.catalog.note_no_route(member.name, feature)
-        if member.backend.provider and verdict is Verdict.OK:
+        if member.backend.provider and verdict is OK:
             member.trouble = ""
         if member.backend.provider and outcome.status in (401, 403):
             member.trouble = f"refuses us: {outcome.text}"
@@ -903,10 +953,8 @@ class Pool:
         # A load that fails with options of a caller's choosing says nothing of the model.
         own_options = outcome.caused_load and bool(key.options)
         facts = Facts(
-            several_unfit=verdict is Verdict.UNFIT
-            and not own_options
-            and self._note_unfit(member, model),
-            still_listed=verdict is Verdict.MISSING
+            several_unfit=verdict is UNFIT and not own_options and self._note_unfit(member, model),
+            still_listed=verdict is MISSING
             and not outcome.odd_name
             and self.catalog.listed_again_after_missing(member.name, model),
             others_move=others_move,
@@ -938,7 +986,7 @@ class Pool:
                 pass
         if permits is not None:
             # Where streams were cut, two trials must pass, and run long enough to be cut.
-            successes = 2 if verdict in (Verdict.BROKEN, Verdict.STALLED) else 1
+            successes = 2 if verdict in CUT else 1
             permits[0].settle(host_mark, 1, outcome.text, successes)
             permits[1].settle(model_mark, outcome.weight, outcome.text, successes)
 
@@ -980,7 +1028,7 @@ class Pool:
         if member is None or member.loading is None or member.loading.key != key:
             return
         loading, member.loading = member.loading, None
-        ok = outcome.verdict is Verdict.OK
+        ok = outcome.verdict is OK
         changed, self.changed = self.changed, lambda: None
         try:
             self._conclude(member, key, "", outcome, loading.permits)
@@ -1009,7 +1057,7 @@ class Pool:
         flip = member.health.observe(result)
         if result.ok and result.version:
             self.catalog.note_version(name, result.version)
-        if result.ok and member.gate.state is BreakerState.OPEN:
+        if result.ok and member.gate.state is OPEN:
             member.gate.bring_forward()
         if not result.ok and not known:
             self.catalog.note_failed(name)
@@ -1076,16 +1124,16 @@ class Pool:
     def due_trials(self) -> Iterable[Trial]:
         """Open breakers whose trial is due, each with its permit; to be carried out now."""
         for member in list(self.members.values()):
-            is_disabled = not member.backend.enabled or member.switch is Switch.DISABLED
+            is_disabled = not member.backend.enabled or member.switch is DISABLED
             if not member.health.up or is_disabled:
                 continue
-            if member.gate.state is not BreakerState.CLOSED:
+            if member.gate.state is not CLOSED:
                 permit = member.gate.acquire_trial()
                 if permit is not None:
                     yield Trial(member.name, None, permit, member.gate.tripped_midstream)
                 continue
             for model, gate in list(member.models.items()):
-                if gate.state is BreakerState.CLOSED or not self._worth_a_trial(member, model):
+                if gate.state is CLOSED or not self._worth_a_trial(member, model):
                     continue
                 permit = gate.acquire_trial()
                 if permit is not None:
@@ -1175,13 +1223,14 @@ class Pool:
         moved = member.switch is not switch
         if moved:
             member.switch = switch
+            self._known.clear()
             self._emit(SwitchMoved(self.now(), name, switch, by))
             self._tell_drained(member)
         self._touch()
         return moved
 
     def _tell_drained(self, member: Member) -> None:
-        if member.switch is Switch.DRAINING and not member.leases and member.loading is None:
+        if member.switch is DRAINING and not member.leases and member.loading is None:
             self._emit(BackendDrained(self.now(), member.name))
 
     def reset(self, name: str, by: str = "") -> bool:
@@ -1196,7 +1245,7 @@ class Pool:
         """
         member = self.members[name]
         gates = (member.gate, *member.models.values())
-        any_open = any(gate.state is not BreakerState.CLOSED for gate in gates)
+        any_open = any(gate.state is not CLOSED for gate in gates)
         self._emit(BreakersReset(self.now(), name, by))
         for gate in gates:
             gate.reset()
@@ -1213,10 +1262,7 @@ class Pool:
     def is_ready(self) -> bool:
         """Whether at least one backend could take a call now."""
         return any(
-            m.health.up
-            and m.gate.state is BreakerState.CLOSED
-            and m.switch is Switch.SERVING
-            and m.backend.enabled
+            m.health.up and m.gate.state is CLOSED and m.switch is SERVING and m.backend.enabled
             for m in self.members.values()
         )
 
@@ -1230,13 +1276,13 @@ class Pool:
 
     def _trial_told(self, member: Member, model: str | None, gate: Gate) -> str:
         """When the next trial is; a backend that is down or disabled has none, and waits."""
-        if gate.state is BreakerState.CLOSED:
+        if gate.state is CLOSED:
             return ""
-        if not member.backend.enabled or member.switch is Switch.DISABLED:
+        if not member.backend.enabled or member.switch is DISABLED:
             return "no trial while it is disabled"
         if not member.health.up:
             return "a trial when it is up again"
-        if model is not None and member.gate.state is not BreakerState.CLOSED:
+        if model is not None and member.gate.state is not CLOSED:
             return "a trial once the backend's own breaker is closed"
         if model is not None and not gate.retry_in() and not self._worth_a_trial(member, model):
             return "a trial when a call asks for it"
@@ -1282,6 +1328,57 @@ class Pool:
         )
 
 
+def _slots(place: _Place, believed: int) -> int:
+    """Slots to use; one where only being the last one standing keeps the breaker closed."""
+    if place.remote:
+        return PASSED_ON
+    return 1 if place.member.gate.one_at_a_time else believed
+
+
+def _hindrance(member: Member, model: str) -> str:
+    """What keeps *member* from serving its *model* now, as the code of a `Bar`; empty: nothing."""
+    switch = member.switch
+    if switch is DISABLED or not member.backend.enabled:
+        return "disabled"
+    if switch is DRAINING:
+        return "draining"
+    if member.health.state != "up":
+        return "down"
+    if member.gate.state is not CLOSED:
+        return "breaker"
+    gate = member.models.get(model)
+    if gate is not None and gate.state is not CLOSED:
+        return "model breaker"
+    if model in member.suspects:
+        return "suspect"
+    return "cooling" if member.load.cooling_s(model) > 0 else ""
+
+
+def _away(member: Member, call: Call) -> Bar | None:
+    """Why *member*, which has the model, cannot serve it at this moment."""
+    code, text = _hindrance(member, call.key.model), ""
+    match code:
+        case "":
+            return None
+        case "disabled" | "draining":
+            text = code
+        case "down":
+            check_s = math.ceil(member.health.due_in())
+            soon = f", next check in {check_s} s" if check_s else ""
+            text = f"down, {member.health.last_error or 'not checked yet'}{soon}"
+        case "breaker":
+            text = f"breaker open ({member.gate.reason}), {_next_trial(member.gate)}"
+        case "model breaker":
+            gate = member.models[call.key.model]
+            text = f"breaker of this model open ({gate.reason}), {_next_trial(gate)}"
+        case "suspect":
+            text = "silent, a canary is under way"
+        case "cooling":
+            cooling_s = member.load.cooling_s(call.key.model)
+            text = f"busy, cooling off for {math.ceil(cooling_s)} s"
+    return Bar(code, text)
+
+
 def discreet(text: str) -> str:
     """A backend's text inside one of ours that must not read as if the model did not exist."""
     return re.sub("not found", "missing", text, flags=re.IGNORECASE)
@@ -1289,7 +1386,7 @@ def discreet(text: str) -> str:
 
 def _trial_in(gate: Gate) -> float:
     """Seconds until a trial may close it; 0 while one is under way: it may end any moment."""
-    return 0.0 if gate.state is BreakerState.HALF_OPEN else gate.retry_in()
+    return 0.0 if gate.state is HALF_OPEN else gate.retry_in()
 
 
 def _note_asked(member: Member, key: PlacementKey) -> None:
@@ -1313,7 +1410,7 @@ def _set_rules(gate: Gate, settings: GateSettings) -> None:
 
 
 def _next_trial(gate: Gate) -> str:
-    if gate.state is BreakerState.HALF_OPEN:
+    if gate.state is HALF_OPEN:
         return "a trial is under way"
     wait_s = gate.retry_in()
     return f"next trial in {math.ceil(wait_s)} s" if wait_s > 0 else "a trial is due"

@@ -8,6 +8,7 @@ Laws:
   `Load`, which is a call of ours that no client can cancel; the ticket waits for it, and goes
   elsewhere if something better turns up first.
 - A pass counts what it has committed at once; what could not be carried out is noted back.
+- `begin` says of a call that comes when nobody waits what `plan` would, or leaves it to `plan`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Final, Protocol
 
-from balancer.core.domain import Attempt, Call, Candidate, PlacementKey, Residency
+from balancer.core.domain import Attempt, Call, Candidate, PlacementKey, Residency, record
 from balancer.core.errors import BalancerError
+
+LOADED: Final = Residency.LOADED  # looked up in the enum it takes longer than all of `_is_free`
 
 
 class TicketState(Enum):
@@ -57,7 +60,7 @@ class Ticket:
     load_on: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Commit:
     """Send this call there now. `short`: its context is too small and nothing better is there."""
 
@@ -111,7 +114,7 @@ class CommitRefused:
     backend: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FirstByte:
     """An attempt's first byte came."""
 
@@ -120,7 +123,7 @@ class FirstByte:
     wait_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ended:
     """An attempt ended. `busy_s`: how long it held its slot."""
 
@@ -206,6 +209,13 @@ class Scheduler(Protocol):
 
     def plan(self, now: float) -> list[Effect]:
         """Decide what can start now."""
+
+    def begin(self, ticket: Ticket, now: float) -> Commit | None:
+        """
+        Decide for a new ticket that waits nowhere yet, while no other does.
+
+        None: it does not simply start, and nothing has changed; it is to be enqueued.
+        """
 
     def rehearse(self, ticket: Ticket, view: View, now: float) -> Rehearsal:
         """What would be decided for *ticket*, which waits nowhere; nothing comes of asking."""
@@ -321,9 +331,10 @@ class Greedy:
 
     def plan(self, now: float) -> list[Effect]:
         """One pass over the heads of all queues, oldest first."""
+        self._date_loads(now)
+        if not self._queues:
+            return []
         run = _Pass(now)
-        self._loaded_at.update(dict.fromkeys(self._just_loaded, now))
-        self._just_loaded.clear()
         for key in sorted(self._queues, key=lambda key: self._queues[key][0].seq):
             self._serve(key, run)
         for effect in run.effects:
@@ -336,6 +347,25 @@ class Greedy:
             elif isinstance(effect, Load):
                 self._waited.pop(effect.key.model, None)
         return run.effects
+
+    def begin(self, ticket: Ticket, now: float) -> Commit | None:
+        """As `plan`, as long as a copy is in memory where the context suffices, or none would."""
+        self._date_loads(now)
+        candidates = self._view.candidates(ticket.call, ticket.excluded)
+        fits, short = split_by_context(ticket.call, candidates)
+        free = [c for c in fits or short if _is_free(c)]
+        is_cold_equal = self._policy.cold_is_equal
+        if not free or (is_cold_equal and not all(map(_is_loaded, candidates))):
+            return None
+        chosen = free[0] if len(free) == 1 else min(free, key=self._rank)
+        self._used(chosen.backend)
+        return Commit(ticket, chosen.backend, "warm" if fits else "short-context")
+
+    def _date_loads(self, now: float) -> None:
+        """What was noted since the last pass was loaded by now."""
+        if self._just_loaded:
+            self._loaded_at.update(dict.fromkeys(self._just_loaded, now))
+            self._just_loaded.clear()
 
     def _serve(self, key: PlacementKey, run: _Pass) -> None:
         """Commit from one queue until its head must wait."""
@@ -359,7 +389,7 @@ class Greedy:
             if free:
                 self._take(ticket, min(free, key=self._rank), why, run)
                 return True
-            if any(c.residency is Residency.LOADED for c in group):
+            if any(c.residency is LOADED for c in group):
                 self._consider_copy(ticket, group, run)
                 return False
             if not group:
@@ -471,7 +501,7 @@ class Greedy:
         """A load's remainder, or calls ahead times how long each holds a slot, over the slots."""
         call = ticket.call
         candidates = view.candidates(call, ticket.excluded)
-        slots = sum(c.slots for c in candidates if c.residency is Residency.LOADED)
+        slots = sum(c.slots for c in candidates if c.residency is LOADED)
         if slots:
             ahead = len(self._queues.get(call.key, ()))
             return (ahead + 1) * self._busy_s.get(call.key.model, 5.0) / slots
@@ -544,7 +574,7 @@ _STATES: Final = {
 
 
 def _tier(c: Candidate) -> _Tier:
-    if c.residency is Residency.LOADED:
+    if c.residency is LOADED:
         return _Tier.FREE if c.in_flight < c.slots else _Tier.FULL
     if c.residency is Residency.LOADING:
         return _Tier.LOADING
@@ -591,8 +621,12 @@ class _Pass:
     loading_on: set[str] = field(default_factory=set)
 
 
+def _is_loaded(c: Candidate) -> bool:
+    return c.residency is LOADED
+
+
 def _is_free(c: Candidate) -> bool:
-    return c.residency is Residency.LOADED and c.in_flight < c.slots
+    return c.residency is LOADED and c.in_flight < c.slots
 
 
 def _able(group: Sequence[Candidate], run: _Pass) -> list[Candidate]:
@@ -612,8 +646,10 @@ def split_by_context(
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Those whose context takes the estimated prompt and answer, and those too short."""
     need = call.prompt_tokens + (call.output_tokens or 0)
-    fits = [c for c in candidates if c.context is None or c.context >= need]
-    short = [c for c in candidates if c.context is not None and c.context < need]
+    fits: list[Candidate] = []
+    short: list[Candidate] = []
+    for c in candidates:
+        (fits if c.context is None or c.context >= need else short).append(c)
     return fits, short
 
 

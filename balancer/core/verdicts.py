@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from balancer.core.domain import OTHER, Mark, Route, Verdict
+from balancer.core.domain import OTHER, Mark, Route, Verdict, record
 
 BLAME, CREDIT, NEITHER = Mark.BLAME, Mark.CREDIT, Mark.NEITHER
 
@@ -175,7 +175,7 @@ TABLE: Final[Mapping[Verdict, Row]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Facts:
     """What `marks` needs to know beyond the verdict."""
 
@@ -199,13 +199,13 @@ def marks(verdict: Verdict, facts: Facts) -> tuple[Mark, Mark]:
         return NEITHER, NEITHER
     if facts.repeated_crash and verdict in (Verdict.UNFIT, Verdict.FAULT, Verdict.BROKEN):
         return NEITHER, NEITHER
-    if verdict is Verdict.UNFIT and facts.several_unfit:
+    if facts.several_unfit and verdict is Verdict.UNFIT:
         return BLAME, row.model
-    if verdict is Verdict.MISSING and facts.still_listed:
+    if facts.still_listed and verdict is Verdict.MISSING:
         return row.host, BLAME
-    if verdict is Verdict.SLOW and facts.others_move:
+    if facts.others_move and verdict is Verdict.SLOW:
         return NEITHER, BLAME
-    if verdict is Verdict.UNFINISHED and facts.blank_model:
+    if facts.blank_model and verdict is Verdict.UNFINISHED:
         return row.host, BLAME
     return row.host, row.model
 

@@ -49,14 +49,21 @@ class Waits:
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=MAX_SAMPLES)
-        self.p99_s = 0.0
+        self._p99_s: float | None = 0.0  # None: not known since the last sample
 
     def note(self, wait_s: float) -> None:
-        """Fold one in; `p99_s` (nearest rank) stays 0 before the eighth."""
+        """Fold one in."""
         self._samples.append(wait_s)
-        if len(self._samples) >= MIN_SAMPLES:
+        self._p99_s = None
+
+    @property
+    def p99_s(self) -> float:
+        """By nearest rank; 0 before the eighth. Sorted when asked for: samples come far oftener."""
+        if self._p99_s is None:
             rank = math.ceil(0.99 * len(self._samples))
-            self.p99_s = sorted(self._samples)[rank - 1]
+            few = len(self._samples) < MIN_SAMPLES
+            self._p99_s = 0.0 if few else sorted(self._samples)[rank - 1]
+        return self._p99_s
 
 
 @dataclass(slots=True)
@@ -117,7 +124,10 @@ class Watchdog:
         *output_tokens* is the most it may answer; None or negative: no limit; 0 where nothing is
         generated. It counts for a call that does not stream, which is silent for its whole answer.
         """
-        group = self._groups.setdefault((backend, model), _Group())
+        place = (backend, model)
+        group = self._groups.get(place)
+        if group is None:
+            group = self._groups[place] = _Group()
         slowest_s = prompt_tokens / PROMPT_TOKENS_PER_S
         patient = not streaming and (output_tokens is None or output_tokens < 0)
         if patient:
@@ -125,7 +135,7 @@ class Watchdog:
         elif not streaming:
             slowest_s += (output_tokens or 0) / OUTPUT_TOKENS_PER_S
         kind = (model, streaming)
-        call = _Running((backend, model), kind, self._clock(), slowest_s, patient)
+        call = _Running(place, kind, self._clock(), slowest_s, patient)
         self._calls[lease_id] = group.calls[lease_id] = call
 
     def moved(self, lease_id: Hashable) -> None:
@@ -137,7 +147,10 @@ class Watchdog:
         self._groups[call.place].moved_at = now
         if call.waits:
             call.waits = False
-            self._waits.setdefault(call.kind, Waits()).note(now - call.began_at)
+            waits = self._waits.get(call.kind)
+            if waits is None:
+                waits = self._waits[call.kind] = Waits()
+            waits.note(now - call.began_at)
 
     def ended(self, lease_id: Hashable) -> None:
         """The call is over, however; a second time tells nothing."""

@@ -27,6 +27,8 @@ from ipaddress import (
 )
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
+from multidict import istr
+
 from balancer.core.domain import Principal, Role
 from balancer.core.errors import BadRequest, Forbidden, Unauthorized
 from balancer.ops.cors import is_foreign
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
     Anonymous = Literal["never", "loopback", "always"] | Sequence[str]
 
 ANONYMOUS: Final = "anonymous"
-FORWARDING: Final = ("X-Forwarded-For", "Forwarded", "X-Real-IP")
+# Looked up with every request: as `istr` they need not be made lower case each time.
+AUTHORIZATION, X_API_KEY = istr("Authorization"), istr("x-api-key")
+FORWARDED_FOR, FORWARDED, REAL_IP = istr("X-Forwarded-For"), istr("Forwarded"), istr("X-Real-IP")
 
 
 class Key(Protocol):
@@ -95,6 +99,12 @@ class Caller:
     def is_within(self, networks: Networks) -> bool:
         """Whether the caller is known to sit in one of *networks*."""
         return not self.hidden and _is_within(self.ip, networks)
+
+
+@lru_cache(maxsize=4096)
+def _direct(peer: str) -> Caller:
+    """Who comes through no proxy, and *peer* is an address of the kernel's: none is long."""
+    return Caller(peer, _ip(peer), hidden=False)
 
 
 def client_address(peer: str, forwarded_for: Iterable[str], trusted: Networks) -> str:
@@ -316,6 +326,7 @@ class Access:
             raise ValueError(f'a key may not be named "{ANONYMOUS}"')
         self._wall = wall
         self._keys = {key.sha256: key for key in keys}
+        self._owners = {key.sha256: Principal(key.name, key.role, key.models) for key in keys}
         self._anonymous = anonymous if isinstance(anonymous, str) else _networks(anonymous)
         self._accept = frozenset(accept)
         self._trusted = _networks(trusted_proxies)
@@ -335,10 +346,10 @@ class Access:
                 socket. Anything else is nobody's address.
             headers: Of the request.
         """
+        if not (FORWARDED_FOR in headers or FORWARDED in headers or REAL_IP in headers):
+            return _direct(peer)
         ip = _ip(peer)
-        if not any(name in headers for name in FORWARDING):
-            return Caller(peer, ip, hidden=False)
-        lines = headers.getall("X-Forwarded-For", ())
+        lines = headers.getall(FORWARDED_FOR, ())
         address, clear = _walk(peer, lines, self._trusted)
         client = _ip(address)
         believed = clear and bool(lines) and _is_within(ip, self._trusted)
@@ -371,7 +382,7 @@ class Access:
         expired: Key | None = None
         for key in map(self._key, tokens):
             if key is not None and not self._is_expired(key):
-                return Principal(key.name, key.role, key.models)
+                return self._owners[key.sha256]
             expired = key or expired
         if self._is_welcome(caller):
             return Principal(ANONYMOUS, Role.ADMIN if caller.is_loopback else Role.USER)
@@ -460,9 +471,9 @@ class Access:
 
     def _tokens(self, headers: Headers, in_path: str) -> list[str]:
         """What may be a key; some clients send two."""
-        scheme, _, token = headers.get("Authorization", "").strip().partition(" ")
+        scheme, _, token = headers.get(AUTHORIZATION, "").strip().partition(" ")
         bearer = token.strip() if "bearer" in self._accept and scheme.lower() == "bearer" else ""
-        other = headers.get("x-api-key", "").strip() if "x-api-key" in self._accept else ""
+        other = headers.get(X_API_KEY, "").strip() if "x-api-key" in self._accept else ""
         path = in_path if self.takes_path else ""
         return [token for token in (path, bearer, other) if token]
 

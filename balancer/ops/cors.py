@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from multidict import istr
+
 from balancer.core.errors import Forbidden
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     Pairs = tuple[tuple[str, str], ...]
 
 ANY: Final = "*"
+ORIGIN: Final = istr("Origin")  # looked up with every request, and not made lower case each time
 _LOCAL = re.compile(
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0)(:[0-9]{1,5})?"
     r"|(app|file|tauri|vscode-webview|vscode-file)://[!-~]*"
@@ -55,7 +58,7 @@ def is_same_origin(origin: str, host: str) -> bool:
 
 def is_foreign(headers: Headers) -> bool:
     """Whether a page of another origin makes the request, allowed or not."""
-    origin = headers.get("Origin")
+    origin = headers.get(ORIGIN)
     return origin is not None and not is_same_origin(origin, headers.get("Host", ""))
 
 
@@ -127,7 +130,7 @@ class Cors:
         return (*sorted(pairs), *(_VARY if ("Vary", "Origin") in allowed else ()))
 
     def _allowed(self, headers: Headers) -> Pairs:
-        origin = headers.get("Origin")
+        origin = headers.get(ORIGIN)
         if origin is None or not is_foreign(headers):
             return ()
         if self.enabled and ANY in self.origins:

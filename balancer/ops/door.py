@@ -36,6 +36,11 @@ class Door:
         """Whether a key may stand in front of the path."""
         return self.access.takes_path
 
+    @property
+    def rules(self) -> tuple[object, ...]:
+        """What decides; others once anything has changed."""
+        return self.access, self.pages, self.discreet
+
     def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
         """The headers of the 204 that answers a preflight; None: it is none."""
         return self.pages.preflight(request.headers, allow)
@@ -55,7 +60,7 @@ class Door:
             key: What stood in front of it as a key.
         """
         headers = request.headers
-        caller = self._caller(request)
+        caller = self.access.caller(_peer(request), headers)
         if path == METRICS:
             return Admitted(NOBODY, caller.address)
         principal = self.access.authenticate(headers, caller, now, key)
@@ -87,7 +92,11 @@ def _peer(request: web.BaseRequest) -> str:
     A client that has reset its connection has no address any more, and must not pass for one on
     this machine: only a unix socket makes it local.
     """
-    sock = None if request.transport is None else request.transport.get_extra_info("socket")
+    transport = request.transport
+    peer = None if transport is None else transport.get_extra_info("peername")
+    if isinstance(peer, tuple):  # the usual; no unix socket has such a name
+        return str(peer[0])
+    sock = None if transport is None else transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
         return UNIX_PEER
     return request.remote or ""

@@ -7,23 +7,24 @@ Every metric is a row of `METRICS`; the registry and the documentation are made 
 
 from __future__ import annotations
 
+import math
 import platform
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    GCCollector,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.utils import floatToGoString
 
 from balancer.core.domain import BreakerState, Switch, Verdict
 from balancer.core.events import (
@@ -148,6 +149,14 @@ METRICS: Final = (
     ),
     _scraped("gauge", "backend_vram_bytes", "backend", help="Memory that loaded models take."),
     _scraped("gauge", "backend_models_loaded", "backend", help="Models in memory."),
+    _scraped(
+        "gauge", "backend_idle_connections", "backend", help="Connections kept for the next calls."
+    ),
+    _scraped(
+        "counter",
+        *("backend_stale_connections_total", "backend"),
+        help="Calls sent once more because the backend had closed the kept connection they met.",
+    ),
     _scraped("gauge", "model_loaded", "model", "backend", help="1: in memory there."),
     _scraped("gauge", "model_available", "model", "backend", help="1: on disk there."),
     _scraped(
@@ -217,6 +226,13 @@ METRICS: Final = (
         "histogram",
         (),
         "How late timers fire; what blocks the loop delays every stream.",
+        _SHORT,
+    ),
+    Metric(
+        "gc_pause_seconds",
+        "histogram",
+        ("generation",),
+        "Looks for garbage in cycles, during which everything stands still.",
         _SHORT,
     ),
     _counter("mishaps_total", help="Surprises caught where they stood; each is a bug to report."),
@@ -333,11 +349,15 @@ class Snapshot:
 
     Args:
         retry_refused: Failovers the budget has forbidden since the start, by verdict.
+        idle_connections: At rest, by backend.
+        stale_connections: Requests that met a closed one since the start, by backend.
     """
 
     backends: Sequence[BackendRow] = ()
     queues: Sequence[QueueRow] = ()
     retry_refused: Mapping[str, int] = field(default_factory=dict)
+    idle_connections: Mapping[str, int] = field(default_factory=dict)
+    stale_connections: Mapping[str, int] = field(default_factory=dict)
 
 
 # -- the label of a model -------------------------------------------------------------------
@@ -392,6 +412,87 @@ def _canonical(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
+# -- series ---------------------------------------------------------------------------------
+
+
+class _Number:
+    """One series of a counter or a gauge. The library's own take a lock for every step."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float) -> None:
+        if amount < 0:
+            raise ValueError(f"a counter only grows, not by {amount}")
+        self.value += amount
+
+
+class _Spread:
+    """One series of a histogram; `counts` has one more than there are bounds."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+_Key = tuple[str, ...]  # the values of labels; of a series, with its metric's name before them
+
+
+class Fed:
+    """What events feed, for the registry. What has no labels is there from the start."""
+
+    def __init__(self, metrics: Iterable[Metric], prefix: str = PREFIX) -> None:
+        self._metrics = {metric.name: metric for metric in metrics}
+        self._prefix = prefix
+        self.numbers: dict[_Key, _Number] = {}
+        self.spreads: dict[_Key, _Spread] = {}
+        for metric in self._metrics.values():
+            if not metric.labels and metric.kind == "histogram":
+                self.spread((metric.name,))
+            elif not metric.labels:
+                self.number((metric.name,))
+
+    def number(self, key: _Key) -> _Number:
+        """A series of a counter or gauge; made when first asked for."""
+        return self.numbers.setdefault(key, _Number())
+
+    def spread(self, key: _Key) -> _Spread:
+        """A series of a histogram; made when first asked for."""
+        return self.spreads.setdefault(key, _Spread(self._metrics[key[0]].buckets))
+
+    def collect(self) -> Iterator[Family]:
+        """The families, in the order of the table."""
+        numbers: dict[str, dict[_Key, float]] = defaultdict(dict)
+        for (name, *labels), number in self.numbers.items():
+            numbers[name][tuple(labels)] = number.value
+        spreads: dict[str, dict[_Key, _Spread]] = defaultdict(dict)
+        for (name, *labels), spread in self.spreads.items():
+            spreads[name][tuple(labels)] = spread
+        for name, metric in self._metrics.items():
+            if metric.kind == "histogram":
+                yield _spread_out(metric, spreads[name], self._prefix)
+            else:
+                yield _filled(metric, numbers[name], self._prefix)
+
+
+def _spread_out(metric: Metric, rows: Mapping[_Key, _Spread], prefix: str) -> Family:
+    family = HistogramMetricFamily(prefix + metric.name, metric.help, labels=metric.labels)
+    bounds = [floatToGoString(bound) for bound in (*metric.buckets, math.inf)]  # type: ignore[no-untyped-call]
+    for labels, spread in rows.items():
+        upto = accumulate(spread.counts)
+        family.add_metric(labels, list(zip(bounds, upto, strict=True)), spread.sum)
+    return family
+
+
 # -- the registry ---------------------------------------------------------------------------
 
 
@@ -418,10 +519,12 @@ class Metrics:
         model_label_limit: int = 100,
         process: bool = True,
     ) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every child, of no use to rates
         self.registry = CollectorRegistry()
-        self._families = {m.name: _family(m, self.registry) for m in METRICS if not m.scraped}
-        self._children: dict[tuple[str, ...], Any] = {}
+        self._fed = Fed(metric for metric in METRICS if not metric.scraped)
+        self._numbers, self._spreads = self._fed.numbers, self._fed.spreads
+        # All of them now: none may come in while somebody goes through the series.
+        self._pauses = [self._fed.spread(("gc_pause_seconds", each)) for each in "012"]
+        self.registry.register(self._fed)
         self._model = ModelLabels(known_models, model_label_limit)
         self._wall = wall
         self._failed: dict[str, tuple[str, str]] = {}  # call -> backend, verdict of its last try
@@ -434,36 +537,38 @@ class Metrics:
         if process:
             ProcessCollector(registry=self.registry)
             GCCollector(registry=self.registry)
+        self._by_kind: dict[type[Event], Callable[[Any], None]] = {
+            CallEnded: self._call_ended,
+            AttemptEnded: self._attempt_ended,
+            LeaseGranted: self._lease_granted,
+            CheckEnded: self._check_ended,
+            BreakerMoved: self._breaker_moved,
+            LoadEnded: self._load_ended,
+            CatalogChanged: lambda _: self._model.forget(),
+            ConfigApplied: lambda _: self._reloaded(),
+            ConfigRejected: lambda _: self._set(0, "config_last_reload_successful"),
+            Mishap: lambda _: self._count(1, "mishaps_total"),
+        }
         self._reloaded()
+
+    @property
+    def kinds(self) -> Collection[type[Event]]:
+        """The events that count."""
+        return self._by_kind
 
     def __call__(self, event: Event) -> None:
         """Count one event."""
-        match event:
-            case CallEnded():
-                self._call_ended(event)
-            case AttemptEnded():
-                self._attempt_ended(event)
-            case LeaseGranted():
-                self._lease_granted(event)
-            case CheckEnded():
-                self._observe(event.latency_s, "check_duration_seconds", event.backend)
-            case BreakerMoved():
-                self._count(1, "breaker_transitions_total", event.backend, event.new.value)
-            case LoadEnded(ok=True):
-                labels = self._model(event.model), event.backend
-                self._observe(event.load_s, "model_load_duration_seconds", *labels)
-            case CatalogChanged():
-                self._model.forget()
-            case ConfigApplied():
-                self._reloaded()
-            case ConfigRejected():
-                self._child("config_last_reload_successful").set(0)
-            case Mishap():
-                self._count(1, "mishaps_total")
+        count = self._by_kind.get(type(event))
+        if count is not None:
+            count(event)
 
     def loop_lag(self, lag_s: float) -> None:
         """A timer of the event loop fired *lag_s* seconds late."""
         self._observe(lag_s, "event_loop_lag_seconds")
+
+    def gc_paused(self, generation: int, pause_s: float) -> None:
+        """Python looked for garbage; called from within any line, this one's caller included."""
+        self._pauses[generation].observe(pause_s)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The page and its content type: OpenMetrics if *accept* names it, else plain text."""
@@ -513,34 +618,29 @@ class Metrics:
         if backend != e.backend:
             self._count(1, "failovers_total", verdict)
 
+    def _check_ended(self, e: CheckEnded) -> None:
+        self._observe(e.latency_s, "check_duration_seconds", e.backend)
+
+    def _breaker_moved(self, e: BreakerMoved) -> None:
+        self._count(1, "breaker_transitions_total", e.backend, e.new.value)
+
+    def _load_ended(self, e: LoadEnded) -> None:
+        if e.ok:
+            labels = self._model(e.model), e.backend
+            self._observe(e.load_s, "model_load_duration_seconds", *labels)
+
     def _reloaded(self) -> None:
-        self._child("config_last_reload_successful").set(1)
-        self._child("config_last_reload_success_timestamp_seconds").set(self._wall())
+        self._set(1, "config_last_reload_successful")
+        self._set(self._wall(), "config_last_reload_success_timestamp_seconds")
 
     def _count(self, amount: float, *key: str) -> None:
-        self._child(*key).inc(amount)
+        (self._numbers.get(key) or self._fed.number(key)).inc(amount)
+
+    def _set(self, value: float, *key: str) -> None:
+        self._fed.number(key).value = value
 
     def _observe(self, value: float, *key: str) -> None:
-        self._child(*key).observe(value)
-
-    def _child(self, *key: str) -> Any:
-        """The series of a metric's name and label values; resolved once."""
-        child = self._children.get(key)
-        if child is None:
-            name, *values = key
-            family = self._families[name]
-            child = self._children[key] = family.labels(*values) if values else family
-        return child
-
-
-def _family(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
-    name = PREFIX + metric.name
-    if metric.kind == "histogram":
-        return Histogram(
-            name, metric.help, metric.labels, registry=registry, buckets=metric.buckets
-        )
-    kind = Counter if metric.kind == "counter" else Gauge
-    return kind(name, metric.help, metric.labels, registry=registry)
+        (self._spreads.get(key) or self._fed.spread(key)).observe(value)
 
 
 def _warmth(e: CallEnded) -> str:
@@ -588,6 +688,10 @@ class _Gauges:
         yield from self._constant
         for verdict, count in snapshot.retry_refused.items():
             yield "retry_budget_exhausted_total", (verdict,), count
+        for name, count in snapshot.idle_connections.items():
+            yield "backend_idle_connections", (name,), count
+        for name, count in snapshot.stale_connections.items():
+            yield "backend_stale_connections_total", (name,), count
         yield from self._queue_samples(snapshot.queues)
         for backend in snapshot.backends:  # what runs gets its labels before what merely exists
             yield from self._busy_samples(backend)
@@ -633,8 +737,8 @@ class _Gauges:
         yield "breaker_stale_settlements_total", (backend,), breaker.stale
 
 
-def _filled(metric: Metric, rows: Mapping[tuple[str, ...], float]) -> Family:
-    name = PREFIX + metric.name
+def _filled(metric: Metric, rows: Mapping[_Key, float], prefix: str = PREFIX) -> Family:
+    name = prefix + metric.name
     if metric.kind == "info":
         info = InfoMetricFamily(name.removesuffix("_info"), metric.help, labels=metric.labels)
         for labels in rows:

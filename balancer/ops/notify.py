@@ -68,6 +68,8 @@ class Notify:
         watchdog: Whether to answer the watchdog.
     """
 
+    KINDS: Final = (Serving, Stopping, ConfigApplied, ConfigRejected)
+
     def __init__(
         self,
         whom: Wanted,

@@ -97,24 +97,29 @@ class Recent:
 
     def __call__(self, event: Event) -> None:
         """Remember one event, if it is worth it."""
-        match event:
-            case AttemptEnded(backend=backend, model=model, outcome=outcome):
-                if outcome.verdict not in HARMLESS:
-                    self._fail(backend, model, outcome.verdict.value, outcome.text)
-                    self._failed[event.call_id] = f"{backend}: {outcome.text}"
-                    while len(self._failed) > UNDER_WAY:
-                        del self._failed[next(iter(self._failed))]
-            case CallEnded(request_id=call):
-                self._failed.pop(call, None)
-            case LeaseGranted(backend=backend, model=model, call_id=call):
+        match event:  # the first three come with every call
+            case AttemptEnded():
+                if event.outcome.verdict not in HARMLESS:
+                    self._attempt_failed(event)
+            case CallEnded():
+                self._failed.pop(event.request_id, None)
+            case LeaseGranted():
                 if event.attempt > 1:
-                    told = self._failed.get(call, "")
-                    self._add("failover", backend, model, f"after {told}" if told else "")
+                    told = self._failed.get(event.call_id, "")
+                    text = f"after {told}" if told else ""
+                    self._add("failover", event.backend, event.model, text)
             case LoadEnded(backend=backend, model=model, ok=False, text=text):
                 self._fail(backend, model, "load", text)
                 self._add("load_failed", backend, model, text)
             case _:
                 self._state_changed(event)
+
+    def _attempt_failed(self, event: AttemptEnded) -> None:
+        outcome = event.outcome
+        self._fail(event.backend, event.model, outcome.verdict.value, outcome.text)
+        self._failed[event.call_id] = f"{event.backend}: {outcome.text}"
+        while len(self._failed) > UNDER_WAY:
+            del self._failed[next(iter(self._failed))]
 
     def _state_changed(self, event: Event) -> None:
         """What concerns a backend or the balancer as a whole."""

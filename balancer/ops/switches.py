@@ -35,6 +35,8 @@ class Switches:
         path: Its directory must exist.
     """
 
+    KINDS: Final = (MemberJoined, SwitchMoved)
+
     def __init__(self, path: str, pool: Pool, clock: Callable[[], float], emit: Emit) -> None:
         self._path = Path(path)
         self._pool = pool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import os
 import resource
 import signal
@@ -19,9 +20,10 @@ from aiohttp.test_utils import unused_port
 
 from balancer import __version__
 from balancer.cli.exits import ExitCode
-from balancer.cli.serving import cannot_listen, is_demo_meant, lift_file_limit, pulse
+from balancer.cli.serving import Writer, cannot_listen, is_demo_meant, lift_file_limit, pulse
 from balancer.cli.source import Source
 from balancer.config import Candidate, Listen
+from balancer.core.events import Mishap
 from balancer.net.discovery import Look
 from balancer.sim.host import SimModel
 from balancer.sim.ollama import SimOllama
@@ -114,6 +116,42 @@ async def test_term_drains_and_a_second_one_does_not_wait(sim: SimOllama, spawn:
     assert (await ask(port, "GET", "/api/tags")).status == 200
     process.process.send_signal(signal.SIGTERM)
     assert (await process.ended())[0] == ExitCode.OK
+
+
+async def test_no_line_is_lost_or_late(sim: SimOllama, spawn: Spawn) -> None:
+    """Lines that go out together are all there when it has been told to end, and in their order."""
+    process = await spawn("-b", sim.url, "-l", "127.0.0.1:0")
+    port = await process.port()
+    for number in range(60):
+        assert (await ask(port, "GET", f"/nowhere/{number}")).status == 404
+    process.process.send_signal(signal.SIGTERM)
+    process.process.send_signal(signal.SIGTERM)
+    code, _, err = await process.ended()
+    assert code == ExitCode.OK
+    lines = [json.loads(line) for line in err.splitlines()]
+    paths = [line["url.path"] for line in lines if line["event"] == "request"]
+    assert paths == [f"/nowhere/{number}" for number in range(60)]
+    assert lines[-1]["event"] == "stopped"
+
+
+@virtual
+async def test_a_log_that_takes_no_more_is_a_mishap() -> None:
+    """What the shell's call back cannot write is counted; the balancer serves on."""
+    async with running(1, models=models(0.0)) as rig:
+        writer = Writer(rig.balancer)
+        told: list[str] = []
+        rig.balancer.bus.subscribe(lambda event: told.append(str(event)), [Mishap])
+
+        def full() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        writer._later(full)
+        await asyncio.sleep(0.3)
+        writer.close()
+        logging.getLogger().removeHandler(writer._bridge or logging.NullHandler())
+        (event,) = told
+        assert "No space left on device" in event
+        rig.events.events = [e for e in rig.events.events if not isinstance(e, Mishap)]
 
 
 async def test_a_second_interrupt_cuts_what_runs(sim: SimOllama, spawn: Spawn) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -1036,3 +1037,80 @@ def test_order_of_a_backend_does_not_matter(order: list[str], chance: Any) -> No
     chance.shuffle(order)
     assert not catalog.note_tags("one", [tag(name) for name in order])
     assert catalog.tags_json() == before
+
+
+# -- editions ------------------------------------------------------------------------------------
+
+
+def test_what_is_seen_again_is_no_new_edition(warm: Catalog, clock: Clock) -> None:
+    """A call that ends well proves what was known: only for how long that is believed moves on."""
+    warm.note_loaded("one", key("m"))
+    edition, copy = warm.edition, warm.copy("one", key("m"))
+    clock.now += 29.0
+    warm.note_loaded("one", key("m"))
+    clock.now += 29.0
+    assert warm.edition == edition
+    assert warm.copy("one", key("m")) is copy
+    assert copy.residency(clock.now) is where(warm, "m") is Residency.LOADED
+    clock.now += 2.0
+    assert copy.residency(clock.now) is where(warm, "m") is Residency.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "news",
+    [
+        lambda it: it.note_tags("one", []),
+        lambda it: it.note_ps("one", []),
+        lambda it: it.note_version("one", "0.1.0"),
+        lambda it: it.note_away("one"),
+        lambda it: it.note_back("one"),
+        lambda it: it.note_missing("one", c("m")),
+        lambda it: it.note_no_route("one", "embed"),
+        lambda it: it.note_loaded("one", key("m", num_ctx=77)),
+        lambda it: it.note_unloaded("one", c("m")),
+        lambda it: it.drop("one"),
+    ],
+)
+def test_news_are_a_new_edition(warm: Catalog, news: Callable[[Catalog], object]) -> None:
+    """Whoever made something of the last one makes it anew."""
+    warm.note_loaded("one", key("m"))
+    edition, copy = warm.edition, warm.copy("one", key("m"))
+    news(warm)
+    assert warm.edition > edition
+    assert warm.copy("one", key("m")) is not copy
+
+
+def test_what_lapses_is_a_new_edition(clock: Clock) -> None:
+    """Nobody tells of it: it is noticed by who asks."""
+    catalog = Catalog(clock, remember_s=60.0)
+    catalog.join("one")
+    catalog.note_tags("one", [tag("llama3.2")])
+    catalog.note_away("one")
+    edition = catalog.edition
+    clock.now += 59.0
+    assert catalog.edition == edition
+    clock.now += 1.0
+    assert catalog.edition > edition
+    assert not catalog.lists("one", c("llama3.2"))
+
+
+def test_an_empty_list_is_news_of_what_is_not_in_it(clock: Clock) -> None:
+    """It is as long as before, but now it was read."""
+    catalog = Catalog(clock)
+    catalog.join("one")
+    assert where(catalog, "llama3.2") is Residency.UNKNOWN
+    catalog.note_tags("one", [])
+    assert where(catalog, "llama3.2") is Residency.ABSENT
+
+
+def test_which_of_two_twins_is_meant_is_news(clock: Clock) -> None:
+    """Two names of one digest in memory with other contexts: a call on one puts it behind."""
+    catalog = Catalog(clock)
+    catalog.join("one")
+    catalog.note_tags("one", [tag("m:a"), tag("m:b")])
+    catalog.note_ps("one", [run("m:a", context=1000), run("m:b", context=2000)])
+    for _ in range(4):
+        first = catalog.context("one", c("m:a"))
+        assert catalog.copy("one", key("m:a")).context == first
+        catalog.note_loaded("one", key("m:a", num_ctx=first))
+        assert catalog.copy("one", key("m:a")).context == catalog.known_context("one", key("m:a"))

@@ -27,6 +27,7 @@ from balancer.core.scheduler import (
     Load,
     LoadAnswered,
     Refuse,
+    Ticket,
     TicketState,
     Unload,
     load_estimate_s,
@@ -748,6 +749,9 @@ class Scripted(Greedy):
     def plan(self, now: float) -> list[Effect]:
         self.plans += 1
         return list(self.script)
+
+    def begin(self, ticket: Ticket, now: float) -> None:
+        """Everything is said by the script."""
 
     def note(self, fact: Fact) -> None:
         self.facts.append(fact)

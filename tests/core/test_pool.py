@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from balancer.core.domain import BreakerState, Candidate, Mark, Residency, Switch, Verdict
+from balancer.core.domain import (
+    BreakerState,
+    Candidate,
+    CheckResult,
+    Mark,
+    Residency,
+    Switch,
+    Verdict,
+)
 from balancer.core.errors import BalancerError
 from balancer.core.events import (
     AttemptEnded,
@@ -26,7 +34,15 @@ from balancer.core.events import (
     Suspected,
     SwitchMoved,
 )
-from balancer.core.pool import GateSettings, Lease, PoolSettings, Prospect, ProspectKind, discreet
+from balancer.core.pool import (
+    MOST_KNOWN,
+    GateSettings,
+    Lease,
+    PoolSettings,
+    Prospect,
+    ProspectKind,
+    discreet,
+)
 from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import Judgement
 from balancer.core.watchdog import Suspect
@@ -1405,6 +1421,34 @@ def test_who_is_disabled_or_not_allowed_has_no_say() -> None:
     bench.pool.turn("b", Switch.DISABLED)
     bench.shape("a", "b", backend("c", deny=("m:1",)))
     assert (usable(bench), embedders(bench)) == ("a", "a")
+
+
+def test_a_say_is_lost_and_had_back_with_the_switch() -> None:
+    """Of itself, and at once: nothing else has changed since calls were last told apart."""
+    bench = differing("ad", "bc")
+    assert embedders(bench) == "bc"
+    bench.pool.turn("b", Switch.DISABLED)
+    assert embedders(bench) == "ad"
+    bench.pool.turn("b", Switch.SERVING)
+    assert embedders(bench) == "bc"
+
+
+def test_another_version_may_have_the_route() -> None:
+    """Who is known to be too old for it serves it from the check on that tells of another."""
+    bench = PoolBench()
+    bench.start("a", "m:1", loaded=["m:1"])
+    messages = call("m:1", "/v1/messages")
+    for version, serves in (("0.12.0", False), ("0.20.0", True), ("0.12.0", False)):
+        bench.pool.observe("a", CheckResult(True, 0.01, version))
+        assert bool(bench.pool.candidates(messages, frozenset())) is serves, version
+        assert bench.pool.candidates(call("m:1"), frozenset())
+
+
+def test_of_endless_options_not_all_are_kept(bench: PoolBench) -> None:
+    """What clients choose freely must not fill the memory."""
+    for number in range(3 * MOST_KNOWN):
+        bench.pool.candidates(call("m:1", options={"num_ctx": number + 1}), frozenset())
+    assert len(bench.pool._known) <= MOST_KNOWN + 1
 
 
 def test_stubs_have_no_say_in_which_weights_are_usual() -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -50,7 +51,16 @@ from balancer.core.events import (
     TrialEnded,
 )
 from balancer.ops import log as subject
-from balancer.ops.log import Bridge, LogWriter, configure, escape, shown_address, shown_path
+from balancer.ops.log import (
+    DETAILS,
+    Bridge,
+    LogWriter,
+    Stamp,
+    configure,
+    escape,
+    shown_address,
+    shown_path,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,6 +145,13 @@ TOLD: list[tuple[Event, str, str]] = [
 ]
 
 
+def test_details_are_never_told_above_debug() -> None:
+    """They are left out without a look at what they would say."""
+    writer = LogWriter(make()[0])
+    levels = {kind: {writer.line(e)[0] for e, _, _ in TOLD if type(e) is kind} for kind in DETAILS}
+    assert levels == {kind: {logging.DEBUG} for kind in DETAILS}
+
+
 def make(
     form: Format = "json",
     level: Level = "debug",
@@ -191,6 +208,74 @@ def test_the_canonical_line() -> None:
         ("gen_ai.usage.output_tokens", 42),
         ("outcome", "ok"),
     ]
+
+
+TEXTS = st.one_of(st.just(""), st.sampled_from(["x" * 256, "x" * 257, "é\n" * 200]), st.text())
+AMOUNTS = st.integers(0, 2**40)
+SECONDS = st.floats(0, 1e6)
+CALLS = st.builds(
+    CallEnded,
+    at=st.just(1.0),
+    request_id=TEXTS,
+    method=TEXTS,
+    path=st.one_of(TEXTS, st.just("/k/secret/api/chat?q"), st.just("/metrics")),
+    endpoint=st.sampled_from(["chat", "tags", "malformed"]),
+    status=st.integers(100, 599),
+    outcome=st.sampled_from(["ok", "rejected", "upstream_error"]),
+    duration_s=SECONDS,
+    client=st.sampled_from(["", "10.1.2.3", "2001:db8::1", "?"]),
+    user_agent=TEXTS,
+    key=TEXTS,
+    model=TEXTS,
+    backend=TEXTS,
+    attempts=AMOUNTS,
+    why=TEXTS,
+    queue_s=SECONDS,
+    first_byte_s=st.none() | SECONDS,
+    bytes_in=AMOUNTS,
+    bytes_out=AMOUNTS,
+    usage=st.builds(Usage, tokens_in=st.none() | AMOUNTS, tokens_out=st.none() | AMOUNTS),
+    phase=TEXTS,
+    error=TEXTS,
+    inference=st.booleans(),
+    alias=TEXTS,
+)
+
+
+@UNTIMED
+@given(
+    CALLS,
+    st.floats(0, 4e9),
+    st.sampled_from(["full", "truncated", "none"]),
+    st.sampled_from(["debug", "info", "warning"]),
+    st.booleans(),
+)
+def test_the_quick_way_to_a_request_writes_the_same(
+    call: CallEnded, at: float, how: ClientAddress, level: Level, access: bool
+) -> None:
+    """To the byte what the chain of structlog makes of its fields, or nothing where that does."""
+    told = []
+    for quick in (True, False):
+        stream = io.StringIO()
+        log = configure(level, "json", stream=stream, is_tty=False, env={}, wall=lambda: at)
+        if not quick:
+            log.stamp = None
+        LogWriter(log, access=access, slow_s=60.0, client_address=how)(call)
+        told.append(stream.getvalue())
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    "at", [0.0, 0.9999996, 1.0, 1.9995, 1763755212.123456, 1763755212.9999999, 253402300799.0]
+)
+def test_the_quick_way_to_a_time_is_the_same(at: float) -> None:
+    """Also where a second is rounded up, and from one second to the next."""
+    now = [5.5]
+    stamp = Stamp(lambda: now[0])
+    for each in (5.5, at, at, 5.6):
+        now[0] = each
+        shown = datetime.fromtimestamp(each, UTC).isoformat(timespec="milliseconds")
+        assert stamp("info") == f'{{"timestamp":"{shown[:-6]}Z","level":"info"'
 
 
 def test_an_alias_is_told_beside_the_model() -> None:
@@ -425,8 +510,12 @@ def written_to_a_file(tmp_path: Path, variable: str, *, is_tty: bool = False) ->
         log = configure("info", "json", stream=stream, is_tty=is_tty, env=env, wall=lambda: 0.0)
         for event in (CALL, replace(CALL, status=500), Mishap(1.0, "x", "y")):
             LogWriter(log)(event)
+        log.stamp = None
+        LogWriter(log)(CALL)
         stream.seek(0)
-        return [line[:6] for line in stream]
+        first, *others, slow_way = stream.readlines()
+        assert first == slow_way
+        return [line[:6] for line in (first, *others)]
 
 
 def test_the_journal_gets_priorities(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
@@ -28,7 +32,16 @@ from balancer.core.events import (
     LoadEnded,
     Mishap,
 )
-from balancer.ops.metrics import METRICS, PREFIX, Metrics, QueueRow, Snapshot, document
+from balancer.ops.metrics import (
+    METRICS,
+    PREFIX,
+    Fed,
+    Metric,
+    Metrics,
+    QueueRow,
+    Snapshot,
+    document,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -136,6 +149,7 @@ def test_the_table_is_sound() -> None:
         "warm",
         "version",
         "python",
+        "generation",
     }
     names = [metric.name for metric in METRICS]
     assert len(set(names)) == len(names)
@@ -380,6 +394,63 @@ def test_a_model_gets_its_label_when_it_appears() -> None:
 # -- gauges ---------------------------------------------------------------------------------
 
 
+def test_pauses_of_the_collector() -> None:
+    """By generation; all of them are there from the start, as one may come at any moment."""
+    bench = Bench()
+    count = "gc_pause_seconds_count"
+    assert [bench.value(count, generation=each) for each in "012"] == [0, 0, 0]
+    bench.metrics.gc_paused(2, 0.02)
+    assert [bench.value(count, generation=each) for each in "012"] == [0, 0, 1]
+    assert bench.value("gc_pause_seconds_sum", generation="2") == 0.02
+    assert bench.value("gc_pause_seconds_bucket", generation="2", le="0.025") == 1
+
+
+def test_series_are_those_of_the_library() -> None:
+    """What is counted here without its locks shows, in both formats, as its own classes show it."""
+    theirs = CollectorRegistry()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    bounds = (0.1, 1.0, 2.5)
+    labels = ("model", "backend")
+    counter = Counter("tokens_total", "Of all.", labels, registry=theirs)
+    spread = Histogram("wait_seconds", "Waiting.", labels, registry=theirs, buckets=bounds)
+    bare = Histogram("lag_seconds", "Lag.", registry=theirs, buckets=bounds)
+    metrics = (
+        Metric("tokens_total", "counter", labels, "Of all."),
+        Metric("wait_seconds", "histogram", labels, "Waiting.", bounds),
+        Metric("lag_seconds", "histogram", (), "Lag.", bounds),
+        Metric("idle_seconds", "histogram", (), "Idle.", bounds),
+    )
+    Histogram("idle_seconds", "Idle.", registry=theirs, buckets=bounds)
+    fed = Fed(metrics, prefix="")
+    ours = CollectorRegistry()
+    ours.register(fed)
+    rng = random.Random(1)
+    for _ in range(500):
+        where = rng.choice("mn"), rng.choice(["a", 'q"\\\n'])
+        amount = rng.choice([0.0, 0.1, 1, 2.5, 1e9, rng.expovariate(1.0)])
+        counter.labels(*where).inc(amount)
+        fed.number(("tokens_total", *where)).inc(amount)
+        spread.labels(*where).observe(amount)
+        fed.spread(("wait_seconds", *where)).observe(amount)
+        bare.observe(amount)
+        fed.spread(("lag_seconds",)).observe(amount)
+    assert generate_latest(ours) == generate_latest(theirs)
+    assert openmetrics.generate_latest(ours) == openmetrics.generate_latest(theirs)  # type: ignore[no-untyped-call]
+
+
+def test_a_counter_only_grows() -> None:
+    """A backend that tells of fewer than no tokens changes nothing."""
+    bench = Bench()
+    with pytest.raises(ValueError, match="only grows"):
+        bench.tell(replace(CALL, usage=Usage(tokens_in=-1)))
+    assert not bench.value("tokens_total", model="other", backend="gpu0", type="input")
+
+
+def test_who_hears_names_what_counts() -> None:
+    """Of no other event is anything counted."""
+    assert set(Bench().metrics.kinds) >= {CallEnded, AttemptEnded, LeaseGranted, Mishap}
+
+
 def test_a_snapshot() -> None:
     """A scrape shows the state of that moment."""
     bench = Bench("a:latest", "b:latest")
@@ -400,6 +471,8 @@ def test_a_snapshot() -> None:
         ),
         queues=(QueueRow("a", 4, 1.5),),
         retry_refused={"fault": 6},
+        idle_connections={"gpu0": 7},
+        stale_connections={"gpu0": 8},
     )
     value = bench.value
     assert value("backend_up", backend="gpu0") == 1
@@ -409,6 +482,8 @@ def test_a_snapshot() -> None:
     assert value("backend_slots", backend="gpu0") == 2
     assert bench.labels("backend_slots", "backend") == {"gpu0"}
     assert value("backend_switch", backend="gpu0", state="draining") == 1
+    assert value("backend_idle_connections", backend="gpu0") == 7
+    assert value("backend_stale_connections_total", backend="gpu0") == 8
     assert value("backend_switch", backend="gpu0", state="serving") == 0
     assert value("backend_vram_bytes", backend="gpu0") == 2**30
     assert value("backend_models_loaded", backend="gpu0") == 2

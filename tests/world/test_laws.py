@@ -51,9 +51,12 @@ from balancer.core.events import (
 from balancer.core.pool import GateSettings, Lease, PoolSettings, Trial
 from balancer.core.scheduler import (
     POLICIES,
+    Greedy,
     Load,
+    Scheduler,
     Ticket,
     TicketState,
+    View,
     build,
     split_by_context,
 )
@@ -494,6 +497,22 @@ class World(Bench):
                 assert gate.retry_in() >= 0
         moves = self.of(BreakerMoved)
         assert {(event.old, event.new) for event in moves} <= LEGAL
+        if self.callers:
+            self._look_at_places(self.callers[-1].call, self.callers[-1].excluded)
+
+    def _look_at_places(self, wanted: Call, excluded: frozenset[str]) -> None:
+        """What is kept of calls alike is what every backend says for itself."""
+        found = self.pool._open(self.pool._places(wanted), wanted, excluded, exists=False)
+        told = [s for s in self.pool.standings(wanted, excluded) if s.bar is None]
+        assert [place.name for place in found] == [standing.backend for standing in told]
+        strange = self.pool.strangers(wanted)
+        for place, standing in zip(found, told, strict=True):
+            name, key = place.name, wanted.key
+            assert (place.name in strange) is place.strange
+            assert place.remote is self.pool.is_remote(name, key.model)
+            assert place.copy.context == self.catalog.known_context(name, key)
+            assert standing.candidate.residency is self.pool.residency(place.member, key)
+            assert standing.candidate.models_loaded == len(self.catalog.loaded(name))
 
     def _look_at_tokens(self, now: float) -> None:
         taken = {name: key for name, key, _, _ in self.under_way}
@@ -610,6 +629,31 @@ def test_the_laws_hold_in_every_history() -> None:
         assert seen[granted], (granted, seen)
     for event in ("BreakerMoved", "HealthFlipped", "Suspected", "MemberLeft", "LoadEnded"):
         assert seen[event], (event, seen)
+
+
+class Planner(Greedy):
+    """Grants nothing but in a pass."""
+
+    def begin(self, ticket: Ticket, now: float) -> None:
+        """It is to be enqueued."""
+
+
+@pytest.mark.parametrize("policy", SEEDS)
+def test_what_is_granted_at_once_is_what_a_pass_would_grant(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same histories with no such short way, event for event and answer for answer."""
+    short = [lived(seed, policy) for seed in range(100, 112)]
+
+    def planner(name: str, view: View) -> Scheduler:
+        return Planner(POLICIES[name], view)
+
+    monkeypatch.setitem(globals(), "build", planner)
+    monkeypatch.setattr("tests.core.bench.build", planner)
+    for seed, world in enumerate(short, 100):
+        passed = lived(seed, policy)
+        assert list(map(repr, world.events)) == list(map(repr, passed.events)), seed
+        assert [c.answers for c in world.callers] == [c.answers for c in passed.callers], seed
 
 
 @pytest.mark.parametrize("seed", [3, 14, 15])
