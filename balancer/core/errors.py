@@ -165,6 +165,13 @@ class QueueTimeout(Unavailable):
     remedy = "Try again as `Retry-After` says; add backends or slots, or raise `queue.max_wait`."
 
 
+class MemoryFull(Unavailable):
+    """Other large requests take all of `server.replay_memory`, and none of them ended in time."""
+
+    code = "memory_full"
+    remedy = "Try again as `Retry-After` says, or ask the operator to raise `server.replay_memory`."
+
+
 class NoBackend(Unavailable):
     """Every backend that has, or may have, the model is away, broken or closed by the operator."""
 

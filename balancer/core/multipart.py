@@ -27,7 +27,7 @@ _BOUNDARY = re.compile(r"[A-Za-z0-9'()+_,./:=? -]{0,69}[A-Za-z0-9'()+_,./:=?-]")
 _FIELD = re.compile(rf"({_WORD}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
 
-def field(body: bytes, content_type: str, wanted: str) -> str:
+def field(body: bytes | bytearray, content_type: str, wanted: str) -> str:
     """
     The value of the first field of that name; empty if there is none.
 
@@ -41,13 +41,14 @@ def field(body: bytes, content_type: str, wanted: str) -> str:
         raise _unclear(f"the field {wanted!r} is not UTF-8") from None
 
 
-def replaced(body: bytes, content_type: str, wanted: str, value: str) -> bytes:
+def replaced(body: bytes | bytearray, content_type: str, wanted: str, value: str) -> bytes:
     """The form with another value of that field, which is there; raises as `field` does."""
     start, end = _place(body, content_type, wanted)
-    return b"%b%b%b" % (body[:start], value.encode(), body[end:])
+    view = memoryview(body)
+    return b"".join((view[:start], value.encode(), view[end:]))
 
 
-def _place(body: bytes, content_type: str, wanted: str) -> tuple[int, int]:
+def _place(body: bytes | bytearray, content_type: str, wanted: str) -> tuple[int, int]:
     for head, start, end in _parts(body, _boundary(content_type)):
         disposition = _fields(head).get("content-disposition", "")
         kind, parameters = _parsed(disposition)
@@ -76,7 +77,7 @@ def _boundary(content_type: str) -> bytes:
     return b"--" + boundary.encode()
 
 
-def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, int, int]]:
+def _parts(body: bytes | bytearray, boundary: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Each part's head, and where its value begins and ends."""
     opening = boundary + b"\r\n"
     if not body.startswith(opening):
@@ -90,7 +91,7 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, int, int]]:
             raise _unclear("a part's head does not end")
         value_start = head_end + 4
         value_end = _next(body, delimiter, head_end + 2)
-        yield body[start:head_end], value_start, max(value_start, value_end)
+        yield bytes(body[start:head_end]), value_start, max(value_start, value_end)
         after = value_end + len(delimiter)
         if body.startswith(b"--", after):
             return
@@ -98,7 +99,7 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, int, int]]:
     raise _unclear("too many parts")
 
 
-def _next(body: bytes, delimiter: bytes, start: int) -> int:
+def _next(body: bytes | bytearray, delimiter: bytes, start: int) -> int:
     """Where the next delimiter line begins; a longer text that begins like one is none."""
     for _ in range(MOST_LOOKALIKES):
         found = body.find(delimiter, start)

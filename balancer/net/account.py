@@ -21,7 +21,8 @@ from balancer.core.domain import Kind
 from balancer.core.errors import BadRequest, Forbidden, NoBackend, NotServed
 from balancer.core.pool import Member, Pool
 from balancer.core.verdicts import line
-from balancer.net.server import Exchange, Handler, read_body
+from balancer.net.bodies import read_body
+from balancer.net.server import Exchange, Handler
 from balancer.net.upstream import ClientUpstream, UpstreamError
 
 NATIVE: Final = "application/json; charset=utf-8"
@@ -116,7 +117,7 @@ class Account:
             raise NoBackend(
                 f"{member.name}, which speaks for the account, is down: {told}", retry_after_s=5.0
             )
-        body = await read_body(exchange, MAX_BODY, self._clock)
+        body = bytes(await read_body(exchange, MAX_BODY, self._clock))
         path = route.path.replace("{key}", quote(exchange.argument, safe=""))
         if member.backend.provider:
             path = cloud.PATHS.get(path, path)

@@ -22,8 +22,9 @@ from balancer.core import verdicts
 from balancer.core.errors import BadRequest, RequestTimeout
 from balancer.core.fanout import failure
 from balancer.core.orders import digest_of
+from balancer.net.bodies import BODY_STALL_S, ask_for_body
 from balancer.net.reach import NATIVE, Reach, Scope, document
-from balancer.net.server import BODY_STALL_S, Exchange, ask_for_body
+from balancer.net.server import Exchange
 from balancer.net.spool import Copy, Spool, pieces
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target, UpstreamError

@@ -25,7 +25,7 @@ WINDOW_LOG: Final = 23
 _OPTIONS: Final[dict[int, int]] = {DecompressionParameter.window_log_max: WINDOW_LOG}
 
 
-async def unzstd(data: bytes, max_bytes: int) -> bytes | None:
+async def unzstd(data: bytes | bytearray, max_bytes: int) -> bytes | None:
     """
     The plain body; None: it is longer than *max_bytes*.
 

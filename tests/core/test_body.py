@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from balancer.core import body as subject
 from balancer.core.body import Body, duration_ns, read, renamed
 from balancer.core.domain import Kind, PlacementKey, Purpose
 from balancer.core.errors import BadRequest, BalancerError, OptionError, UnknownModel, UnknownRoute
@@ -897,6 +902,7 @@ def test_a_form_that_names_no_model(model: bytes, kind: str, query: str, text: s
         ("chat", b'{"name":"me","model":"fast"}', b'{"name":"me","model":"real:1"}'),
         ("chat", b'{"x":{"model":"a"},"model":"fast"}', b'{"x":{"model":"a"},"model":"real:1"}'),
         ("chat", b'{"x":"\\ud800","model":"fast"}', b'{"x":"\\ud800","model":"real:1"}'),
+        ("chat", b'{"x":"\\uD800","model":"fast"}', b'{"x":"\\uD800","model":"real:1"}'),
         ("show", b'{"name":"fast"}', b'{"name":"real:1"}'),
         ("show", b'{"model":"","name":"fast"}', b'{"model":"","name":"real:1"}'),
         ("show", b'{"model":null,"name":"fast"}', b'{"model":null,"name":"real:1"}'),
@@ -979,3 +985,218 @@ def test_what_was_read_can_be_renamed(body: bytes) -> None:
         other_told = read(ROUTES[operation], renamed(ROUTES[operation], b"{" + body, "", "real:1"))
         assert other_told.model == "real:1"
         assert (other_told.streaming, other_told.purpose) == (told.streaming, told.purpose)
+
+
+# --- large bodies ------------------------------------------------------------------------------
+
+RUN = "".join(map(chr, [*range(65, 91), *range(97, 123), *range(48, 58), 43, 47])) * 8
+
+
+@contextmanager
+def small() -> Iterator[None]:
+    """What else begins at some hundred kilobytes now begins at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("_LARGE", -1),
+            ("_LEAST_RUN", 16),
+            ("_LOOK", 8),
+            ("_NEXT", 1),
+            ("_PIECE", 100),
+        ):
+            patch.setattr(subject, name, value)
+        yield
+
+
+def all_told(operation: str, body: bytes | bytearray) -> object:
+    """All that reading and renaming give."""
+    try:
+        told = read(ROUTES[operation], body)
+    except BalancerError as error:
+        return type(error), error.text
+    return told, renamed(ROUTES[operation], body, "", "real:1")
+
+
+def compare(operation: str, body: bytes) -> None:
+    """As a small body, as a large one, and each as a bytearray."""
+    expected = all_told(operation, body)
+    assert all_told(operation, bytearray(body)) == expected
+    with small():
+        assert all_told(operation, body) == expected
+        assert all_told(operation, bytearray(body)) == expected
+
+
+LARGE_BITS = st.sampled_from(
+    [
+        *("{", "}", "[", "]", ":", ",", '"', "\\", " ", "\n", "é", "\ufffd", "\x01", "1", "null"),
+        *('"model":"m",', '"Model":"n",', '"mod\\u0065l":"o",', '"model":5,', '"name":"p",'),
+        *('"options":{"num_ctx":5,"model":"q"},', '"options":{},', '"stream":true,', '"x":'),
+        *('"messages":[{"role":"user","content":"', '","images":["', '"]}]', '"prompt":"'),
+        *('"messages":[],', '"prompt":"x",', '"tools":[{"model":"', '"stream_options":{"x":"'),
+        *('"data:image/png;base64,', '","include_usage":true},', '"context":[1,2],', "}trail"),
+        *(RUN, RUN[:100], RUN[:64], f'"{RUN}":', f'"{RUN}",', f'"x":"{RUN}",', "8" * 300),
+        *(f"{RUN}\\n{RUN}", f"\\u{RUN}", f"\\{RUN}", f"{RUN}é{RUN}", f'"model":"{RUN}",'),
+        *('"\\ud83d', "\\ude00", "[" * 40, '"x":' + '[{"y":' * 600, "e", "-"),
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(["chat", "generate", "v1_chat", "show"]),
+    st.lists(LARGE_BITS, max_size=14).map("".join),
+    st.integers(0, 400),
+    st.sampled_from([b"", b"\xff", b"\xc3", b"\xed\xa0\x80"]),
+)
+def test_a_large_body_reads_like_a_small_one(
+    operation: str, text: str, at: int, wrong: bytes
+) -> None:
+    """Whatever it holds, well formed or not: the same is read, or refused in the same words."""
+    for opening in ("{", '{"model":"m",'):
+        body = (opening + text).encode()
+        if not re.search(rb"[A-Za-z0-9+/]{64}[^\"]*\x01", body):  # this is left to the backend
+            compare(operation, body)
+        compare(operation, (body[:at] + wrong + body[at:]).replace(b"\x01", b""))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        ODD_KEYS | st.sampled_from([RUN, RUN[:90], "model", "Model", "prompt", "options"]),
+        st.recursive(
+            st.sampled_from(
+                [RUN, RUN * 2, RUN + "\n", "ü" + RUN, "x", 5, True, None, int("9" * 80)]
+            ),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+            ),
+            max_leaves=5,
+        ),
+        max_size=5,
+    ),
+    st.sampled_from(["chat", "generate", "v1_chat", "show"]),
+    st.booleans(),
+    st.integers(0, 2000),
+)
+def test_a_large_document_reads_like_a_small_one(
+    fields: dict[str, Any], operation: str, ascii_only: bool, cut: int
+) -> None:
+    """Well-formed JSON with images anywhere, whole and cut short."""
+    document = RUNNABLE[operation] | fields
+    for separators in ((",", ":"), (", ", ": ")):
+        body = json.dumps(document, separators=separators, ensure_ascii=ascii_only).encode()
+        compare(operation, body)
+        compare(operation, body + b" tail")
+        compare(operation, body[:-cut])
+
+
+MANY = '"b":1,' * 1000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f'{{"model":"m","prompt":"{RUN}\\"}}',  # a quote that does not end the string
+        f'{{"model":"m","prompt":"\\\\{RUN}\\\\"}}',
+        f'{{"model":"m","prompt":"\\uabcd{RUN}\\q"}}',
+        f'{{"model":"m","x":{"8" * 200}{RUN}}}',  # a run outside of strings
+        f'{{"model":"m","x":{"8" * 2000}}}',
+        f'{{"model":"m",{RUN}"x":5}}',
+        f'{{"model":"m","{RUN}a{RUN}":[],"{RUN}b{RUN}":[]}}',  # keys are read, too
+        f'{{"model":"m","x":"{RUN * 20}","a":[],"a":[],{MANY}"c":1}}',  # twice, too many
+        f'{{"x":"{RUN * 20}",{MANY}"model":"m"}}',
+        f'{{"model":"m","messages":[],"messages":["{RUN}"]}}',
+        f'{{"model":"m","prompt":"{RUN}","x":"\\uD83d"}}',
+        f'{{"model":"{RUN}"}}',
+        f'{{"model":"m","keep_alive":"{RUN}"}}',
+        f'{{"model":"m","stream_options":{{"x":"{RUN * 3}","include_usage":true}}}}',
+        f'"{RUN}"',
+        f"{RUN}",
+        f'[{{"model":"{RUN}"}}]',
+        f'{{"model":"m","prompt":"{RUN}"',
+        f'{{"model":"m","prompt":"{RUN}"}}{RUN}',
+    ],
+)
+@pytest.mark.parametrize("operation", ["generate", "v1_chat"])
+def test_where_a_run_can_stand(operation: str, body: str) -> None:
+    """In any place, well formed or not; and with bytes in it or behind it that are not UTF-8."""
+    compare(operation, body.encode())
+    compare(operation, body.replace(RUN, f"{RUN}ü{RUN}").encode())
+    compare(operation, body.replace(RUN, f"{RUN}ü{RUN}").encode("latin-1"))
+    compare(operation, body.encode() + b"\xff")
+
+
+IMAGE = base64.b64encode(bytes(range(256)) * 3000).decode()
+
+
+@pytest.mark.parametrize("operation", ["chat", "v1_chat", "v1_messages", "generate"])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_an_image_is_hopped_over(operation: str, is_last: bool) -> None:
+    """What is parsed is a fraction of the body; what it says is the same, the prompt's size too."""
+    shown = {
+        "chat": [{"role": "user", "content": "what?", "images": [IMAGE, IMAGE]}],
+        "v1_chat": [{"content": [{"image_url": {"url": f"data:image/png;base64,{IMAGE}"}}]}],
+        "v1_messages": [{"content": [{"source": {"type": "base64", "data": IMAGE}}]}],
+        "generate": IMAGE,
+    }[operation]
+    field = "prompt" if operation == "generate" else "messages"
+    given = {key: value for key, value in RUNNABLE[operation].items() if key != field}
+    document = {field: shown} | given if is_last else given | {field: shown}
+    body = json.dumps(document).encode()
+    outline = subject._outline(body)
+    assert outline is not None
+    assert len(outline.text) < 80_000 < len(body) // 10
+    told = parsed(operation, body)
+    assert (told.model, told.key.model) == ("m", M)
+    size = told.prompt_tokens * 4
+    assert size < 200 if operation != "generate" else size > len(IMAGE) - 4
+    wanted = body.replace(b'"model": "m"', b'"model": "real:1"')
+    assert renamed(ROUTES[operation], body, "", "real:1") == wanted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "_outline", lambda _: None)
+        assert parsed(operation, body) == told
+
+
+def test_a_control_character_in_an_image_is_left_to_the_backend() -> None:
+    """It makes no two readings of the body, and to look for it would cost as much as to parse."""
+    for where, is_refused in ((5, True), (len(IMAGE) // 2, False)):
+        image = f"{IMAGE[:where]}\n{IMAGE[where:]}".encode()
+        body = b'{"model":"m","messages":[{"images":["%b"]}]}' % image
+        if is_refused:
+            assert "in string literal" in refusal("chat", body).text
+        else:
+            assert parsed("chat", body).model == "m"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        IMAGE * 4,
+        (IMAGE[:5000] + "\\n") * 400,
+        (IMAGE[:100] + '","') * 20_000,
+        "\\n" * 500_000,
+        "12345678," * 200_000,
+        (IMAGE[:300_000] + "é") * 10,
+    ],
+)
+def test_the_search_for_images_ends_soon(text: str) -> None:
+    """So many looks and pieces, however they are strewn, and every byte in few of them."""
+    body = b'{"model":"m","messages":[{"images":["%b' % text.encode()
+    looks, pieces = list[int](), list[int]()
+    found, end_of = subject._BASE64, subject._run_end
+
+    class Counting:
+        def match(self, body: bytes, at: int) -> object:
+            looks.append(at)
+            return found.match(body, at)
+
+    def run_end(body: bytes, start: int) -> int:
+        end = end_of(body, start)
+        pieces.append(end - start)
+        return end
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "_BASE64", Counting())
+        patch.setattr(subject, "_run_end", run_end)
+        subject._outline(body)
+    assert len(looks) <= len(body) // subject._LEAST_RUN
+    assert sum(pieces) <= len(body)

@@ -146,6 +146,18 @@ async def queue_timeout(dialect: Dialect) -> Reply:
     return await crowded(dialect, {"queue.max_wait": "2s"}, 1)
 
 
+async def memory_full(dialect: Dialect) -> Reply:
+    """A large request is kept for as long as nobody answers it; another finds no room."""
+    async with running(1, models=models(0.0), config={"server.replay_memory": "1MiB"}) as rig:
+        rig.fleet["a"].faults.hang()
+        path, body = PLACES[Dialect.OLLAMA]
+        other = await Asking.of(rig, path, body | {"more": "x" * 1_000_000})
+        await rig.events.until(lambda: rig.balancer.proxy.memory.held > 1_000_000)
+        reply = await call(rig, dialect, more="x" * 100_000)
+        other.hang_up()
+        return reply
+
+
 async def no_backend(dialect: Dialect) -> Reply:
     """The only one is closed by the operator."""
     async with running(1, models=models(0.0)) as rig:
@@ -206,6 +218,7 @@ HOW: dict[str, tuple[Callable[[Dialect], Awaitable[Reply]], frozenset[Dialect]]]
     "unavailable": (no_version, NOT_ASKED),
     "queue_full": (queue_full, frozenset()),
     "queue_timeout": (queue_timeout, frozenset()),
+    "memory_full": (memory_full, frozenset()),
     "no_backend": (no_backend, frozenset()),
     "attempts_exhausted": (all_failed, frozenset()),
     "draining": (draining, frozenset()),
