@@ -54,6 +54,7 @@ def plain_backend(name: str, url: str) -> tuple[BackendSpec, BackendBlock]:
         store=block.store,
         cloud=block.cloud or block.url.is_provider,
         provider=block.url.is_provider,
+        reuse_connections=block.reuse_connections,
     )
     return spec, block
 
@@ -124,6 +125,7 @@ def _build(
         store=block.store,
         cloud=block.cloud or block.url.is_provider,
         provider=block.url.is_provider,
+        reuse_connections=block.reuse_connections,
     )
 
 

@@ -194,6 +194,7 @@ class BackendBlock(Block):
     tls: BackendTlsBlock = BackendTlsBlock()
     timeouts: TimeoutsBlock = TimeoutsBlock()
     store: kinds.TextOrNull = None
+    reuse_connections: kinds.Flag = True
 
     @classmethod
     def __get_pydantic_json_schema__(

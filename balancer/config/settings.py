@@ -157,6 +157,7 @@ class BackendSpec:
     store: str | None = None
     cloud: bool = False
     provider: bool = False
+    reuse_connections: bool = True
 
 
 @dataclass(frozen=True, slots=True)

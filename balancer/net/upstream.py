@@ -3,23 +3,22 @@ The door to backends: ``open(lease, call, sink)``.
 
 Laws:
 - Bytes are pushed: ``sink.head``, then ``sink.data`` as it comes, then exactly one of ``sink.end``
-  and ``sink.fail``; nothing after that, and nothing at all after ``abort``.
-- One connection per call, closed behind it: nothing is shared, so nothing can be desynchronised,
-  and closing it is what tells Ollama to stop generating.
+  and ``sink.fail``; nothing after that, nothing at all after ``abort``, and nothing before ``open``
+  has returned.
+- Aborting a call closes its connection, which is what tells Ollama to stop generating.
 - No total time limit. Connecting, sending, and silence between chunks are bounded; silence before
   the first byte is not a matter for a timer (a model may be loading).
-- Only this module opens connections to backends.
+- Questions of ours go over connections of their own, so that a check never waits for inference.
+- Only what this module opens reaches backends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import ssl
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from dataclasses import replace
+from typing import Final, Protocol, cast
 
 import aiohttp
 from aiohttp import ClientTimeout, DummyCookieJar, TCPConnector
@@ -29,67 +28,27 @@ from balancer.core import cloud
 from balancer.core.domain import Call
 from balancer.core.pool import Lease
 from balancer.core.verdicts import Failure, FailureKind
+from balancer.net import connecting
+from balancer.net.connecting import RESOLVE_S, Resolver, Target, tuned, tuned_socket
+from balancer.net.connection import STOPPED, Exchange, Handle, Sink
+from balancer.net.connections import Connections, Ground
 from balancer.net.tasks import Tasks
+from balancer.net.wheel import Wheel
+
+__all__ = [
+    "ClientUpstream",
+    "Handle",
+    "Sink",
+    "Target",
+    "Upstream",
+    "UpstreamError",
+    "session",
+    "tuned",
+]
 
 READ_BYTES: Final = 64 * 1024
-RESOLVE_S: Final = 3.0  # for a name, on top of the time to connect
-SEND_STALL_S: Final = 30.0
-SEND_BYTES_PER_S: Final = 1e6  # slower than any network that a model is served over
 MAX_INTERIM_FIELD: Final = 16 * 1024
-# What OpenSSL makes of an answer in plain text, by its version.
-_NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"})
 SKIPPED_DEFAULTS: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """
-    How a backend is reached: what of its configuration `core` has no use for.
-
-    Args:
-        url: Scheme, authority and perhaps a path prefix, without a final slash.
-        headers: Sent with every request; credentials among them, so never shown.
-        tls: None: the default context for https.
-        connect_s, idle_s, load_s: Seconds to connect, between chunks, for a detached load; None:
-            no limit.
-    """
-
-    url: str
-    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    tls: ssl.SSLContext | bool = True
-    server_name: str | None = None
-    connect_s: float | None = 2.0
-    idle_s: float | None = 300.0
-    load_s: float | None = 600.0
-
-
-class Sink(Protocol):
-    """Who receives what a backend answers. Methods are synchronous and do not raise."""
-
-    def head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
-        """The answer's head."""
-
-    def data(self, data: bytes) -> None:
-        """Bytes of its body, de-chunked, as they came."""
-
-    def end(self) -> None:
-        """It is complete."""
-
-    def fail(self, failure: Failure) -> None:
-        """It is not, and will not be."""
-
-
-class Handle(Protocol):
-    """One exchange under way."""
-
-    def pause(self) -> None:
-        """Stop reading from the backend."""
-
-    def resume(self) -> None:
-        """Go on reading."""
-
-    def abort(self) -> None:
-        """Close the connection at once; the sink hears nothing more. Idempotent."""
 
 
 class Upstream(Protocol):
@@ -99,70 +58,117 @@ class Upstream(Protocol):
         """Send *call* to the lease's backend and push the answer into *sink*."""
 
 
-def tuned(sock: socket.socket) -> None:
-    """Keep-alive and user timeout, so that a peer that vanished without a word is noticed."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", 30),
-        ("TCP_KEEPINTVL", 10),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", 30_000),
-    ):
-        option = getattr(socket, name, None)
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _socket(info: Any) -> socket.socket:
-    family, kind, proto, _, _ = info
-    sock = socket.socket(family, kind, proto)
-    tuned(sock)
-    return sock
-
-
 class ClientUpstream:
     """
-    The door over an aiohttp ClientSession: one task per exchange reads and pushes.
+    The door: kept connections of our own for calls, a session for questions of ours.
 
     Args:
         targets: By backend name; replaced as a whole on a reload.
-        tasks: Owns the exchanges.
+        tasks: Owns the connections being made.
     """
 
     def __init__(self, targets: Mapping[str, Target], tasks: Tasks) -> None:
-        self.targets = dict(targets)
-        self._tasks = tasks
+        loop = asyncio.get_running_loop()
+        self._targets = dict(targets)
+        self._loop = loop
+        self._ground = Ground(loop, tasks, Wheel(loop), Resolver(loop))
+        self._connections: dict[str, Connections] = {}
+        self._is_stopped = False
         # Only the backends' own addresses are resolved; a literal IP costs nothing.
         connector = TCPConnector(
             limit=0,
             force_close=True,
             ttl_dns_cache=30,
             enable_cleanup_closed=False,
-            socket_factory=_socket,
+            socket_factory=tuned_socket,
         )
         self._session = session(connector)
 
+    @property
+    def targets(self) -> dict[str, Target]:
+        """How each backend is reached, by its name."""
+        return self._targets
+
+    @targets.setter
+    def targets(self, targets: dict[str, Target]) -> None:
+        self._targets = targets
+        for name, connections in list(self._connections.items()):
+            if targets.get(name) != connections.target:
+                connections.close()
+                del self._connections[name]
+
+    def stop(self) -> None:
+        """End every exchange as a failure of ours, now; those to come fail, too."""
+        self._is_stopped = True
+        for exchange in self._ground.wheel:
+            cast("Exchange", exchange).fail(STOPPED)
+        self._ground.wheel.close()
+        for connections in self._connections.values():
+            connections.close()
+        self._connections.clear()
+
     async def close(self) -> None:
-        """Close the session; exchanges are ended by their tasks' owner."""
+        """Stop, and close the session."""
+        self.stop()
         await self._session.close()
+        await asyncio.sleep(0)  # the transports close their sockets in the next turn
+
+    def flush(self, name: str) -> None:
+        """Trust no connection to that backend any longer; calls that run go on."""
+        connections = self._connections.get(name)
+        if connections is not None:
+            connections.flush()
+
+    def idle(self) -> dict[str, int]:
+        """Kept connections at rest, by backend."""
+        return {name: one.idle for name, one in self._connections.items()}
+
+    @property
+    def stale(self) -> Counter[str]:
+        """Requests that met a connection the backend had closed, by backend."""
+        return self._ground.stale
 
     def open(self, lease: Lease, call: Call, sink: Sink) -> Handle:
         """Send *call* and push the answer; see the protocol."""
-        target = self.targets.get(lease.backend.name) or Target(lease.backend.url)
+        name = lease.backend.name
+        target = self._targets.get(name) or Target(lease.backend.url)
+        connections = self._connections.get(name)
+        if connections is None or connections.target is not target:
+            connections = self._reach(name, target)
         if lease.backend.provider:
             call = cloud.at_provider(call)
-        return self.send(target, call, sink, patient=not lease.remote)
+        return self._send(connections, call, sink, patient=not lease.remote)
 
     def send(self, target: Target, call: Call, sink: Sink, *, patient: bool = True) -> Handle:
         """
-        The same without a lease, for work that takes no slot: pulling, creating.
+        The same without a lease, for work that takes no slot: pulling, creating. It goes over a
+        connection of its own.
 
         Args:
             patient: Silence before the answer's head has no limit; else that of any other.
         """
-        exchange = _Exchange(self._session, target, call, sink, patient=patient)
-        exchange.task = self._tasks.spawn(exchange.run(), f"exchange {call.id}")
-        return exchange
+        connections = Connections(target.url, replace(target, reuse=False), self._ground)
+        return self._send(connections, call, sink, patient=patient)
+
+    def _reach(self, name: str, target: Target) -> Connections:
+        """The connections to a target that may have changed."""
+        known = self._connections.get(name)
+        if known is not None and known.target == target:
+            known.target = target
+            return known
+        if known is not None:
+            known.close()
+        made = self._connections[name] = Connections(name, target, self._ground)
+        return made
+
+    def _send(self, to: Connections, call: Call, sink: Sink, *, patient: bool) -> Handle:
+        if not self._is_stopped:
+            return to.send(call, sink, patient=patient)
+        refused = Exchange(
+            sink, b"", b"", self._ground.wheel, bare=False, patient=True, idle_s=None
+        )
+        self._loop.call_soon(refused.fail, STOPPED)
+        return refused
 
     async def upload(
         self,
@@ -189,7 +195,7 @@ class ClientUpstream:
             ) as response:
                 return response.status, await response.content.read(MAX_INTERIM_FIELD)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UpstreamError(_failure(error, headed=False, sent=True)) from error
+            raise UpstreamError(_failure(error)) from error
 
     async def ask(
         self,
@@ -239,7 +245,7 @@ class ClientUpstream:
         except aiohttp.ClientPayloadError as error:
             raise UpstreamError(_payload_failure(error)) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UpstreamError(_failure(error, headed=False, sent=True)) from error
+            raise UpstreamError(_failure(error)) from error
 
 
 class UpstreamError(Exception):
@@ -282,150 +288,7 @@ def _joined(sent: Sequence[tuple[str, str]], target: Target) -> list[tuple[str, 
     return [*((name, value) for name, value in sent if name.lower() not in own), *target.headers]
 
 
-class _Exchange:
-    """One call on one connection: the task that reads, and the handle that steers it."""
-
-    def __init__(
-        self,
-        client: aiohttp.ClientSession,
-        target: Target,
-        call: Call,
-        sink: Sink,
-        *,
-        patient: bool,
-    ) -> None:
-        self._client = client
-        self._target = target
-        self._call = call
-        self._sink: Sink | None = sink
-        self._patient = patient
-        self._flow = asyncio.Event()
-        self._flow.set()
-        self._sent = False
-        self._headed = False
-        self._last = 0.0
-        self._idle_timer: asyncio.TimerHandle | None = None
-        self._stopped_for: FailureKind | None = None
-        self.task: asyncio.Task[Any] | None = None
-
-    def pause(self) -> None:
-        self._flow.clear()
-
-    def resume(self) -> None:
-        self._last = asyncio.get_running_loop().time()
-        self._flow.set()
-
-    def abort(self) -> None:
-        self._sink = None
-        if self.task is not None:
-            self.task.cancel()
-
-    async def run(self) -> None:
-        """Carry the exchange out and tell the sink how it ended."""
-        try:
-            await self._exchange()
-        except asyncio.CancelledError:
-            if self._stopped_for is not None:
-                self._fail(Failure(self._stopped_for, accepted=self._sent))
-                return
-            self._fail(Failure(FailureKind.CUT, "the balancer stopped"))
-            raise
-        except aiohttp.ClientPayloadError as error:
-            self._fail(_payload_failure(error))
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            self._fail(_failure(error, headed=self._headed, sent=self._sent))
-        except Exception:  # a bug of ours; whoever waits must not wait for ever
-            self._fail(Failure(FailureKind.CUT, "the balancer failed"))
-            raise
-        finally:
-            if self._idle_timer is not None:
-                self._idle_timer.cancel()
-
-    async def _exchange(self) -> None:
-        call, target = self._call, self._target
-        url = URL(
-            f"{target.url}{call.route.path}{'?' if call.query else ''}{call.query}", encoded=True
-        )
-        async with self._client.request(
-            call.route.method,
-            url,
-            data=self._body(),
-            headers=_joined([*call.headers, ("Content-Length", str(len(call.body)))], target),
-            timeout=_timeout(target),
-            ssl=target.tls,
-            server_hostname=target.server_name,
-            allow_redirects=False,
-        ) as response:
-            self._headed = True
-            status = response.status
-            if not 200 <= status <= 599:
-                self._fail(Failure(FailureKind.MALFORMED, f"status {status}", accepted=True))
-                return
-            headers = [(k, v) for k, v in response.headers.items()]
-            self._push_head(status, headers)
-            if self._idle_timer is None:
-                self._watch_idle()
-            self._last = asyncio.get_running_loop().time()
-            async for data in response.content.iter_any():
-                self._last = asyncio.get_running_loop().time()
-                if self._sink is None:
-                    return
-                self._sink.data(data)
-                if not self._flow.is_set():
-                    await self._flow.wait()
-            sink, self._sink = self._sink, None
-            if sink is not None:
-                sink.end()
-
-    async def _body(self) -> AsyncIterator[bytes]:
-        """The body in one piece; asked for only once the connection stands."""
-        loop = asyncio.get_running_loop()
-        limit_s = SEND_STALL_S + len(self._call.body) / SEND_BYTES_PER_S
-        stall = loop.call_later(limit_s, self._stop_for, FailureKind.SEND_STALL)
-        try:
-            yield self._call.body
-            self._sent = True
-            if not self._patient:
-                self._watch_idle()
-        finally:
-            stall.cancel()
-
-    def _push_head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
-        if self._sink is not None:
-            self._sink.head(status, headers)
-
-    def _fail(self, failure: Failure) -> None:
-        sink, self._sink = self._sink, None
-        if sink is not None:
-            sink.fail(failure)
-
-    def _watch_idle(self) -> None:
-        """One timer per exchange that moves on by itself, instead of one per chunk."""
-        if self._target.idle_s is None:
-            return
-        loop = asyncio.get_running_loop()
-        self._last = loop.time()
-        self._idle_timer = loop.call_later(self._target.idle_s, self._check_idle)
-
-    def _check_idle(self) -> None:
-        loop = asyncio.get_running_loop()
-        limit_s = self._target.idle_s or 0.0
-        if not self._flow.is_set():  # the client is slow, not the backend
-            self._last = loop.time()
-        left_s = self._last + limit_s - loop.time()
-        if left_s > 0:
-            self._idle_timer = loop.call_later(left_s, self._check_idle)
-        else:
-            self._stop_for(FailureKind.IDLE)
-
-    def _stop_for(self, kind: FailureKind) -> None:
-        """Our own limit was passed."""
-        if self.task is not None and self._stopped_for is None:
-            self._stopped_for = kind
-            self.task.cancel()
-
-
-def _failure(error: Exception, *, headed: bool, sent: bool) -> Failure:
+def _failure(error: Exception) -> Failure:
     """Ours for aiohttp's. A malformed answer carries status 400 there: go by the type."""
     detail = _told(error)
     match error:
@@ -434,10 +297,9 @@ def _failure(error: Exception, *, headed: bool, sent: bool) -> Failure:
         case aiohttp.ClientConnectorError():
             return Failure(FailureKind.CONNECT, detail)
         case aiohttp.ClientResponseError() | ValueError():
-            return Failure(FailureKind.MALFORMED, detail, accepted=sent)
+            return Failure(FailureKind.MALFORMED, detail, accepted=True)
         case _:
-            kind = FailureKind.CUT if headed else FailureKind.RESET
-            return Failure(kind, detail, accepted=sent)
+            return Failure(FailureKind.RESET, detail, accepted=True)
 
 
 def _payload_failure(error: aiohttp.ClientPayloadError) -> Failure:
@@ -452,25 +314,7 @@ def _payload_failure(error: aiohttp.ClientPayloadError) -> Failure:
 def _told(error: Exception) -> str:
     """The cause in a few words, without addresses that aiohttp repeats."""
     if isinstance(error, aiohttp.ClientConnectorError):
-        inner = error.os_error
-        if isinstance(inner, ssl.SSLError):
-            return _of_tls(inner)
-        number = inner.errno or 0  # the texts of asyncio are longer; those of DNS have none
-        told = os.strerror(number) if number > 0 else inner.strerror or str(inner)
-        return (told or type(inner).__name__).lower()
+        return connecting.told(error.os_error)
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return ""
-    if isinstance(error, ssl.SSLError):
-        return _of_tls(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-def _of_tls(error: ssl.SSLError) -> str:
-    """Its number is none of the system's, and would read as "operation not permitted"."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message.rstrip('.')} (see tls)"
-    reason = (error.reason or str(error)).replace("_", " ").lower()
-    hint = "; does it speak TLS?" if error.reason in _NOT_TLS else ""
-    return f"TLS: {reason}{hint}"
+    return connecting.told(error)

@@ -80,13 +80,104 @@ async def test_head_data_end_in_this_order() -> None:
         assert tape.body == bytes(stage.host.requests[-1].written)
 
 
-async def test_each_call_has_a_connection_of_its_own_that_is_closed_behind_it() -> None:
-    """Nothing is shared, so nothing can be read by the wrong one."""
+async def test_a_connection_is_used_again() -> None:
+    """One after the other, calls share one connection; at once, each has its own."""
     async with staged(decode_tps=1e5) as stage:
-        for count in (1, 2, 3):
+        for _ in range(3):
             await stage.told(body=CHAT)
-            assert stage.host.accepted == count
+        assert stage.host.accepted == 1
+        assert stage.upstream.idle() == {"a": 1}
+        tapes = [Tape() for _ in range(3)]
+        for tape in tapes:
+            stage.open(tape, body=CHAT)
+        for tape in tapes:
+            await tape.over()
+        assert stage.host.accepted == 3
+        assert stage.upstream.idle() == {"a": 3}
+        await stage.upstream.close()
         await until(lambda: not stage.host.connections)
+
+
+async def test_without_reuse_each_call_has_a_connection_of_its_own() -> None:
+    """It is closed behind the answer, and the host was told that it would be."""
+    async with staged(decode_tps=1e5) as stage:
+        target = Target(stage.host.url, reuse=False)
+        for count in (1, 2, 3):
+            await stage.told(target, body=CHAT)
+            assert stage.host.accepted == count
+            assert dict(stage.host.requests[-1].headers)["Connection"] == "close"
+        assert stage.upstream.idle() == {"a": 0}
+        await until(lambda: not stage.host.connections)
+
+
+async def test_what_must_not_be_sent_twice_meets_no_used_connection() -> None:
+    """Its own is fresh; others may use that afterwards."""
+    async with staged(decode_tps=1e5) as stage:
+        for count in (1, 2):
+            await stage.told(body=CHAT, replayable=False)
+            assert stage.host.accepted == count
+        await stage.told(body=CHAT)
+        assert stage.host.accepted == 2
+
+
+async def test_work_without_a_lease_keeps_to_itself() -> None:
+    """A pull takes no connection of the calls, and leaves none behind."""
+    async with staged(decode_tps=1e5) as stage:
+        await stage.told(body=CHAT)
+        tape = Tape()
+        stage.upstream.send(Target(stage.host.url), a_call(body=CHAT), tape)
+        await tape.over()
+        assert tape.ends == [None]
+        assert stage.host.accepted == 2
+        assert dict(stage.host.requests[-1].headers)["Connection"] == "close"
+        assert stage.upstream.idle() == {"a": 1}
+
+
+async def test_a_changed_target_is_reached_anew() -> None:
+    """What stands with the old one is closed, at once if all are replaced; the same one stays."""
+    async with staged(decode_tps=1e5) as stage:
+        old = Target(stage.host.url)
+        await stage.told(old, body=CHAT)
+        stage.upstream.targets = {"a": Target(stage.host.url)}
+        assert stage.upstream.idle() == {"a": 1}
+        stage.upstream.targets = {"a": Target(stage.host.url, headers=(("X-Key", "new"),))}
+        assert stage.upstream.idle() == {}
+        await until(lambda: not stage.host.connections)
+        await stage.told(old, body=CHAT)
+        await stage.told(Target(stage.host.url, idle_s=9.0), body=CHAT)
+        assert stage.host.accepted == 3
+        await until(lambda: stage.host.connections == 1)
+
+
+async def test_a_flush_closes_what_is_at_rest_and_what_comes_back() -> None:
+    """What runs goes on; of a backend without connections there is nothing to flush."""
+    async with staged(decode_tps=1e5, words=tuple(" w" for _ in range(50))) as stage:
+        tape = Tape()
+        await stage.told(body=CHAT)
+        stage.upstream.flush("a")
+        stage.upstream.flush("b")
+        await until(lambda: not stage.host.connections)
+        stage.open(tape, body=CHAT)
+        stage.upstream.flush("a")
+        await tape.over()
+        assert tape.ends == [None]
+        await stage.told(body=CHAT)
+        assert stage.host.accepted == 2  # that one was made after the flush
+        handle = stage.open(first := Tape(), body=CHAT)
+        stage.upstream.flush("a")
+        await first.over()
+        handle.abort()
+        assert stage.upstream.idle() == {"a": 0}
+
+
+async def test_a_connection_that_the_host_has_closed_costs_nobody_anything() -> None:
+    """The request goes out once more over a fresh one, and that is counted."""
+    async with staged(decode_tps=1e5) as stage:
+        await stage.told(body=CHAT)
+        stage.host.faults.restart()  # its end is in the kernel, and not read yet
+        tape = await stage.told(body=CHAT)
+        assert (tape.status, tape.ends) == (200, [None])
+        assert stage.upstream.stale == {"a": 1}
 
 
 @virtual
@@ -170,7 +261,6 @@ async def test_what_goes_up() -> None:
             "Content-Length": str(len(CHAT)),
             "Authorization": "Bearer secret",
             "X-T": "1",
-            "Connection": "close",
         }
 
 
@@ -325,7 +415,7 @@ async def test_a_name_that_nobody_resolves_is_given_up_soon(
         await asyncio.get_running_loop().create_future()
 
     async with staged() as stage:
-        monkeypatch.setattr(stage.upstream._session.connector, "_resolve_host", hang)
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
         began = asyncio.get_running_loop().time()
         tape = await stage.told(Target("http://gpu0.lan:1", connect_s=2.0), body=CHAT)
         assert tape.failure.kind is FailureKind.CONNECT_TIMEOUT
@@ -391,27 +481,42 @@ async def test_an_abort_closes_the_connection_and_silences_the_sink() -> None:
                 await stage.told(body=CHAT)  # the model is loaded now
 
 
-async def test_a_bug_of_ours_is_told_like_any_failure() -> None:
+async def test_a_bug_of_ours_is_told_like_any_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """And as a mishap besides: no call waits for ever."""
+
+    async def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
     async with staged() as stage:
-        await stage.upstream.close()
+        monkeypatch.setattr("balancer.net.connecting.Way.connect", broken)
         tape = await stage.told(body=CHAT)
         assert tape.failure.text.endswith("the balancer failed")
         await until(lambda: len(stage.tasks) == 0)
         (mishap,) = stage.events
-        assert "Session is closed" in str(mishap)
+        assert "a bug" in str(mishap)
         stage.events.clear()
 
 
-async def test_the_end_of_the_balancer_is_a_failure_of_its_own() -> None:
-    """Ended tasks tell their sinks, so that no call waits for ever."""
+@pytest.mark.parametrize("ended", ["tasks", "upstream"])
+async def test_the_end_of_the_balancer_is_a_failure_of_its_own(ended: str) -> None:
+    """Told to every sink, whether it waits for a connection or an answer: none waits for ever."""
     async with staged() as stage:
         stage.host.faults.hang()
-        tape = Tape()
-        stage.open(tape, body=CHAT)
+        waiting, connecting, late = Tape(), Tape(), Tape()
+        stage.open(waiting, body=CHAT)
         await until(lambda: bool(stage.host.requests))
-        await stage.tasks.close()
-        assert tape.failure == Failure(FailureKind.CUT, "the balancer stopped")
+        stage.open(connecting, body=CHAT)
+        if ended == "tasks":
+            await stage.tasks.close()
+            assert (waiting.ends, len(connecting.ends)) == ([], 1)
+        stage.upstream.stop()
+        stage.open(late, body=CHAT)
+        assert late.ends == []  # nothing is told before the handle is there
+        await asyncio.sleep(0)
+        for tape in (waiting, connecting, late):
+            assert tape.failure == Failure(FailureKind.CUT, "the balancer stopped")
+        await until(lambda: not stage.host.connections)
+        assert len(stage.host.requests) == 1
 
 
 # -- small questions ------------------------------------------------------------------------------
