@@ -3,8 +3,8 @@ The commands. Each module declares a group; what is heavy is imported when a com
 
 Laws:
 - Wrong input ends in one line per fault on stderr and an exit code of `ExitCode`, no traceback.
-- ``--help``, ``version``, ``status``, ``explain``, ``backends``, ``models``, ``connect`` and
-  ``completion`` import neither aiohttp nor ollama nor pybreaker.
+- ``--help``, ``version``, ``status``, ``explain``, ``bench``, ``backends``, ``models``,
+  ``connect`` and ``completion`` import neither aiohttp nor ollama nor pybreaker.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from balancer import __version__
 from balancer.cli import (
+    bench,
     completing,
     connect,
     doctor,
@@ -148,7 +149,7 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for group in (
-    *(run, inspect, doctor, operate, hosts, models),
+    *(run, inspect, doctor, bench, operate, hosts, models),
     *(key, init, setup, connect, service, completing),
 ):
     group.add_to(app)

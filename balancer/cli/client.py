@@ -58,7 +58,7 @@ class Admin:
         """
         with self._sent(method, path, body, {}) as response:
             text = response.read()
-        told = _object(text)
+        told = record(text)
         if told is None or (response.status == 200 and good and good not in told):
             raise CommandError(_stranger(self.url, response.status), code=ExitCode.NO_ADMIN)
         return response.status, told
@@ -74,7 +74,7 @@ class Admin:
         """
         with self._sent("POST", path, body, headers) as response:
             for line in response:
-                told = _object(line)
+                told = record(line)
                 if told is None:
                     raise CommandError(_stranger(self.url, response.status), code=ExitCode.NO_ADMIN)
                 yield told
@@ -86,11 +86,10 @@ class Admin:
         sent = {"Content-Type": "application/json"} if method == "POST" else {}
         if self.key:
             sent["Authorization"] = f"Bearer {self.key}"
-        prefix = "" if self.url.startswith("unix:") else urlsplit(self.url).path.rstrip("/")
         text = None if body is None else json.dumps(body)
-        connection = _connect(self.url, self.limit_s)
+        connection = connection_to(self.url, self.limit_s)
         try:
-            connection.request(method, prefix + path, text, {**sent, **headers})
+            connection.request(method, prefix(self.url) + path, text, {**sent, **headers})
             yield connection.getresponse()
         except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: of a name
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -103,7 +102,8 @@ class Admin:
             connection.close()
 
 
-def _object(text: bytes) -> dict[str, Any] | None:
+def record(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; None: it is none."""
     try:
         told = json.loads(text)
     except ValueError:
@@ -200,7 +200,13 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _connect(url: str, timeout_s: float) -> http.client.HTTPConnection:
+def prefix(url: str) -> str:
+    """What stands before every path there."""
+    return "" if url.startswith("unix:") else urlsplit(url).path.rstrip("/")
+
+
+def connection_to(url: str, timeout_s: float) -> http.client.HTTPConnection:
+    """A connection that is not made yet."""
     if url.startswith("unix:"):
         return _UnixConnection(url.removeprefix("unix:"), timeout_s)
     parts = urlsplit(url)

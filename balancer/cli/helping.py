@@ -111,6 +111,15 @@ HELP: Final[Mapping[str, Help]] = {
         ADMIN,
         ((ExitCode.FAILURE, "the call would be refused"), NO_ADMIN),
     ),
+    "bench": Help(
+        (
+            ("bench", "a few short calls, directly and through the balancer, by turns"),
+            ("bench llama3.2 -n 30 --seconds 180", "one model, more rounds"),
+            ("bench llama3.2 --load --concurrency 8", "loaded if need be; then eight at once"),
+        ),
+        ADMIN,
+        ((ExitCode.FAILURE, "a call failed, or nothing could be measured"), NO_BACKEND, NO_ADMIN),
+    ),
     "backends": Help(
         (
             ("backends list", "state, switch, breaker of each"),

@@ -124,6 +124,7 @@ for args in (
     ["explain", "m", "--admin", "127.0.0.1:1"],
     ["backends", "drain", "gpu1", "--wait", "--timeout", "1m", "--admin", "127.0.0.1:1"],
     ["connect", "codex", "--base-url", "127.0.0.1:1"],
+    ["bench", "--admin", "127.0.0.1:1"],
     ["completion", "bash"],
 ):
     app(args, standalone_mode=False)
