@@ -6,7 +6,7 @@ READY := .venv/ready
 CLIENTS := .venv/clients
 NODE := tests/compat/node
 
-.PHONY: help run demo test clients lint docs faults cancel clean
+.PHONY: help run demo test clients lint docs bench faults cancel clean
 
 help:
 	@echo 'make run    serve; ARGS="-b gpu1 -b gpu2" for your hosts'
@@ -15,6 +15,7 @@ help:
 	@echo 'make clients the tests of all client libraries, Python (extra clients) and npm; needs npm'
 	@echo 'make lint   format, lint and types'
 	@echo 'make docs   write docs/metrics.md and docs/verdicts.md anew'
+	@echo 'make bench  CPU, delay and memory beside nginx, HAProxy and Go, about an hour; ARGS="--only chat --rounds 1"'
 	@echo 'make faults the fault table on real processes, about 45 minutes; ARGS="killed frozen" for some'
 	@echo 'make cancel how soon a host sees that a client has gone'
 	@echo 'make clean  remove .venv and caches'
@@ -38,6 +39,9 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+
+bench: $(READY)
+	$(BIN)/python bench/wire.py $(ARGS)
 
 faults: $(READY)
 	$(BIN)/python bench/faults.py $(ARGS)
