@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import math
 import os
 import random
@@ -27,21 +26,32 @@ from balancer.config import EVERYWHERE, BackendSpec, BreakerLimits, Config, List
 from balancer.core import scheduler
 from balancer.core.admission import Admission, QueueLimits
 from balancer.core.aliases import Aliases
+from balancer.core.bus import Bus
 from balancer.core.catalog import Catalog
 from balancer.core.dispatch import Dispatcher
-from balancer.core.domain import Backend, Kind, Role
+from balancer.core.domain import Backend, BreakerState, Kind, Role
 from balancer.core.errors import Draining
-from balancer.core.events import Event, Mishap, Serving, Stopped, Stopping
+from balancer.core.events import (
+    BreakerMoved,
+    Event,
+    HealthFlipped,
+    Serving,
+    Stopped,
+    Stopping,
+)
 from balancer.core.pool import GateSettings, Pool, PoolSettings
 from balancer.core.retry import Budget
 from balancer.net.account import Account
+from balancer.net.direct import Direct
 from balancer.net.discovery import Discovery, Look
+from balancer.net.listener import check_parser, listen, make_server
 from balancer.net.manage import Manage
+from balancer.net.outlet import Dates
 from balancer.net.prober import Prober, ProberSettings
 from balancer.net.proxy import Proxy, ProxySettings
 from balancer.net.reach import ManageSettings, Right
 from balancer.net.reads import Reads
-from balancer.net.server import Front, check_parser, listen, make_server
+from balancer.net.server import Front
 from balancer.net.spool import Spool
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Target
@@ -52,6 +62,7 @@ from balancer.ops.dashboard import Dashboard
 from balancer.ops.door import Door
 from balancer.ops.explain import Explain
 from balancer.ops.feed import Feed
+from balancer.ops.garbage import Garbage
 from balancer.ops.metrics import Metrics, QueueRow, Snapshot
 from balancer.ops.recent import Recent
 from balancer.ops.reload import Reload, Reloaded
@@ -61,27 +72,6 @@ from balancer.ops.switches import Switches
 
 CUT_GRACE_S: Final = 2.0  # for error records to reach the clients of cut calls
 LAG_S: Final = 1.0
-
-
-class Bus:
-    """Events to subscribers: synchronous, in order, never raising."""
-
-    def __init__(self) -> None:
-        self._subscribers: list[Callable[[Event], None]] = []
-
-    def subscribe(self, subscriber: Callable[[Event], None]) -> None:
-        """Hear every event from now on."""
-        self._subscribers.append(subscriber)
-
-    def __call__(self, event: Event) -> None:
-        """Tell everybody."""
-        for subscriber in self._subscribers:
-            try:
-                subscriber(event)
-            except Exception as error:  # noqa: BLE001 - one deaf subscriber must not stop a call
-                if not isinstance(event, Mishap):
-                    where = f"event {type(event).__name__}"
-                    self(Mishap(event.at, where, f"{type(error).__name__}: {error}"))
 
 
 class Timer:
@@ -162,16 +152,18 @@ class Balancer:
         self._wire(config_file, extra_headers)
         self.discovery = Discovery(config, looked, self.upstream, self._found, loop.time, self.bus)
         self.bus.subscribe(self.recent)
+        self.bus.subscribe(self._distrust, (BreakerMoved, HealthFlipped))
         for subscriber in subscribers:
             self.bus.subscribe(subscriber)
         if self.switches is not None:
-            self.bus.subscribe(self.switches)
+            self.bus.subscribe(self.switches, Switches.KINDS)
         if self.metrics is not None:
-            self.bus.subscribe(self.metrics)
+            self.bus.subscribe(self.metrics, self.metrics.kinds)
 
     def _wire(self, config_file: str | None, extra_headers: Mapping[str, str]) -> None:
         config, clock, emit = self.config, self._clock, self.bus
         token = f"ollama-balancer-{self._rng.getrandbits(48):012x}"
+        ids = random.Random(int.from_bytes(os.urandom(16)))  # noqa: S311 - names, not secrets
         self.tasks = Tasks(emit, clock)
         self.exchanges = Tasks(emit, clock)
         self.catalog = Catalog(clock, config.models.remember_s)
@@ -221,7 +213,9 @@ class Balancer:
         self.proxy.explore = self.prober.explore
         self.proxy.fetch = self.manage.fetch
         self.metrics = self._metrics() if config.metrics.enabled else None
-        self.recent = Recent(lambda: _wall().timestamp())
+        paused = self.metrics.gc_paused if self.metrics is not None else lambda *_: None
+        self.garbage = Garbage(clock, paused)
+        self.recent = Recent(_wall_s)
         self.admin = self._admin(config_file)
         self.switches = None
         if config.state.path is not None:
@@ -244,6 +238,10 @@ class Balancer:
             clock,
             lambda: self._refusing,
             token,
+            Dates(clock, _wall_s),
+            self.reads.known(),
+            Direct(self.proxy).take,
+            lambda: f"{ids.getrandbits(128):032x}",
             extra_headers=extra_headers,
             refusals=board.refusals() if shown else {},
             chance=self._rng.random,
@@ -289,7 +287,7 @@ class Balancer:
         return Metrics(
             snapshot=self._snapshot,
             known_models=self.catalog.names,
-            wall=lambda: _wall().timestamp(),
+            wall=_wall_s,
             version=__version__,
             model_label_limit=self.config.metrics.model_label_limit,
         )
@@ -304,6 +302,8 @@ class Balancer:
             backends=self.pool.snapshot(),
             queues=[QueueRow(model, len(s), max(s)) for model, s in waiting.items()],
             retry_refused=self.budget.refused,
+            idle_connections=self.upstream.idle(),
+            stale_connections=self.upstream.stale,
         )
 
     # -- life ----------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ class Balancer:
         for sock in sockets:
             self._servers.append(await listen(self._server, sock))
         self.addresses = tuple(shown_address(sock) for sock in sockets)
-        gc.freeze()  # what exists now lives as long as we do
+        self.garbage.begin()
         self.bus(Serving(self._clock(), self.addresses, len(self.pool.members), self.seed))
 
     def stop(self, stop: Stop) -> None:
@@ -359,14 +359,24 @@ class Balancer:
         self.proxy.stopping = True
         self.dispatcher.refuse_all(Draining("The balancer is stopping.", retry_after_s=5.0))
         await self.exchanges.close()
+        self.upstream.stop()
         with suppress(TimeoutError):
             async with asyncio.timeout(CUT_GRACE_S):
                 await self._idle()
         await self._server.shutdown(timeout=0.5)
         await self.tasks.close()
         await self.upstream.close()
+        self.garbage.end()
         self.bus(Stopped(self._clock(), cut))
         self._over.set()
+
+    def _distrust(self, event: Event) -> None:
+        """What stood with a backend that went away, or fails, may stand no more."""
+        match event:
+            case BreakerMoved(backend=name, model=None, new=BreakerState.OPEN):
+                self.upstream.flush(name)
+            case HealthFlipped(backend=name, up=False):
+                self.upstream.flush(name)
 
     async def _unless_now(self, wanted: object, limit_s: float) -> None:
         """Wait for *wanted* or the limit, whichever is first, or for a second stop."""
@@ -420,6 +430,7 @@ class Balancer:
         self.prober.settings = prober_settings(config)
         self.prober.follow()
         self.proxy.settings = proxy_settings(config)
+        self.proxy.memory.limit = config.server.replay_memory_bytes
         self.manage.reach.settings = manage_settings(config)
         self.reads.version_policy = config.models.version
         self.budget.ratio = config.retry.budget_ratio
@@ -446,8 +457,12 @@ class Balancer:
 # -- settings for each room --------------------------------------------------------------------
 
 
+def _wall_s() -> float:
+    return time.time()  # noqa: TID251 - the wall clock's one source
+
+
 def _wall() -> datetime:
-    return datetime.fromtimestamp(time.time(), UTC)  # noqa: TID251 - the wall clock's one source
+    return datetime.fromtimestamp(_wall_s(), UTC)
 
 
 def _gate(limits: BreakerLimits, like: GateSettings, half_open_max_s: float) -> GateSettings:
@@ -574,6 +589,7 @@ def _target(spec: BackendSpec, config: Config) -> Target:
         connect_s=timeouts.connect_s,
         idle_s=timeouts.idle_s,
         load_s=timeouts.load_s,
+        reuse=spec.reuse_connections,
     )
 
 
@@ -587,13 +603,14 @@ def _tls(spec: BackendSpec) -> ssl.SSLContext | bool:
         context.verify_mode = ssl.CERT_NONE
     if tls.client_cert_file:
         context.load_cert_chain(tls.client_cert_file, tls.client_key_file)
+    context.set_alpn_protocols(["http/1.1"])
     return context
 
 
 def access(config: Config) -> Access:
     """The rules of who may do what."""
     return Access(
-        wall=lambda: _wall().timestamp(),
+        wall=_wall_s,
         keys=[
             _Key(key.name, key.sha256, Role(key.role), key.models, key.expires_at)
             for key in config.auth.keys

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from balancer.core.domain import Call, Framing
 from balancer.core.framing import Opened, Opening
 from balancer.core.pool import Lease
 from balancer.core.verdicts import Failure, Judgement
-from balancer.net.upstream import Handle
+from balancer.net.upstream import Handle, Sink
 
 HOLD_WHOLE: Final = 8 * 1024 * 1024  # larger answers commit and stream on
 HOLD_ERROR: Final = 1024 * 1024
@@ -37,12 +38,37 @@ class Attempt:
         complete: The body ended cleanly.
     """
 
+    __slots__ = (
+        "_call",
+        "_clock",
+        "_decided",
+        "_held",
+        "_lease",
+        "_on_decided",
+        "_opening",
+        "_parts",
+        "_paused",
+        "complete",
+        "content_type",
+        "failure",
+        "first_byte_at",
+        "framing",
+        "handle",
+        "head_at",
+        "headers",
+        "opened",
+        "received",
+        "revoked",
+        "sent_at",
+        "status",
+    )
+
     def __init__(self, call: Call, lease: Lease, clock: Callable[[], float]) -> None:
         self._call = call
         self._lease = lease
         self._clock = clock
-        self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._news: asyncio.Event = asyncio.Event()
+        self._decided = False
+        self._on_decided: Callable[[], None] | None = None
         self._parts: list[bytes] = []
         self._held = 0
         self._opening: Opening | None = None
@@ -75,14 +101,13 @@ class Attempt:
 
     def data(self, data: bytes) -> None:
         """Bytes of the body."""
-        if self.first_byte_at is None:
-            self.first_byte_at = self._clock()
         self.received += len(data)
         self._lease.moved()
+        if self.first_byte_at is None:
+            self.first_byte_at = self._clock()
         self._parts.append(data)
         self._held += len(data)
-        if self._decided.done():
-            self._news.set()
+        if self._decided:
             if self._held > HIGH_WATER and not self._paused and self.handle is not None:
                 self._paused = True
                 self.handle.pause()
@@ -96,40 +121,44 @@ class Attempt:
         self.complete = True
         if self._opening is not None and self.opened is None:
             self._open(self._opening.end())
-        self._over()
+        self._decide()
 
     def fail(self, failure: Failure) -> None:
         """The transport failed."""
         self.failure = failure
-        self._over()
+        self._decide()
 
     # -- the holder ----------------------------------------------------------------------------
 
-    def first(self) -> asyncio.Future[None]:
-        """Done when the answer can be judged; from then on the attributes tell what it is."""
-        return self._decided
+    def then(self, on_decided: Callable[[], None]) -> None:
+        """Call once the answer can be judged; from then on the attributes tell what it is."""
+        if self._decided:
+            on_decided()
+        else:
+            self._on_decided = on_decided
 
-    def take(self) -> bytes:
-        """What came and was not taken yet; empty: nothing."""
-        if not self._parts:
-            return b""
-        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts.clear()
-        self._held = 0
-        self._news.clear()
+    async def first(self) -> None:
+        """Wait for that."""
+        if not self._decided:
+            decided = asyncio.get_running_loop().create_future()
+            self._on_decided = partial(_resolve, decided)
+            await decided
+
+    def turn(self, sink: Sink) -> bytes:
+        """Let all that comes from now on go to *sink*; what came so far."""
+        if self.handle is not None:
+            self.handle.turn(sink)
         if self._paused and self.handle is not None:
             self._paused = False
             self.handle.resume()
+        return self.take()
+
+    def take(self) -> bytes:
+        """What came and was not taken yet; empty: nothing."""
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        self._held = 0
         return data
-
-    async def more(self) -> None:
-        """Wait until there is something to take, or the end, or a call of `rouse`."""
-        await self._news.wait()
-        self._news.clear()
-
-    def rouse(self) -> None:
-        """Wake whoever waits for more, without any."""
-        self._news.set()
 
     @property
     def is_over(self) -> bool:
@@ -150,20 +179,24 @@ class Attempt:
             self.opened = opened
             self._decide()
 
-    def _over(self) -> None:
-        self._news.set()
-        self._decide()
-
     def _decide(self) -> None:
-        if not self._decided.done():
-            self._decided.set_result(None)
+        if not self._decided:
+            self._decided = True
+            on_decided, self._on_decided = self._on_decided, None
+            if on_decided is not None:
+                on_decided()
 
     def _revoke(self, judgement: Judgement) -> None:
         """The pool gave up on this backend before a byte came."""
         self.revoked = judgement
         if self.handle is not None:
             self.handle.abort()
-        self._over()
+        self._decide()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def framing_of(content_type: str) -> Framing:

@@ -31,11 +31,11 @@ from balancer.core.fanout import SUCCESS, Merger, Record, failure
 from balancer.core.names import quoted
 from balancer.core.orders import Order, read
 from balancer.core.pool import Pool
-from balancer.net import writing
 from balancer.net.blobs import Blobs
+from balancer.net.bodies import read_body
 from balancer.net.prober import Prober
 from balancer.net.reach import JSON, NATIVE, ManageSettings, Reach, Scope, document
-from balancer.net.server import Exchange, Handler, read_body
+from balancer.net.server import Exchange, Handler
 from balancer.net.spool import Spool
 from balancer.net.spread import Spread
 from balancer.net.tasks import Tasks
@@ -256,10 +256,10 @@ class Manage:
                     await response.prepare(exchange.request)
                 line = _line(record)
                 exchange.bytes_out += len(line)
-                await writing.write(exchange.request, response, line)
+                await response.write(line)
         if response is None:
             raise NoBackend("The order was broken off.", retry_after_s=5.0)
-        await writing.end(exchange.request, response)
+        await response.write_eof()
         return response
 
     async def _sum(self, exchange: Exchange, spread: Spread) -> web.StreamResponse:
@@ -389,7 +389,7 @@ class Manage:
     async def _read(self, exchange: Exchange) -> Order:
         route = exchange.route
         assert route is not None  # noqa: S101 - only routes lead here
-        body = await read_body(exchange, self.reach.settings.max_body, self._clock)
+        body = bytes(await read_body(exchange, self.reach.settings.max_body, self._clock))
         order = read(route.operation, body)
         if order.source is not None:
             exchange.use(order.source.display, order.source.canonical)

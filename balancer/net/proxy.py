@@ -8,7 +8,7 @@ Laws:
 - Leaving is nobody's fault: a client that hangs up costs a backend nothing but the call.
 
 What follows commit is the matter of `relay`; how the client is told, and kept from thinking us
-dead, that of `reply`.
+dead, that of `reply`; a first attempt that needs no waiting, that of `direct`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,12 @@ from typing import Final
 
 from aiohttp import web
 
-from balancer.core import names, verdicts
+from balancer.core import names
 from balancer.core.aliases import Aliases
 from balancer.core.body import Body, read, renamed
-from balancer.core.dialect import relayed
 from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
-from balancer.core.domain import (
-    OTHER,
-    Call,
-    Dialect,
-    Outcome,
-    PlacementKey,
-    Purpose,
-    Role,
-    Route,
-    Usage,
-    Verdict,
-)
-from balancer.core.domain import (
-    Attempt as Tried,
-)
+from balancer.core.domain import Attempt as Tried
+from balancer.core.domain import Call, Outcome, PlacementKey, Purpose, Role, Usage, Verdict
 from balancer.core.errors import (
     AttemptsExhausted,
     BadRequest,
@@ -52,65 +38,26 @@ from balancer.core.errors import (
     Unavailable,
     UnknownModel,
 )
-from balancer.core.framing import json_terminal
+from balancer.core.memory import Memory
 from balancer.core.pool import Lease, discreet
-from balancer.core.retry import Budget, again, excluded, repeats_crash
-from balancer.core.routes import EMBEDDING, FREE_FORM
+from balancer.core.retry import Budget, again, excluded
+from balancer.core.routes import EMBEDDING
+from balancer.core.scheduler import Ticket
 from balancer.core.verdicts import Judgement
 from balancer.net.attempt import Attempt
-from balancer.net.relay import STOPPING, Relay
+from balancer.net.bodies import read_body
+from balancer.net.forwarding import Forwarding
+from balancer.net.judging import in_dialect, judge, outcome_of
+from balancer.net.outlet import Written
+from balancer.net.relay import Relay, resolving
 from balancer.net.reply import Reply
-from balancer.net.server import Exchange, read_body
+from balancer.net.server import Exchange
 from balancer.net.upstream import Upstream
 
 MAX_DEADLINE_S: Final = 3600.0
 # Nobody serves the model; another may do instead.
 _LOST: Final = (NoBackend, AttemptsExhausted, UnknownModel, Forbidden)
 RELAYED: Final = frozenset({"content-type", "cache-control"})
-# Hop-by-hop, ours to set, or credentials: none of these goes up.
-WITHHELD: Final = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "content-length",
-        "content-encoding",
-        "expect",
-        "host",
-        "origin",
-        "access-control-request-method",
-        "access-control-request-headers",
-        "cookie",
-        "authorization",
-        "x-api-key",
-        "api-key",
-        "x-goog-api-key",
-        "x-auth-token",
-        # The address as it was asked for may hold a key in its path.
-        "referer",
-        "x-original-uri",
-        "x-original-url",
-        "x-rewrite-url",
-        "x-envoy-original-path",
-        "forwarded",
-        "x-forwarded-for",
-        "x-forwarded-host",
-        "x-forwarded-proto",
-        "x-forwarded-prefix",
-        "x-real-ip",
-        "accept-encoding",
-        "via",
-        "x-request-id",
-        "x-request-timeout",
-        "request-timeout",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,29 +77,81 @@ class ProxySettings:
     aliases: Aliases = field(default_factory=Aliases)
 
 
+class Grant:
+    """What comes of a ticket: a lease or a refusal, at once or later."""
+
+    __slots__ = ("_come", "error", "is_abandoned", "lease")
+
+    def __init__(self) -> None:
+        self.lease: Lease | None = None
+        self.error: BalancerError | None = None
+        self.is_abandoned = False
+        self._come: asyncio.Future[None] | None = None
+
+    def grant(self, lease: Lease) -> None:
+        """A lease; given back if nobody waits for it any more."""
+        if self.is_abandoned:
+            lease.release()
+            return
+        self.lease = lease
+        self._tell()
+
+    def refuse(self, error: BalancerError) -> None:
+        """A refusal."""
+        self.error = error
+        self._tell()
+
+    def abandon(self) -> None:
+        """Nobody waits any more."""
+        self.is_abandoned = True
+        if self.lease is not None:
+            self.lease.release()
+
+    async def wait(self) -> Lease:
+        """Wait for the lease. Raises what it was refused with."""
+        if self.lease is None and self.error is None:
+            self._come = asyncio.get_running_loop().create_future()
+            await self._come
+        if self.lease is None:
+            assert self.error is not None  # noqa: S101 - one of the two has come
+            raise self.error
+        return self.lease
+
+    def _tell(self) -> None:
+        if self._come is not None and not self._come.done():
+            self._come.set_result(None)
+
+
 @dataclass(slots=True)
-class _Course:
+class Course:
     """
     What a call has been through so far.
 
     Args:
         others: The same call for the models that may take over, best first.
         earlier: How many of the attempts were with models that have given way.
+        waiting: The ticket that it waits with, if it does.
+        has_failed: The last attempt came to nothing, and nobody has said yet what follows.
+        error: What it is to be refused with.
     """
 
     call: Call
     others: tuple[Call, ...]
     reply: Reply
-    limit: asyncio.Timeout
     earlier: int = 0
     tried: tuple[Tried, ...] = ()
     excluded: frozenset[str] = frozenset()
     answer: Answer | None = None
     seq: int | None = None
+    waiting: tuple[Ticket, Grant] | None = None
+    has_failed: bool = False
+    error: Exception | None = None
     unsent: bool = False  # of the last attempt, nothing had gone out
     fetched: bool = False  # the model was pulled for this call
 
     def add(self, tried: Tried, answer: Answer | None, *, unsent: bool = False) -> None:
+        """An attempt that came to nothing."""
+        self.has_failed = True
         self.tried += (tried,)
         if answer is not None:
             self.answer = answer
@@ -182,10 +181,12 @@ class Proxy:
         stamp: The wall time as Ollama writes it.
 
     Attributes:
+        memory: Of which the bodies take their room.
         stopping: From now on a backend's connection that ends was ended by us.
         explore: Finds out who has a route that not everybody has, before a model is loaded for it.
         fetch: Begins to pull what a call needs and nobody has; the future tells why it failed,
             empty if it did not. None: it may not be.
+        forwarded: The headers of a request that go up.
     """
 
     def __init__(
@@ -200,26 +201,32 @@ class Proxy:
         stamp: Callable[[], str],
     ) -> None:
         self.settings = settings
-        self._dispatcher = dispatcher
-        self._upstream = upstream
-        self._budget = budget
-        self._clock = clock
+        self.dispatcher = dispatcher
+        self.upstream = upstream
+        self.budget = budget
+        self.clock = clock
         self._unload = unload
-        self._token = token
         self._stamp = stamp
-        self._replay_bytes = 0
+        self.memory = Memory(settings.replay_memory)
         self.stopping = False
+        self.forwarded = Forwarding(token)
         self.explore: Callable[[Call], Awaitable[None]] = _nothing
         self.fetch: Callable[[Exchange, Call], asyncio.Future[str] | None] = lambda *_: None
 
     async def handle(self, exchange: Exchange) -> web.StreamResponse:
         """Answer one inference call."""
-        if self._dispatcher.admission.is_full():
-            self._dispatcher.admission.check("")  # before the body is read
-        body = await read_body(exchange, self.settings.max_body, self._clock)
-        call = self._identify(exchange, body)
-        exchange.streaming = call.streaming
-        exchange.use(call.model, call.key.model)
+        if self.dispatcher.admission.is_full():
+            self.dispatcher.admission.check("")  # before the body is read
+        exchange.hold = self.memory.hold()
+        most = self.settings.max_body
+        return await self.answer(
+            exchange, await read_body(exchange, most, self.clock, exchange.hold)
+        )
+
+    async def answer(self, exchange: Exchange, body: bytes | bytearray) -> web.StreamResponse:
+        """The same, the body having been read."""
+        call = self.identify(exchange, body)
+        del body  # the call alone has it, and lets it go at commit
         call, *others = self._meant(exchange, call)
         if call.route.optional:
             await self.explore(call)
@@ -227,47 +234,57 @@ class Proxy:
             if exchange.principal.role is not Role.ADMIN:
                 raise Forbidden("Unloading a model needs a key with the role admin.")
             return await self._unload(exchange, call)  # type: ignore[no-any-return, misc]
-        reply = self._reply(exchange, call)
-        self._replay_bytes += len(body)
-        try:
-            return await self._in_time(exchange, call, others, reply)
-        except BalancerError as error:
-            if not reply.begun:
-                raise
-            return await reply.refuse(error)
-        finally:
-            reply.close()
-            self._replay_bytes -= len(body)
+        self.budget.note_call()
+        course = self.course(exchange, call, others)
+        del call, others
+        return await self.go_on(exchange, course)
 
-    def _reply(self, exchange: Exchange, call: Call) -> Reply:
-        return Reply(
+    def course(self, exchange: Exchange, call: Call, others: Sequence[Call] = ()) -> Course:
+        """The beginning of a call's way."""
+        settings = self.settings
+        reply = exchange.reply = Reply(
             exchange,
             call,
-            self._clock,
+            self.clock,
             self._stamp,
-            after_s=self.settings.heartbeat_after_s,
-            every_s=self.settings.heartbeat_s,
+            after_s=settings.heartbeat_after_s,
+            every_s=settings.heartbeat_s,
         )
+        return Course(call, tuple(others), reply)
 
-    async def _in_time(
-        self, exchange: Exchange, call: Call, others: Sequence[Call], reply: Reply
-    ) -> web.StreamResponse:
+    async def go_on(self, exchange: Exchange, course: Course) -> web.StreamResponse:
+        """Serve a call from wherever it has got to."""
         try:
-            async with asyncio.timeout_at(call.deadline) as limit:
-                return await self._serve(exchange, _Course(call, tuple(others), reply, limit))
-        except TimeoutError:
-            raise DeadlineExceeded("The call's time limit has passed.") from None
+            try:
+                async with asyncio.timeout_at(course.call.deadline) as limit:
+                    await self._serve(exchange, course, limit)
+            except TimeoutError:
+                raise DeadlineExceeded("The call's time limit has passed.") from None
+        except BalancerError as error:
+            if not course.reply.begun:
+                raise
+            course.reply.refuse(error)
+        await exchange.outlet.taken()
+        return Written(exchange.status, exchange.outlet)
 
     # -- identify ------------------------------------------------------------------------------
 
-    def _identify(self, exchange: Exchange, body: bytes) -> Call:
+    def identify(self, exchange: Exchange, body: bytes | bytearray) -> Call:
+        """
+        What a request asks for.
+
+        Raises:
+            BalancerError: It asks for nothing, or for what its caller may not have.
+        """
         route = exchange.route
         if route is None:
             raise BadRequest("no route")
-        query = exchange.request.raw_path.partition("?")[2]
-        told: Body = read(route, body, exchange.request.headers.get("Content-Type", ""), query)
+        request = exchange.request
+        query = request.raw_path.partition("?")[2]
+        told: Body = read(route, body, request.headers.get("Content-Type", ""), query)
         limits = [s for s in (self.settings.total_s, _wanted_s(exchange)) if s is not None]
-        deadline = exchange.started_at + min(limits) if limits else None
+        exchange.streaming = told.streaming
+        exchange.use(told.model, told.key.model)
         return Call(
             id=exchange.id,
             route=route,
@@ -275,12 +292,10 @@ class Proxy:
             key=told.key,
             streaming=told.streaming,
             purpose=told.purpose,
-            replayable=route.replayable
-            and not told.name.cloud
-            and self._replay_bytes + len(body) <= self.settings.replay_memory,
+            replayable=route.replayable and not told.name.cloud and not self.memory.is_over,
             principal=exchange.principal,
             arrived_at=exchange.started_at,
-            deadline=deadline,
+            deadline=exchange.started_at + min(limits) if limits else None,
             body=body,
             headers=self.forwarded(exchange),
             query=query,
@@ -297,7 +312,7 @@ class Proxy:
             return [call]
         exchange.alias = call.model
         calls = [_for_model(call, model) for model in alias.models]
-        first, *others = calls[self._dispatcher.choose(calls) :]
+        first, *others = calls[self.dispatcher.choose(calls) :]
         return [self._named(exchange, first), *others]
 
     @staticmethod
@@ -307,41 +322,26 @@ class Proxy:
         exchange.model = call.model
         return replace(call, body=renamed(call.route, call.body, kind, call.model))
 
-    def forwarded(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
-        """The client's headers that go up, and ours."""
-        headers = exchange.request.headers
-        lines = ",".join(headers.getall("Connection", []))
-        named = {name.strip().lower() for name in lines.split(",")}
-        kept = [
-            (name, value)
-            for name, value in headers.items()
-            if not _is_withheld(name.lower()) and name.lower() not in named
-        ]
-        kept += [
-            ("Accept-Encoding", "identity"),
-            ("X-Forwarded-For", exchange.client),
-            # Behind the others: two balancers in a circle must each see that they were there.
-            ("Via", ", ".join([*headers.getall("Via", []), f"1.1 {self._token}"])),
-            ("X-Request-Id", exchange.id),
-        ]
-        return tuple(kept)
-
     # -- the attempt loop ----------------------------------------------------------------------
 
-    async def _serve(self, exchange: Exchange, course: _Course) -> web.StreamResponse:
-        self._budget.note_call()
+    async def _serve(self, exchange: Exchange, course: Course, limit: asyncio.Timeout) -> None:
+        if course.error is not None:
+            raise course.error
         while True:
+            if course.has_failed:
+                course.has_failed = False
+                if not self._goes_on(exchange, course):
+                    self._give_up(exchange, course)
+                    return
             if self.stopping:
                 raise _draining()
             try:
                 lease = await self._acquire(exchange, course)
             except LoadFailed as failed:
-                answer = _in_dialect(failed.answer, exchange.dialect)
+                answer = in_dialect(failed.answer, exchange.dialect)
                 course.add(failed.attempt, answer, unsent=True)
                 exchange.attempts = len(course.tried)
                 exchange.backend = failed.attempt.backend
-                if not self._goes_on(exchange, course):
-                    return await self._give_up(exchange, course)
                 continue
             except BalancerError as error:
                 if isinstance(error, _LOST) and self._falls(exchange, course):
@@ -349,15 +349,13 @@ class Proxy:
                 if isinstance(error, UnknownModel) and await self._fetched(exchange, course):
                     continue
                 if isinstance(error, Unavailable) and course.answer is not None:
-                    return await self._give_up(exchange, course)
+                    self._give_up(exchange, course)
+                    return
                 raise
-            response = await self._attempt(exchange, course, lease)
-            if response is not None:
-                return response
-            if not self._goes_on(exchange, course):
-                return await self._give_up(exchange, course)
+            if await self._attempt(exchange, course, lease, limit):
+                return
 
-    async def _fetched(self, exchange: Exchange, course: _Course) -> bool:
+    async def _fetched(self, exchange: Exchange, course: Course) -> bool:
         """
         Whether the model that nobody had is there now, pulled because the settings say so.
 
@@ -370,7 +368,8 @@ class Proxy:
             return False
         course.fetched = True
         try:
-            failure = await course.reply.until(fetching)
+            await asyncio.wait((fetching,))
+            failure = fetching.result()
         except asyncio.CancelledError:
             if fetching.cancelled():  # by us; who leaves or is late cancels only the waiting
                 raise _draining() from None
@@ -382,101 +381,146 @@ class Proxy:
             raise UnknownModel(told)
         return True
 
-    async def _acquire(self, exchange: Exchange, course: _Course) -> Lease:
-        """Wait for a lease; a grant that comes as the client leaves is given back."""
-        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        began = self._clock()
+    def submit(self, course: Course) -> Grant:
+        """
+        Ask for a lease; it may come before this returns.
 
-        def grant(lease: Lease) -> None:
-            if granted.done():
-                lease.release()
-            else:
-                granted.set_result(lease)
-
-        def refuse(error: BalancerError) -> None:
-            if not granted.done():
-                granted.set_exception(error)
-
-        ticket = self._dispatcher.submit(
+        Raises:
+            BalancerError: The call cannot even wait.
+        """
+        grant = Grant()
+        ticket = self.dispatcher.submit(
             course.call,
-            grant,
-            refuse,
+            grant.grant,
+            grant.refuse,
             excluded=course.excluded,
             attempts=course.tried,
             seq=course.seq,
         )
         course.seq = ticket.seq
-        try:
-            return await course.reply.until(granted)
-        except (asyncio.CancelledError, ConnectionError):  # the client has left, or stopped reading
+        course.waiting = (ticket, grant)
+        return grant
+
+    def withdraw(self, exchange: Exchange, course: Course) -> None:
+        """The client has left while the call waited, if it did; a lease goes back."""
+        if course.waiting is not None:
             exchange.phase = "queued"
-            self._dispatcher.withdraw(ticket)
-            if granted.done() and not granted.cancelled() and granted.exception() is None:
-                granted.result().release()
+            ticket, grant = course.waiting
+            course.waiting = None
+            self.dispatcher.withdraw(ticket)
+            grant.abandon()
+
+    async def _acquire(self, exchange: Exchange, course: Course) -> Lease:
+        """Wait for a lease; a grant that comes as the client leaves is given back."""
+        began = self.clock()
+        try:
+            grant = self.submit(course) if course.waiting is None else course.waiting[1]
+            lease = await grant.wait()
+        except asyncio.CancelledError:
+            self.withdraw(exchange, course)
             raise
         finally:
-            exchange.queue_s += self._clock() - began
+            exchange.queue_s += self.clock() - began
+            course.waiting = None
+        return lease
 
     async def _attempt(
-        self, exchange: Exchange, course: _Course, lease: Lease
-    ) -> web.StreamResponse | None:
-        """One try; None: it failed before commit, and `course` tells how."""
-        call = course.call
+        self, exchange: Exchange, course: Course, lease: Lease, limit: asyncio.Timeout
+    ) -> bool:
+        """One try. False: it failed before commit, and `course` tells how."""
+        attempt = self.begin(exchange, course, lease)
+        try:
+            attempt.handle = self.upstream.open(lease, course.call, attempt)
+            await attempt.first()
+            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            relay = self.decided(exchange, course, lease, attempt, resolving(ended))
+            if relay is not None:
+                await _followed(relay, ended, limit)
+        except BaseException:
+            self.gone(course, lease, attempt)
+            raise
+        return not course.has_failed
+
+    def begin(self, exchange: Exchange, course: Course, lease: Lease) -> Attempt:
+        """A lease's attempt; nothing has been sent."""
         exchange.backend, exchange.why = lease.backend.name, lease.why
         exchange.attempts = lease.number
-        attempt = Attempt(call, lease, self._clock)
-        try:
-            attempt.handle = self._upstream.open(lease, call, attempt)
-            exchange.phase = "before_first_token"
-            await course.reply.until(attempt.first())
-            if attempt.head_at is not None:
-                exchange.upstream_s = attempt.head_at - attempt.sent_at
-            if attempt.begun:
-                course.reply.check(attempt.framing)
-                exchange.phase = "streaming"
-                exchange.first_byte_s = self._clock() - exchange.started_at
-                relay = self._relay(exchange, course, lease, attempt)
-                return await relay.run(self._headers(exchange, attempt.headers))
-            judgement, answer, usage = self._judge(call, attempt, remote=lease.remote)
-            outcome = self._outcome(course, attempt, judgement, usage)
-            lease.settle(outcome)
-            attempt.handle.abort()
-            if judgement.verdict is Verdict.OK and answer is not None:
-                exchange.usage = usage
-                exchange.first_byte_s = self._clock() - exchange.started_at
-                return await self._whole(exchange, course, answer)
-            tried = Tried(lease.number, lease.backend.name, outcome)
-            course.add(tried, answer, unsent=outcome.unreached)
-            return None
-        except BaseException:
-            # The client left, a deadline passed, or we have a bug: nobody is to blame.
-            if attempt.handle is not None:
-                attempt.handle.abort()
-            lease.settle(self._outcome(course, attempt, Judgement(Verdict.GONE), Usage()))
-            raise
+        exchange.phase = "before_first_token"
+        return Attempt(course.call, lease, self.clock)
 
-    def _relay(self, exchange: Exchange, course: _Course, lease: Lease, attempt: Attempt) -> Relay:
-        return Relay(
-            exchange,
-            course.reply,
-            lease,
-            attempt,
-            course.limit,
-            partial(self._outcome, course, attempt),
-            lambda: self.stopping,
+    def decided(
+        self,
+        exchange: Exchange,
+        course: Course,
+        lease: Lease,
+        attempt: Attempt,
+        on_over: Callable[[], None],
+    ) -> Relay | None:
+        """
+        Act on an attempt that can be judged.
+
+        The relay of an answer that has begun, which ends with *on_over*. None: the attempt is
+        over, its lease settled; either it was answered, or `course` has a failure more.
+        """
+        if attempt.head_at is not None:
+            exchange.upstream_s = attempt.head_at - attempt.sent_at
+        if attempt.begun:
+            course.reply.check(attempt.framing)
+            exchange.phase = "streaming"
+            exchange.first_byte_s = self.clock() - exchange.started_at
+            outcome = partial(self._outcome, course, attempt)
+            relay = Relay(
+                exchange, course.reply, lease, attempt, outcome, lambda: self.stopping, on_over
+            )
+            self._commit(exchange, course)
+            relay.start(self._headers(exchange, attempt.headers))
+            return relay
+        judgement, answer, usage = judge(
+            course.call, attempt, remote=lease.remote, stopping=self.stopping
         )
+        outcome_ = self._outcome(course, attempt, judgement, usage)
+        lease.settle(outcome_)
+        if attempt.handle is not None:
+            attempt.handle.abort()
+        if judgement.verdict is Verdict.OK and answer is not None:
+            exchange.usage = usage
+            exchange.first_byte_s = self.clock() - exchange.started_at
+            self._whole(exchange, course, answer)
+        else:
+            tried = Tried(lease.number, lease.backend.name, outcome_)
+            course.add(tried, answer, unsent=outcome_.unreached)
+        return None
 
-    def _goes_on(self, exchange: Exchange, course: _Course) -> bool:
+    @staticmethod
+    def _commit(exchange: Exchange, course: Course) -> None:
+        """From now on nothing is sent again."""
+        course.call.let_go()
+        course.others = ()
+        if exchange.hold is not None:
+            exchange.hold.give_back()
+
+    def gone(self, course: Course, lease: Lease, attempt: Attempt) -> None:
+        """The client left, a deadline passed, or we have a bug: nobody is to blame."""
+        if attempt.handle is not None:
+            attempt.handle.abort()
+        lease.settle(self._outcome(course, attempt, Judgement(Verdict.GONE), Usage()))
+
+    def _outcome(
+        self, course: Course, attempt: Attempt, judgement: Judgement, usage: Usage
+    ) -> Outcome:
+        return outcome_of(course.call, attempt, course.tried, judgement, usage, self.clock())
+
+    def _goes_on(self, exchange: Exchange, course: Course) -> bool:
         """Whether to try once more: with the same model as long as anybody can serve it."""
         if course.others:
             tried = excluded(course.with_model)
-            if not self._dispatcher.is_served_elsewhere(course.call, tried):
+            if not self.dispatcher.is_served_elsewhere(course.call, tried):
                 return self._falls(exchange, course) or self._again(course)
         return self._again(course) or self._falls(exchange, course)
 
-    def _falls(self, exchange: Exchange, course: _Course) -> bool:
+    def _falls(self, exchange: Exchange, course: Course) -> bool:
         """Whether the next model of an alias takes over: one that can be served now."""
-        served = self._dispatcher.is_served_elsewhere
+        served = self.dispatcher.is_served_elsewhere
         at = next((at for at, c in enumerate(course.others) if served(c, frozenset())), None)
         count = len(course.tried)
         if at is None or (count > course.earlier and not self._may_repeat(course, count)):
@@ -486,10 +530,10 @@ class Proxy:
         course.earlier, course.excluded = count, frozenset()
         return True
 
-    def _may_repeat(self, course: _Course, earlier: int) -> bool:
-        return again(course.call, course.tried, self._budget, unsent=course.unsent, earlier=earlier)
+    def _may_repeat(self, course: Course, earlier: int) -> bool:
+        return again(course.call, course.tried, self.budget, unsent=course.unsent, earlier=earlier)
 
-    def _again(self, course: _Course) -> bool:
+    def _again(self, course: Course) -> bool:
         """
         Whether to try once more, and where not.
 
@@ -499,100 +543,34 @@ class Proxy:
         """
         keep_away = excluded(course.with_model)
         waits = course.tried[-1].outcome.unreached and course.answer is None
-        if waits and not self._dispatcher.is_served_elsewhere(course.call, keep_away):
+        if waits and not self.dispatcher.is_served_elsewhere(course.call, keep_away):
             keep_away -= {course.tried[-1].backend}
         course.excluded = keep_away
         last = course.tried[-1].outcome
         unclear = last.verdict is Verdict.UNCLEAR and not last.caused_load
-        if unclear and not self._dispatcher.is_warm_elsewhere(course.call, keep_away):
+        if unclear and not self.dispatcher.is_warm_elsewhere(course.call, keep_away):
             return False  # worth a second opinion, not a load, which may evict what others use
         return self._may_repeat(course, course.earlier)
-
-    def _judge(
-        self, call: Call, attempt: Attempt, *, remote: bool
-    ) -> tuple[Judgement, Answer | None, Usage]:
-        """Judge an attempt that has not begun a stream."""
-        if attempt.revoked is not None:
-            return attempt.revoked, None, Usage()
-        if attempt.failure is not None and (attempt.status in (0, 200)):
-            if self.stopping:
-                return STOPPING, None, Usage()
-            received = attempt.received
-            judged = verdicts.of_failure(attempt.failure, committed=False, received=received)
-            return judged, None, Usage()
-        if attempt.status != 200 and not attempt.complete:
-            text = f"HTTP {attempt.status} with an endless error"
-            return Judgement(Verdict.UNCLEAR, text=text), None, Usage()
-        body = attempt.take()
-        answer = Answer(attempt.status, attempt.content_type, body)
-        if attempt.status != 200:
-            judged = verdicts.of_answer(call.route, attempt.status, body, remote=remote)
-            if judged.verdict is Verdict.FAULT:
-                return judged, None, Usage()
-            return judged, answer, Usage()
-        is_json = "json" in attempt.content_type
-        if call.route.operation in FREE_FORM and not (body and is_json):
-            return _judge_freely(call.route, answer)
-        if attempt.opened is not None:
-            return self._judge_opened(attempt, answer, remote=remote)
-        ending = json_terminal(call.route, body)
-        if not body or not ending.whole:
-            return Judgement(Verdict.FAULT, text="sent an answer that is not whole"), None, Usage()
-        return Judgement(Verdict.OK), answer, ending.usage
-
-    @staticmethod
-    def _judge_opened(
-        attempt: Attempt, answer: Answer, *, remote: bool
-    ) -> tuple[Judgement, Answer | None, Usage]:
-        opened = attempt.opened
-        if opened is not None and opened.kind == "error":
-            return verdicts.of_record(opened.error_text, remote=remote), answer, Usage()
-        if opened is not None and opened.blank_model:
-            text = "lost its runner before the first token"
-            return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, Usage()
-        return Judgement(Verdict.FAULT, text="ended its answer without a record"), None, Usage()
-
-    def _outcome(
-        self, course: _Course, attempt: Attempt, judgement: Judgement, usage: Usage
-    ) -> Outcome:
-        now = self._clock()
-        return Outcome(
-            verdict=judgement.verdict,
-            sent_at=attempt.sent_at,
-            ended_at=now,
-            status=attempt.status or None,
-            first_byte_at=attempt.first_byte_at,
-            body_bytes=attempt.received,
-            usage=usage,
-            weight=judgement.weight,
-            text=judgement.text,
-            crash=judgement.crash,
-            blameless=judgement.blameless,
-            odd_name=names.parse(course.call.model).local,
-            unreached=judgement.unreached,
-            repeated_crash=judgement.crash and repeats_crash(course.tried),
-            retry_after_s=_retry_after(attempt.headers) if attempt.status in (429, 503) else None,
-        )
 
     # -- answers -------------------------------------------------------------------------------
 
     def _headers(self, exchange: Exchange, upstream: Sequence[tuple[str, str]]) -> dict[str, str]:
-        headers = {name: value for name, value in upstream if name.lower() in RELAYED}
-        headers |= exchange.headers()
+        headers = exchange.headers()
+        for name, value in upstream:
+            if name.lower() in RELAYED:
+                headers[name] = value
         headers["X-Balancer-Backend"] = exchange.backend
         headers["X-Balancer-Attempts"] = str(exchange.attempts)
         headers["X-Balancer-Route"] = exchange.why or "failover"
         headers["X-Balancer-Queue-Ms"] = str(round(exchange.queue_s * 1000))
         return headers
 
-    async def _whole(
-        self, exchange: Exchange, course: _Course, answer: Answer
-    ) -> web.StreamResponse:
+    def _whole(self, exchange: Exchange, course: Course, answer: Answer) -> None:
         """An answer that was collected whole."""
         headers = self._headers(exchange, (("Content-Type", answer.content_type),))
-        return await course.reply.answer(answer, headers)
+        course.reply.answer(answer, headers)
 
-    async def _give_up(self, exchange: Exchange, course: _Course) -> web.StreamResponse:
+    def _give_up(self, exchange: Exchange, course: Course) -> None:
         """Relay the last answer of a backend; where there was none, 503 and what was tried."""
         last = course.tried[-1].outcome
         if last.verdict is Verdict.STOPPED:
@@ -600,11 +578,23 @@ class Proxy:
         exchange.outcome = "upstream_error" if last.verdict is not Verdict.CALLER else "rejected"
         exchange.error = last.text
         if course.answer is not None:
-            return await self._whole(exchange, course, course.answer)
+            self._whole(exchange, course, course.answer)
+            return
         tried = "; ".join(f"{each.backend}: {discreet(each.outcome.text)}" for each in course.tried)
         raise AttemptsExhausted(
             f"{course.call.model!r} could not be served: {tried}", retry_after_s=5.0
         )
+
+
+async def _followed(relay: Relay, ended: asyncio.Future[None], limit: asyncio.Timeout) -> None:
+    """Wait for a relay's end; the call's time limit ends it from here."""
+    try:
+        await ended
+    except asyncio.CancelledError:
+        if not limit.expired():
+            relay.lost()
+            raise
+        relay.stop()
 
 
 async def _nothing(_: Call) -> None:
@@ -623,27 +613,6 @@ def _for_model(call: Call, model: str) -> Call:
     )
 
 
-def _is_withheld(name: str) -> bool:
-    """Whether a header stays here; web servers in front put identities and tokens into some."""
-    return name in WITHHELD or name.startswith(("x-forwarded-", "x-auth-request-"))
-
-
-def _judge_freely(route: Route, answer: Answer) -> tuple[Judgement, Answer | None, Usage]:
-    """A whole answer of any type; a transcription of no bytes is how Ollama tells a crash."""
-    if answer.body or route.operation == OTHER:
-        return Judgement(Verdict.OK), answer, Usage()
-    text = "lost its runner: it answered nothing"
-    return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, Usage()
-
-
-def _in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:
-    """A load's answer, which is Ollama's own, as the caller would have had it."""
-    text = None if answer is None else verdicts.error_text(answer.body)
-    if answer is None or text is None or dialect is Dialect.OLLAMA:
-        return answer
-    return replace(answer, body=relayed(answer.status, text, dialect))
-
-
 def _draining() -> Draining:
     return Draining("The balancer is stopping.", retry_after_s=5.0)
 
@@ -657,8 +626,3 @@ def _wanted_s(exchange: Exchange) -> float | None:
     except ValueError:
         return None
     return min(wanted, MAX_DEADLINE_S) if wanted > 0 else None
-
-
-def _retry_after(headers: Sequence[tuple[str, str]]) -> float | None:
-    text = next((value for name, value in headers if name.lower() == "retry-after"), "")
-    return float(text) if text.isascii() and text.isdecimal() else None

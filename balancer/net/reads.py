@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -22,8 +23,9 @@ from balancer.core.dispatch import Answer, refusal
 from balancer.core.domain import ALL, Call, Kind
 from balancer.core.errors import BadRequest, BalancerError, NoBackend, Unavailable, UnknownModel
 from balancer.core.pool import Member, Pool
+from balancer.net.bodies import read_body
 from balancer.net.prober import Prober
-from balancer.net.server import Exchange, Handler, read_body
+from balancer.net.server import Exchange, Handler, Known
 from balancer.net.upstream import ClientUpstream, UpstreamError
 
 NATIVE: Final = "application/json; charset=utf-8"
@@ -59,41 +61,46 @@ class Reads:
     def handlers(self) -> Mapping[str | Kind, Handler]:
         """By operation."""
         return {
+            **{operation: partial(_tell, known) for operation, known in self.known().items()},
+            "model": self.model,
+            "show": self.show,
+        }
+
+    def known(self) -> Mapping[str, Known]:
+        """By operation: what is told without asking anybody."""
+        return {
             "root": self.root,
             "version": self.version,
             "tags": self.tags,
             "ps": self.ps,
             "models": self.models,
-            "model": self.model,
-            "show": self.show,
         }
 
-    async def root(self, exchange: Exchange) -> web.StreamResponse:
+    def root(self, _: Exchange) -> tuple[bytes, str]:
         """What clients look for to see that Ollama is there."""
-        return _answer(exchange, b"Ollama is running", "text/plain; charset=utf-8")
+        return b"Ollama is running", "text/plain; charset=utf-8"
 
-    async def version(self, exchange: Exchange) -> web.StreamResponse:
+    def version(self, _: Exchange) -> tuple[bytes, str]:
         """The lowest version of the pool, unless configured otherwise."""
         version = self._catalog.version(self.version_policy)
         if version is None:
             raise Unavailable("No backend has told its version yet.", retry_after_s=2.0)
-        return _answer(exchange, compact({"version": version}), NATIVE)
+        return compact({"version": version}), NATIVE
 
-    async def tags(self, exchange: Exchange) -> web.StreamResponse:
+    def tags(self, exchange: Exchange) -> tuple[bytes, str]:
         """The union of what the backends list."""
-        body = _visible(exchange, self._catalog.tags(), "models")
-        return _answer(exchange, self._catalog.tags_json() if body is None else body, NATIVE)
+        body = _visible(exchange, self._catalog.tags, "models")
+        return self._catalog.tags_json() if body is None else body, NATIVE
 
-    async def ps(self, exchange: Exchange) -> web.StreamResponse:
+    def ps(self, exchange: Exchange) -> tuple[bytes, str]:
         """What is in memory, on all of them."""
-        body = _visible(exchange, self._catalog.ps(), "models")
-        return _answer(exchange, self._catalog.ps_json() if body is None else body, NATIVE)
+        body = _visible(exchange, self._catalog.ps, "models")
+        return self._catalog.ps_json() if body is None else body, NATIVE
 
-    async def models(self, exchange: Exchange) -> web.StreamResponse:
+    def models(self, exchange: Exchange) -> tuple[bytes, str]:
         """The union, as OpenAI lists it."""
-        body = _visible(exchange, self._catalog.models(), "data")
-        whole = self._catalog.models_json() if body is None else body + b"\n"
-        return _answer(exchange, whole, OPENAI)
+        body = _visible(exchange, self._catalog.models, "data")
+        return self._catalog.models_json() if body is None else body + b"\n", OPENAI
 
     async def model(self, exchange: Exchange) -> web.StreamResponse:
         """One of them."""
@@ -124,7 +131,7 @@ class Reads:
         """A model's details, kept per digest."""
         if exchange.route is None:
             raise BadRequest("no route")
-        text = await read_body(exchange, MAX_BODY, self._clock)
+        text = bytes(await read_body(exchange, MAX_BODY, self._clock))
         body = read(exchange.route, text)
         model = body.name.canonical
         exchange.use(body.model, model)
@@ -242,13 +249,18 @@ class Reads:
         return _answer(exchange, _unloaded(call, self._prober.stamp()), NATIVE)
 
 
-def _visible(exchange: Exchange, told: dict[str, Any], of: str) -> bytes | None:
+async def _tell(known: Known, exchange: Exchange) -> web.StreamResponse:
+    body, content_type = known(exchange)
+    return _answer(exchange, body, content_type)
+
+
+def _visible(exchange: Exchange, tell: Callable[[], dict[str, Any]], of: str) -> bytes | None:
     """The rows that the caller's key is for; None: all of them."""
     principal = exchange.principal
     if principal.models == ALL:
         return None
     called = ("id",) if of == "data" else ("name", "model")
-    kept = []
+    told, kept = tell(), []
     for row in told[of]:
         name = next(text for key in called if isinstance(text := row.get(key), str) and text)
         if names.covered(principal.models, names.parse(name).canonical):

@@ -12,21 +12,16 @@ Laws:
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-import socket
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 from urllib.parse import unquote
 
-from aiohttp import HttpVersion10, HttpVersion11, web
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong, PayloadEncodingError
-from aiohttp.http_parser import HttpRequestParser
-from aiohttp.streams import StreamReader
-from aiohttp.web_protocol import RequestHandler
+from aiohttp import web
 
 from balancer.core import names
 from balancer.core.dialect import Rendered, render
@@ -42,34 +37,33 @@ from balancer.core.errors import (
     RequestTimeout,
     Unavailable,
     UnknownRoute,
-    UnsupportedEncoding,
 )
 from balancer.core.events import CallEnded, Emit, Mishap
-from balancer.core.routes import TABLE, ZSTD, dialect_of, other, split_key, without_key
-from balancer.net import writing
-from balancer.net.inflate import unzstd
+from balancer.core.memory import Hold
+from balancer.core.routes import TABLE, dialect_of, other, split_key, without_key
+from balancer.net.bodies import CONTINUE, body_at_hand, expected
+from balancer.net.listener import SMALL, Request
+from balancer.net.outlet import Outlet, Written
+from balancer.net.visitor import REMEMBERED_S, Visitor
 
-BACKLOG: Final = 4096
-HEAD_LINES: Final = 4  # how many lines of the longest kind may make up a head
-MAX_FRAMING: Final = 64 * 1024  # bytes that frame a body in chunks,
-FRAMING_RATIO: Final = 16  # and so many for each byte of it; one chunk per byte takes six
-MAX_HEADERS: Final = 128
-MAX_UNPACKED: Final = 20 << 20  # of a compressed body, as Ollama has it
-BODY_STALL_S: Final = 30.0
-# After so many seconds a body must have come at so many bytes a second; not so uploads of files.
-SLOWEST: Final = ((10.0, 1024), (300.0, 100 * 1024))
 SAFE_ID: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
 TEXT: Final = "text/plain"
 MALFORMED: Final = "malformed"
-PLAIN: Final = "text/plain; charset=utf-8"
-_TOO_LONG: Final = b"431 Request Header Fields Too Large"
-CONTINUE: Final = "100-continue"
+TICK_S: Final = 0.5
 LOOPBACK: Final = ("127.0.0.1", "::1")
 # What tells clients of backends, and stays away where `server.headers` is minimal.
-TELLING: Final = ("Backend", "Attempts", "Route", "Queue-Ms", "Skipped", "Version")
-
-
+TELLING: Final = tuple(
+    f"X-Balancer-{name}"
+    for name in ("Backend", "Attempts", "Route", "Queue-Ms", "Skipped", "Version")
+)
 NOBODY: Final = Principal("anonymous", Role.USER)
+
+
+class Ticked(Protocol):
+    """What has to be looked at now and then."""
+
+    def tick(self, now: float) -> None:
+        """It is *now*."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,12 +72,17 @@ class Exchange:
     One request on its way through, with what its `CallEnded` will tell.
 
     Args:
+        outlet: Where an answer goes that aiohttp does not write.
         path: By which it is routed, a key in front of it taken off.
         shown: The path for people, a key in it made unreadable.
         discreet: The caller is not told which backends there are.
+        hold: What its body takes of the memory for bodies.
+        visitor: Who asks, where it is known that what is found out of it is good for long.
+        reply: The answer that is under way, if it is one that wants to be looked after.
     """
 
-    request: web.BaseRequest
+    request: Request
+    outlet: Outlet
     id: str
     path: str
     started_at: float
@@ -113,12 +112,21 @@ class Exchange:
     error: str = ""
     streaming: bool = False
     extra: Mapping[str, str] = field(default_factory=dict)
+    visitor: Visitor | None = None
+    hold: Hold | None = None
+    reply: Ticked | None = None
     watching: bool = False  # a page that only looks on: a stop does not wait for it
 
     def headers(self) -> dict[str, str]:
         """The headers that every answer carries."""
-        model = {"X-Balancer-Model": self.model} if self.alias else {}
-        return {"X-Request-Id": self.id, **model, **self.extra, **dict(self.cors)}
+        headers = {"X-Request-Id": self.id}
+        if self.alias:
+            headers["X-Balancer-Model"] = self.model
+        if self.extra:
+            headers.update(self.extra)
+        if self.cors:
+            headers.update(self.cors)
+        return headers
 
     def use(self, model: str, canonical: str) -> None:
         """
@@ -143,12 +151,31 @@ class Exchange:
         return type(error)(said, retry_after_s=error.retry_after_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """
+    A request that was begun on the spot and could not be ended there.
+
+    Args:
+        go_on: Answers it.
+        leave: Gives back what it holds; its client has left.
+    """
+
+    exchange: Exchange
+    go_on: Callable[[], Awaitable[web.StreamResponse]]
+    leave: Callable[[], None]
+
+
 class Doorkeeper(Protocol):
     """Decides who comes in; raises a BalancerError for those who do not."""
 
     @property
     def takes_path(self) -> bool:
         """Whether a key may stand in front of the path."""
+
+    @property
+    def rules(self) -> tuple[object, ...]:
+        """What decides; others once anything has changed."""
 
     def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
         """The headers of the 204 that answers a preflight; None: it is none."""
@@ -167,20 +194,11 @@ class Doorkeeper(Protocol):
 
 
 Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
+# What is known without asking anybody: the document and its content type.
+Known = Callable[[Exchange], tuple[bytes, str]]
+# Takes a call with its body; tells the first when it is answered, or leaves it to the second.
+Taking = Callable[[Exchange, bytes, Callable[[Exchange], None], Callable[[Handed], None]], None]
 Refusal = Callable[[Rendered, BalancerError], Rendered]
-
-
-def check_parser() -> None:
-    """
-    Refuse to run on aiohttp's pure-Python parser, which accepts what a proxy must not.
-
-    Raises:
-        RuntimeError: The C parser is not there.
-    """
-    if "_http_parser" not in HttpRequestParser.__module__:
-        raise RuntimeError(
-            "aiohttp was installed without its C parser; install a binary wheel of aiohttp"
-        )
 
 
 class Front:
@@ -194,6 +212,9 @@ class Front:
         open_pages: Paths of those that answer anybody.
         is_draining: New calls are refused when this says so.
         token: Ours in ``Via``, by which a loop is seen.
+        date: The time of day as HTTP tells it.
+        known: By operation: what can be told at once.
+        take: Takes inference calls that need no waiting, if they do not.
         extra_headers: On every answer.
         refusals: By path: how a refusal looks to people, where a browser asks.
         chance: 0..1, by which refused clients are told to come back at different times.
@@ -210,6 +231,9 @@ class Front:
         clock: Callable[[], float],
         is_draining: Callable[[], bool],
         token: str,
+        date: Callable[[], str],
+        known: Mapping[str, Known] = MappingProxyType({}),
+        take: Taking | None = None,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
         extra_headers: Mapping[str, str] = MappingProxyType({}),
         refusals: Mapping[str, Refusal] = MappingProxyType({}),
@@ -227,6 +251,10 @@ class Front:
         self._clock = clock
         self._is_draining = is_draining
         self._token = token
+        self._date = date
+        self._known = dict(known)
+        self._take = take
+        self._ticking: asyncio.TimerHandle | None = None
         self._new_id = new_id
         self._extra_headers = extra_headers
         self._exact: dict[str, dict[str, Route]] = {}
@@ -246,30 +274,142 @@ class Front:
         """How many requests a stop waits for."""
         return sum(not exchange.watching for exchange in self.running)
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer one request."""
+    # -- on the spot ---------------------------------------------------------------------------
+
+    def at_once(self, request: Request) -> bool:
+        """Answer one request on the spot, or begin to; see `listener.Answering`."""
+        target = request.raw_path
+        methods = self._exact.get(target.partition("?")[0])
+        route = None if methods is None else methods.get(request.method)
+        if route is None or not target.isascii() or "#" in target or "Expect" in request.headers:
+            return False
+        known, body = self._known.get(route.operation), b""
+        if known is None:
+            at_hand = (
+                body_at_hand(request, SMALL) if self._take and route.kind is Kind.ONE else None
+            )
+            if at_hand is None:
+                return False
+            body = at_hand
+        exchange = self._begun(request, route.path, route.path, route.dialect)
+        try:
+            self._recognise(exchange)
+            self._enter(exchange, route)
+            if known is not None:
+                self._tell_known(exchange, *known(exchange))
+            elif self._take is not None:
+                exchange.bytes_in = len(body)
+                self._take(exchange, body, self._done, self._hand_over)
+        except Exception as error:  # noqa: BLE001 - it is told where all errors are
+            self._hand_over(Handed(exchange, partial(_raise, error), _nothing))
+        return True
+
+    def _recognise(self, exchange: Exchange) -> None:
+        """Find out who asks, if this is not who asked on this connection before."""
+        request, now = exchange.request, exchange.started_at
+        connection, raw, rules = request.connection, request.raw_headers, self.door.rules
+        visitor = connection.visitor
+        if visitor is None or not visitor.is_again(raw, request.method, rules, now):
+            _check_framing(request)
+            self._let_in(exchange, "")
+            self._check_circle(request)
+            admitted = Admitted(exchange.principal, exchange.client, exchange.discreet)
+            until = now + REMEMBERED_S
+            connection.visitor = exchange.visitor = Visitor(
+                raw, request.method, rules, until, admitted, exchange.cors
+            )
+            return
+        exchange.visitor = visitor
+        exchange.cors = visitor.cors
+        self._admitted(exchange, visitor.admitted)
+
+    def _tell_known(self, exchange: Exchange, body: bytes, content_type: str) -> None:
+        exchange.status = 200
+        headers = exchange.headers()
+        headers["Content-Type"] = content_type
+        outlet = exchange.outlet
+        outlet.begin(200, headers, len(body))
+        outlet.end(b"" if exchange.request.method == "HEAD" else body)
+        if outlet.is_held_up:  # whoever asks again and again has to read, too
+            self._hand_over(Handed(exchange, partial(_taken, outlet), _nothing))
+        else:
+            self._done(exchange)
+
+    def _done(self, exchange: Exchange) -> None:
+        """It has been answered on the spot."""
+        self.running.discard(exchange)
+        self._tell(exchange)
+        exchange.request.connection.answered(keep_alive=exchange.outlet.keep_alive)
+
+    def _hand_over(self, handed: Handed) -> None:
+        """A task has to go on with it."""
+        request = handed.exchange.request
+        request.handed = handed
+        request.connection.hand_over(request)
+
+    def dropped(self, request: Request) -> None:
+        """Its client has left before `handle` could go on with it."""
+        if request.handed is not None:
+            exchange = request.handed.exchange
+            request.handed.leave()
+        else:
+            exchange = self._open(request)
+        exchange.outcome = exchange.outcome or "client_abort"
+        self.running.discard(exchange)
+        self._tell(exchange)
+
+    def _open(self, request: Request) -> Exchange:
         path = request.raw_path.partition("?")[0]
+        return self._begun(request, path, without_key(path), dialect_of(split_key(path)[1]))
+
+    def _begun(self, request: Request, path: str, shown: str, dialect: Dialect) -> Exchange:
         exchange = Exchange(
             request,
+            Outlet(request, self._date),
             self._request_id(request),
             path,
             self._clock(),
-            dialect_of(split_key(path)[1]),
-            shown=without_key(path),
+            dialect,
+            shown=shown,
             extra=self._extra_headers,
         )
         self.running.add(exchange)
+        if self._ticking is None:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        return exchange
+
+    def _tick(self) -> None:
+        """One timer for all answers that are under way."""
+        self._ticking = None
+        now = self._clock()
+        for exchange in list(self.running):
+            if exchange.reply is not None:
+                exchange.reply.tick(now)
+        if self.running:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    # -- in a task -----------------------------------------------------------------------------
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        assert isinstance(request, Request)  # noqa: S101 - the listener makes no others
+        request.connection.picked_up()
+        handed: Handed | None = request.handed
+        exchange = self._open(request) if handed is None else handed.exchange
+        answering = self._answer(exchange) if handed is None else handed.go_on()
         try:
-            response = await self._answer(exchange)
+            response = await answering
+            exchange.status = response.status
+            if isinstance(response, web.Response):
+                exchange.bytes_out = exchange.bytes_out or response.content_length or 0
         except asyncio.CancelledError:
             exchange.outcome = exchange.outcome or "client_abort"
-            exchange.status = exchange.status or 499
             raise
         except BalancerError as error:
             _check_begun(request)
             response = self._refused(exchange, error)
         except ConnectionResetError:
-            exchange.outcome, exchange.status = "client_abort", exchange.status or 499
+            exchange.outcome = "client_abort"
             raise asyncio.CancelledError from None
         except Exception as error:  # noqa: BLE001 - a bug of ours must not take the client's answer
             self._emit(Mishap(self._clock(), "request", f"{type(error).__name__}: {error}"))
@@ -284,59 +424,65 @@ class Front:
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
         request = exchange.request
         _check_framing(request)
-        if _expected(request) not in ("", CONTINUE):
+        if expected(request) not in ("", CONTINUE):
             return self._unexpected(exchange)
         path, key = self._find_path(exchange)
         page = self._page(exchange, path)
         if page is not None and path in self._open_pages:
             exchange.endpoint = "balancer"
-            return await self._run(page, exchange)
+            return await page(exchange)
         methods, argument = self._match(path)
         allow = ", ".join(sorted(methods))
         preflight = self.door.preflight(request, allow) if request.method == "OPTIONS" else None
         if preflight is not None:
             exchange.endpoint = "preflight"
             return self._plain(exchange, 204, b"", preflight)
-        exchange.client = request.remote or ""  # until the door knows better, or refuses
-        exchange.cors = self.door.cors(request)
-        admitted = self.door.admit(request, exchange.started_at, path, key)
-        exchange.principal, exchange.client = admitted.principal, admitted.client
-        exchange.discreet = admitted.discreet
-        if isinstance(request, _Request):
-            request.discreet = admitted.discreet
+        self._let_in(exchange, key)
         if page is not None:
             exchange.endpoint = "metrics" if path == "/metrics" else "balancer"
-            self.door.guard(request, admitted.principal, metrics=path == "/metrics")
-            return await self._run(page, exchange)
+            self.door.guard(request, exchange.principal, metrics=path == "/metrics")
+            return await page(exchange)
         if path.startswith("/_balancer"):
             exchange.endpoint = "balancer"
-            self.door.guard(request, admitted.principal, metrics=False)
+            self.door.guard(request, exchange.principal, metrics=False)
         route = methods.get(request.method)
         if route is None and not methods:
             route = other(request.method, path.removesuffix("/"))
         if route is None:
             return self._unrouted(exchange, allow)
-        exchange.route, exchange.argument = route, argument
-        exchange.endpoint, exchange.dialect = route.operation, route.dialect
-        self._check_route(exchange, route)
+        exchange.argument = argument
+        self._enter(exchange, route)
         handler = self._handlers.get(route.operation) or self._handlers[route.kind]
-        return await self._run(handler, exchange)
+        return await handler(exchange)
 
-    async def _run(self, handler: Handler, exchange: Exchange) -> web.StreamResponse:
-        response = await handler(exchange)
-        exchange.status = response.status
-        if isinstance(response, web.Response):
-            exchange.bytes_out = exchange.bytes_out or response.content_length or 0
-            return await writing.whole(exchange.request, response)
-        return response
+    def _let_in(self, exchange: Exchange, key: str) -> None:
+        """Find out who asks; *key* stood in front of the path."""
+        request = exchange.request
+        exchange.client = request.remote or ""  # until the door knows better, or refuses
+        exchange.cors = self.door.cors(request)
+        self._admitted(exchange, self.door.admit(request, exchange.started_at, exchange.path, key))
 
-    def _check_route(self, exchange: Exchange, route: Route) -> None:
-        if any(self._token in via for via in exchange.request.headers.getall("Via", [])):
-            why = self._led_here(exchange.request.headers.get("Host", ""))
-            raise Loop(f"This balancer forwarded the request to itself: {why}. Take it out there.")
+    @staticmethod
+    def _admitted(exchange: Exchange, admitted: Admitted) -> None:
+        exchange.principal, exchange.client = admitted.principal, admitted.client
+        exchange.discreet = admitted.discreet
+        if admitted.discreet:
+            exchange.request.hidden = TELLING
+
+    def _enter(self, exchange: Exchange, route: Route) -> None:
+        """Go in by a route, if that is allowed."""
+        exchange.route = route
+        exchange.endpoint, exchange.dialect = route.operation, route.dialect
+        if exchange.visitor is None:
+            self._check_circle(exchange.request)
         if self._is_draining():
             raise Draining("The balancer is stopping.", retry_after_s=5.0)
         self.door.require(exchange.principal, route.role)
+
+    def _check_circle(self, request: Request) -> None:
+        if any(self._token in via for via in request.headers.getall("Via", ())):
+            why = self._led_here(request.headers.get("Host", ""))
+            raise Loop(f"This balancer forwarded the request to itself: {why}. Take it out there.")
 
     def _page(self, exchange: Exchange, path: str) -> Handler | None:
         method = exchange.request.method
@@ -399,7 +545,7 @@ class Front:
         return path, *split_key(path)
 
     def _request_id(self, request: web.BaseRequest) -> str:
-        given = request.headers.get("X-Request-Id", "")
+        given = request.headers.get("X-Request-Id")
         if given and len(given) <= 128 and SAFE_ID.issuperset(given):
             return given
         return self._new_id()
@@ -472,6 +618,8 @@ class Front:
         )
 
     def _tell(self, exchange: Exchange) -> None:
+        if exchange.hold is not None:
+            exchange.hold.give_back()
         now = self._clock()
         route = exchange.route
         outcome = exchange.outcome or ("ok" if exchange.status < 400 else "rejected")
@@ -482,7 +630,7 @@ class Front:
                 method=exchange.request.method,
                 path=exchange.shown,
                 endpoint=exchange.endpoint,
-                status=exchange.status,
+                status=exchange.status or (499 if outcome == "client_abort" else 0),
                 outcome=outcome,
                 duration_s=now - exchange.started_at,
                 client=exchange.client,
@@ -497,7 +645,7 @@ class Front:
                 first_byte_s=exchange.first_byte_s,
                 upstream_s=exchange.upstream_s,
                 bytes_in=exchange.bytes_in,
-                bytes_out=exchange.bytes_out,
+                bytes_out=exchange.bytes_out or exchange.outlet.bytes_out,
                 usage=exchange.usage,
                 phase=exchange.phase if exchange.outcome == "client_abort" else "",
                 error=exchange.error,
@@ -518,9 +666,9 @@ def _origin_form(target: str, host: str) -> str:
     return f"{slash or '/'}{path}"
 
 
-def _check_begun(request: web.BaseRequest) -> None:
+def _check_begun(request: Request) -> None:
     """Another head inside an answer would pass for a part of it: then only breaking off is left."""
-    if isinstance(request, _Request) and request.begun:
+    if request.begun:
         if request.transport is not None:
             request.transport.abort()
         raise asyncio.CancelledError
@@ -547,7 +695,7 @@ def _is_unread(exchange: Exchange) -> bool:
     return not exchange.request.content.is_eof() if exchange.request.can_read_body else False
 
 
-def _check_framing(request: web.BaseRequest) -> None:
+def _check_framing(request: Request) -> None:
     """Refuse what two HTTP parsers could read in two ways."""
     headers = request.headers
     encodings = headers.getall("Transfer-Encoding", [])
@@ -559,12 +707,8 @@ def _check_framing(request: web.BaseRequest) -> None:
         raise BadRequest("unsupported transfer encoding")
     if any(asked.lower() != "h2c" for asked in headers.getall("Upgrade", [])):
         raise BadRequest("this server does not upgrade connections")
-    if isinstance(request, _Request) and not request.known_version:
+    if not request.known_version:
         raise BadRequest("unsupported protocol version")
-
-
-def _expected(request: web.BaseRequest) -> str:
-    return ",".join(request.headers.getall("Expect", [])).strip().lower()
 
 
 def _is_local_name(request: web.BaseRequest) -> bool:
@@ -575,273 +719,14 @@ def _is_local_name(request: web.BaseRequest) -> bool:
     return isinstance(reached, tuple) and str(reached[0]) in LOOPBACK and not is_address
 
 
-def ask_for_body(request: web.BaseRequest) -> None:
-    """Tell a client that waits for it that its body is wanted."""
-    if _expected(request) and request.version >= (1, 1) and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+async def _raise(error: Exception) -> web.StreamResponse:
+    raise error
 
 
-async def read_body(exchange: Exchange, max_bytes: int, clock: Callable[[], float]) -> bytes:
-    """
-    The whole body, so that it can be sent again; a compressed one as it was before.
-
-    Raises:
-        BadRequest: It is damaged.
-        BodyTooLarge: Above *max_bytes*; told before it is read where the length is declared.
-        RequestTimeout: Nothing came for 30 s, or it trickles (below 1 KiB/s after 10 s).
-        UnsupportedEncoding: It is compressed where, or how, Ollama does not take it.
-    """
-    request, route = exchange.request, exchange.route
-    encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
-    is_zstd = encoding == "zstd" and route is not None and route.operation in ZSTD
-    if encoding not in ("", "identity") and not is_zstd:
-        raise UnsupportedEncoding(f"Content-Encoding {encoding[:32]!r} is not supported here.")
-    declared = request.content_length
-    if declared is not None and declared > max_bytes:
-        raise _too_large(max_bytes)
-    ask_for_body(request)
-    parts: list[bytes] = []
-    size = 0
-    began = clock()
-    while True:
-        try:
-            async with asyncio.timeout(BODY_STALL_S):
-                part = await request.content.readany()
-        except TimeoutError:
-            raise RequestTimeout("The request's body stopped coming.") from None
-        except PayloadEncodingError:
-            raise BadRequest("the request's body is not framed as HTTP has it") from None
-        if not part:
-            break
-        parts.append(part)
-        size += len(part)
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        spent_s = clock() - began
-        if any(spent_s > after_s and size < rate * spent_s for after_s, rate in SLOWEST):
-            raise RequestTimeout("The request's body comes too slowly.")
-    exchange.bytes_in = size
-    body: bytes | None = parts[0] if len(parts) == 1 else b"".join(parts)
-    if is_zstd:
-        most = min(max_bytes, MAX_UNPACKED)
-        body = await unzstd(body or b"", most)
-        if body is None and most < max_bytes:
-            raise BodyTooLarge(f"Unpacked, the request's body is larger than {most} bytes.")
-    if body is None:
-        raise _too_large(max_bytes)
-    return body
+async def _taken(outlet: Outlet) -> web.StreamResponse:
+    await outlet.taken()
+    return Written(200, outlet)
 
 
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"The request's body is larger than {max_bytes} bytes (server.max_body of the balancer)."
-    )
-
-
-class _Connection(RequestHandler):
-    """
-    One client connection, with an absolute time limit for a request's head.
-
-    aiohttp uses one time limit both for idle keep-alive and for a head that does not come; a
-    short one races the clients' pools, a long one lets half-sent heads sit. It also bounds a
-    head's lines and their number but not their sum, and not what frames a body in chunks.
-
-    Args:
-        max_head: Bytes of a whole head.
-        refused: Told of a request that could not be parsed: the client, the answer's status.
-    """
-
-    __slots__ = (
-        "_body",
-        "_framing_bytes",
-        "_head_bytes",
-        "_head_timer",
-        "_last_body",
-        "_max_head",
-        "_refused",
-        "head_timeout_s",
-    )
-
-    def __init__(
-        self,
-        *args: Any,
-        head_timeout_s: float,
-        max_head: int,
-        refused: Callable[[str, int], None],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.head_timeout_s = head_timeout_s
-        self._refused = refused
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._max_head = max_head
-        self._head_bytes = 0
-        self._body: StreamReader | None = None
-        self._last_body: Any = None
-        self._framing_bytes = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._arm()
-
-    def data_received(self, data: bytes) -> None:
-        request, queued = self._current_request, len(self._messages)
-        # The rest of a body that was answered early is no head.
-        drains = self._last_body is not None and not self._last_body.is_eof()
-        waiting = not queued and request is None and not drains
-        super().data_received(data)
-        if self._messages:
-            self._last_body = self._messages[-1][1]
-        if request is not None and not request.content.is_eof():
-            self._check_body(request.content, len(data), broken=len(self._messages) > queued)
-        if self._messages or self._current_request is not None:
-            self._disarm()
-            self._head_bytes = 0
-        elif waiting:
-            self._head_bytes += len(data)
-            if self._head_bytes > self._max_head:
-                self._refuse_head()
-            elif self._head_timer is None:
-                self._arm()
-
-    def _check_body(self, body: StreamReader, more: int, *, broken: bool) -> None:
-        """
-        End a body that is damaged, or whose chunks are mostly extensions.
-
-        Args:
-            broken: What came could not be parsed; aiohttp tells whoever reads next, not the
-                reader of this body, who would wait for the rest of it.
-        """
-        self._framing_bytes = more + (self._framing_bytes if body is self._body else 0)
-        self._body = body
-        if broken or self._framing_bytes > MAX_FRAMING + FRAMING_RATIO * body.total_bytes:
-            body.set_exception(PayloadEncodingError("bad chunks"))
-            self._messages.clear()
-            self._lingering_time = 0.0  # there is no telling where it would end
-
-    def _refuse_head(self) -> None:
-        """Answer a head that is too long before all of it has come."""
-        if self.transport is not None and not self.transport.is_closing():
-            peer = self.transport.get_extra_info("peername")
-            self._refused(str(peer[0]) if isinstance(peer, tuple) else "", 431)
-            head = f"HTTP/1.0 431 {_TOO_LONG.decode()[4:]}\r\nContent-Type: {PLAIN}\r\n"
-            head += f"Content-Length: {len(_TOO_LONG)}\r\nConnection: close\r\n\r\n"
-            self.transport.write(head.encode() + _TOO_LONG)
-        self.force_close()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._disarm()
-        super().connection_lost(exc)
-
-    def _arm(self) -> None:
-        self._head_timer = self._loop.call_later(self.head_timeout_s, self._expired)
-
-    def _disarm(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _expired(self) -> None:
-        self._head_timer = None
-        if not self._messages and self._current_request is None:
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - may hold a line of the client's input
-    ) -> web.StreamResponse:
-        """What cannot be parsed is answered with a fixed text, without what was sent."""
-        self.log_exception("Error handling request from %s", request.remote, exc_info=exc)
-        if isinstance(exc, LineTooLong):
-            status = 431
-        if isinstance(exc, HttpProcessingError):
-            self._refused(request.remote or "", status)
-        texts = {400: b"400 Bad Request", 431: _TOO_LONG}
-        response = web.Response(status=status, body=texts.get(status, b"error"))
-        response.headers["Content-Type"] = PLAIN
-        response.force_close()
-        return response
-
-
-class _Request(web.BaseRequest):
-    """
-    A request whose answer goes out without the headers that aiohttp adds by itself.
-
-    Attributes:
-        begun: The answer's head has gone out.
-        discreet: Without the headers that tell of backends.
-        known_version: It is HTTP/1.0 or 1.1; anything else is answered as 1.0.
-    """
-
-    ATTRS = web.BaseRequest.ATTRS | {"begun", "discreet", "known_version"}
-    begun = False
-    discreet = False
-    known_version = True
-
-    async def _prepare_hook(self, response: web.StreamResponse) -> None:
-        self.begun = True
-        response.headers.popall("Server", None)
-        for name in TELLING if self.discreet else ():
-            response.headers.popall(f"X-Balancer-{name}", None)
-
-
-def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> _Request:
-    """What the server makes of a parsed head."""
-    known = message.version in (HttpVersion10, HttpVersion11)
-    if not known:
-        message = message._replace(version=HttpVersion10, should_close=True)
-    request = _Request(message, payload, protocol, writer, task, asyncio.get_running_loop())
-    request.known_version = known
-    return request
-
-
-class _Server(web.Server):
-    """aiohttp's server with our connections."""
-
-    def __init__(self, front: Front, *, head_timeout_s: float, **kwargs: Any) -> None:
-        super().__init__(front.handle, request_factory=_request, **kwargs)
-        self._head_timeout_s = head_timeout_s
-        self._refused = front.malformed
-
-    def __call__(self) -> RequestHandler:
-        return _Connection(
-            self,
-            loop=self._loop,
-            head_timeout_s=self._head_timeout_s,
-            max_head=HEAD_LINES * self._kwargs["max_field_size"],
-            refused=self._refused,
-            **self._kwargs,
-        )
-
-
-def make_server(
-    front: Front, *, keepalive_s: float, head_timeout_s: float, max_header: int
-) -> _Server:
-    """aiohttp's low-level server over *front*, set up for a proxy."""
-    return _Server(
-        front,
-        head_timeout_s=head_timeout_s,
-        handler_cancellation=True,
-        keepalive_timeout=keepalive_s,
-        max_line_size=max_header,
-        max_field_size=max_header,
-        max_headers=MAX_HEADERS,
-        auto_decompress=False,
-        lingering_time=2.0,
-        access_log=None,
-        tcp_keepalive=True,
-        logger=logging.getLogger("aiohttp.server"),
-    )
-
-
-async def listen(server: _Server, sock: socket.socket) -> asyncio.Server:
-    """Serve on a bound socket."""
-    sock.listen(BACKLOG)  # uvloop keeps it to itself if somebody else was first
-    loop = asyncio.get_running_loop()
-    return await loop.create_server(server, sock=sock, backlog=BACKLOG)
+def _nothing() -> None:
+    """Nothing waits that would have to be told."""

@@ -340,7 +340,7 @@ async def test_it_does_not_repeat_what_cannot_help(
     def loop(*_: Any) -> None:
         raise Loop("it has been here")
 
-    rig.balancer.front._check_route = loop  # type: ignore[assignment, method-assign]
+    rig.balancer.front._enter = loop  # type: ignore[assignment, method-assign]
     told = await script(library)(rig).ask("again")
     assert told == {"status": 508, "waited": []}
     assert len(rig.calls()) == 1

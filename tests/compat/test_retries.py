@@ -125,6 +125,6 @@ async def test_an_sdk_does_not_repeat_what_cannot_help(name: str) -> None:
         def loop(exchange: Any, _: Any) -> None:
             raise Loop("it has been here")
 
-        rig.balancer.front._check_route = loop  # type: ignore[assignment, method-assign]
+        rig.balancer.front._enter = loop  # type: ignore[assignment, method-assign]
         tries, raised = await refused(rig, name)
         assert (len(tries), raised.status_code) == (1, 508)

@@ -134,7 +134,7 @@ async def test_who_names_the_balancer_itself_is_told_which_backend_it_is() -> No
     """A call that comes round ends in 508; the text names what leads here and where to mend it."""
     async with running(0, models=models(0.0)) as rig:
         await reload(rig, backends=[{"name": "round", "url": rig.url}])
-        token = rig.balancer.proxy._token
+        token = rig.balancer.front._token
         looped = await rig.ask("POST", "/api/chat", CHAT, Via=f"1.1 {token}")
         assert looped.status == 508
         assert error_of(looped).startswith(

@@ -11,6 +11,7 @@ from balancer.core import routes
 from balancer.core.domain import Backend, Call, PlacementKey, Principal, Purpose, Role
 from balancer.core.pool import Lease
 from balancer.core.verdicts import Failure, Judgement
+from tests.sim.wire import Reply, Wire
 
 _CALL = Call(
     id="r1",
@@ -108,3 +109,60 @@ class Tape:
     async def begun(self) -> None:
         """Wait for the first bytes of the body, or the end."""
         await self._begun.wait()
+
+
+class FakeTransport:
+    """A client's socket: what was written, and how it was closed. Its client reads when told to."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.done: list[str] = []
+
+    @property
+    def sent(self) -> bytes:
+        """All that was written."""
+        return b"".join(self.writes)
+
+    def is_closing(self) -> bool:
+        """Whether it is of no more use."""
+        return bool(self.done)
+
+    def write(self, data: bytes) -> None:
+        """One write."""
+        assert not self.done
+        self.writes.append(data)
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.done.append("abort")
+
+
+class FakeConnection:
+    """A client's connection as an outlet sees it."""
+
+    def __init__(self) -> None:
+        self.transport: FakeTransport | None = FakeTransport()
+        self.writing_paused = False
+        self.reader: Any = None
+
+
+class FakeRequest:
+    """A request as far as its answer depends on it."""
+
+    def __init__(
+        self, version: tuple[int, int] = (1, 1), *, keep_alive: bool = True, method: str = "POST"
+    ) -> None:
+        self.version = version
+        self.keep_alive = keep_alive
+        self.method = method
+        self.hidden: tuple[str, ...] = ()
+        self.begun = False
+        self.connection = FakeConnection()
+
+
+async def read_off(sent: bytes) -> Reply:
+    """An answer as a client reads it whose connection ends behind it."""
+    reader = asyncio.StreamReader()
+    reader.feed_data(sent)
+    reader.feed_eof()
+    return await Wire(reader, cast("asyncio.StreamWriter", None)).reply()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +10,9 @@ import pytest
 from balancer.core.domain import Framing, Verdict
 from balancer.core.verdicts import Failure, FailureKind, Judgement
 from balancer.net.attempt import HIGH_WATER, HOLD_ERROR, HOLD_WHOLE, Attempt
+from balancer.net.upstream import Sink
 from tests.core.clocks import ManualClock
-from tests.net.parts import FakeLease, a_call
+from tests.net.parts import FakeLease, Tape, a_call
 
 NDJSON = (("content-type", "application/x-ndjson"),)
 SSE = (("Content-Type", "text/event-stream; charset=utf-8"),)
@@ -27,6 +26,15 @@ class FakeHandle:
 
     def __init__(self) -> None:
         self.done: list[str] = []
+        self.sink: Sink | None = None
+
+    def turn(self, sink: Sink) -> None:
+        """Tell another from now on."""
+        self.sink = sink
+
+    def moved_at(self) -> float:
+        """Never asked here."""
+        raise AssertionError
 
     def pause(self) -> None:
         """Stop."""
@@ -51,7 +59,7 @@ class Stage:
 
     def is_decided(self) -> bool:
         """Whether the attempt can be judged."""
-        return self.attempt._decided.done()
+        return self.attempt._decided
 
 
 @pytest.mark.parametrize(
@@ -184,43 +192,69 @@ async def test_a_failure_behind_whole_records_leaves_them_to_be_taken() -> None:
     assert stage.attempt.take() == LINE
 
 
-async def test_more_wakes_for_data_and_for_the_end() -> None:
-    """Whoever relays is never left waiting."""
-    stage = Stage()
+@pytest.mark.parametrize("ends", [False, True])
+async def test_what_comes_after_the_turn_goes_to_another(*, ends: bool) -> None:
+    """The backend's connection is told so; what came before is handed over, once."""
+    stage, tape = Stage(), Tape()
     stage.attempt.head(200, NDJSON)
     stage.attempt.data(LINE)
-    stage.attempt.take()
-    happenings: tuple[Callable[[], None], ...] = (
-        partial(stage.attempt.data, LINE),
-        stage.attempt.end,
-    )
-    for happens in happenings:
-        waiting = asyncio.get_running_loop().create_task(stage.attempt.more())
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        happens()
-        async with asyncio.timeout(1):
-            await waiting
-        stage.attempt.take()
+    stage.attempt.data(b"more")
+    if ends:
+        stage.attempt.end()
+    assert stage.attempt.turn(tape) == LINE + b"more"
+    assert (stage.handle.sink, stage.handle.done) == (tape, [])
+    assert stage.attempt.take() == b""
+    assert stage.attempt.is_over == ends
+    assert tape.ends == []
 
 
-async def test_more_can_be_woken_without_any() -> None:
-    """Whoever waits may have something else to do; afterwards it can wait again."""
-    stage = Stage()
+async def test_who_asks_is_told_once_in_the_turn_in_which_it_is_decided() -> None:
+    """Not before, and not again at the end; who asks too late is told at once."""
+    stage, told = Stage(), list[str]()
+    stage.attempt.then(lambda: told.append("first"))
     stage.attempt.head(200, NDJSON)
+    stage.attempt.data(LINE[:-1])
+    assert told == []
+    stage.attempt.data(LINE[-1:])
+    assert told == ["first"]
     stage.attempt.data(LINE)
-    assert stage.attempt.take() == LINE
-    for _ in range(2):
-        waiting = asyncio.get_running_loop().create_task(stage.attempt.more())
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        stage.attempt.rouse()
-        await waiting
-        assert (stage.attempt.take(), stage.attempt.is_over) == (b"", False)
+    stage.attempt.end()
+    assert told == ["first"]
+    stage.attempt.then(lambda: told.append("late"))
+    assert told == ["first", "late"]
+    await stage.attempt.first()
 
 
-async def test_a_backend_is_held_back_while_the_client_is_slow() -> None:
-    """Above 64 KiB not taken it is paused, once; taking lets it go on."""
+@pytest.mark.parametrize("happens", ["data", "fail"])
+async def test_waiting_for_the_first_record_ends_with_it(happens: str) -> None:
+    """Whoever waits is never left waiting; who was cancelled meanwhile does no harm."""
+    stage = Stage()
+    loop = asyncio.get_running_loop()
+    stage.attempt.head(200, NDJSON)
+    waiting = loop.create_task(stage.attempt.first())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    if happens == "data":
+        stage.attempt.data(LINE)
+    else:
+        waiting.cancel()
+        stage.attempt.fail(BROKEN)
+    await asyncio.wait([waiting], timeout=1)
+    assert waiting.cancelled() == (happens == "fail")
+    assert waiting.done()
+
+
+async def test_a_failure_inside_open_is_told_to_who_asks_after_it() -> None:
+    """A door that fails at once does so before anybody could ask."""
+    stage, told = Stage(), list[str]()
+    stage.attempt.fail(BROKEN)
+    stage.attempt.then(lambda: told.append("over"))
+    assert told == ["over"]
+    assert not stage.attempt.begun
+
+
+async def test_a_backend_is_held_back_while_nobody_takes() -> None:
+    """Above 64 KiB not taken it is paused, once; who takes over lets it go on, once."""
     stage = Stage()
     stage.attempt.head(200, NDJSON)
     stage.attempt.data(LINE)
@@ -229,9 +263,9 @@ async def test_a_backend_is_held_back_while_the_client_is_slow() -> None:
     stage.attempt.data(b"y")
     stage.attempt.data(b"z")
     assert stage.handle.done == ["pause"]
-    assert len(stage.attempt.take()) == HIGH_WATER + 2
+    assert len(stage.attempt.turn(Tape())) == HIGH_WATER + 2
     assert stage.handle.done == ["pause", "resume"]
-    stage.attempt.take()
+    stage.attempt.turn(Tape())
     assert stage.handle.done == ["pause", "resume"]
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from types import MappingProxyType, SimpleNamespace
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from aiohttp import web
-from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
-from aiohttp.web_protocol import RequestHandler
 
 from balancer.core.domain import Admitted, Dialect, Kind, Principal, Role
 from balancer.core.errors import BadRequest, Forbidden, NoBackend, OptionError
 from balancer.core.events import CallEnded, Event, Mishap
-from balancer.net import server as subject
-from balancer.net.server import Exchange, Front, check_parser, listen, make_server, read_body
+from balancer.net.bodies import read_body
+from balancer.net.listener import listen, make_server
+from balancer.net.server import Exchange, Front
 from tests.e2e.stage import virtual
+from tests.net.peer import both
 from tests.sim.wire import Reply, Wire
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -38,6 +38,12 @@ class FakeDoor:
     takes_path = False
     discreet = False
     key = ""
+    asked = 0
+
+    @property
+    def rules(self) -> tuple[object, ...]:
+        """What decides."""
+        return (self.discreet, self.takes_path)
 
     def preflight(self, request: web.BaseRequest, allow: str) -> tuple[tuple[str, str], ...] | None:
         """There is none."""
@@ -50,6 +56,7 @@ class FakeDoor:
     def admit(self, request: web.BaseRequest, now: float, path: str, key: str) -> Admitted:
         """Welcome, unless told otherwise."""
         self.key = key
+        self.asked += 1
         if "X-Refuse" in request.headers:
             raise Forbidden(request.headers["X-Refuse"])
         return Admitted(Principal("somebody", Role.USER), "192.0.2.1", self.discreet)
@@ -118,6 +125,7 @@ async def staged(
         asyncio.get_running_loop().time,
         is_draining,
         "token-1",
+        lambda: "Sat, 21 Nov 2026 00:00:00 GMT",
         **more,
     )
     server = make_server(front, keepalive_s=75.0, head_timeout_s=10.0, max_header=64 * 1024)
@@ -501,50 +509,264 @@ async def test_a_body_that_becomes_nonsense_is_no_bug_of_ours() -> None:
         assert not [event for event in stage.events if isinstance(event, Mishap)]
 
 
-# -- what we rely on ------------------------------------------------------------------------------
+# -- on the spot ----------------------------------------------------------------------------------
 
 
-def test_the_parser_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It accepts what a proxy must not pass on; with the one in C nothing is said."""
-    check_parser()
-    monkeypatch.setattr(subject, "HttpRequestParser", HttpRequestParserPy)
-    with pytest.raises(RuntimeError, match="binary wheel"):
-        check_parser()
-    assert HttpRequestParser is not HttpRequestParserPy
+class Catalogue:
+    """What is known without asking anybody, and whether it was told on the spot."""
+
+    def __init__(self, size: int = 5) -> None:
+        self.body = b"x" * size
+        self.tasks = 0
+        self.error: Exception | None = None
+        self.kind = "text/plain; charset=utf-8"
+
+    def known(self, exchange: Exchange) -> tuple[bytes, str]:
+        """The document."""
+        if self.error is not None:
+            raise self.error
+        exchange.model = "m"
+        return self.body, self.kind
+
+    async def handle(self, exchange: Exchange) -> web.StreamResponse:
+        """The same, in a task."""
+        self.tasks += 1
+        body, kind = self.known(exchange)
+        return web.Response(body=body, headers={**exchange.headers(), "Content-Type": kind})
+
+    def staged(self, **more: Any) -> AbstractAsyncContextManager[Stage]:
+        """A front that knows it."""
+        known = dict.fromkeys(("tags", "version", "root"), self.known)
+        return staged(self.handle, known=known, **more)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("path", ["/api/tags", "/api/version", "/", "/api/tags?x=1"])
+@pytest.mark.parametrize("discreet", [False, True])
+@both
+async def test_what_is_known_is_told_the_same_on_the_spot(
+    method: str, path: str, *, discreet: bool
+) -> None:
+    """Head, body, and what is told of it; to HEAD without the body, with its length."""
+    catalogue = Catalogue()
+    extra = {"X-Extra": "1", "X-Balancer-Version": "9"}
+    async with catalogue.staged(extra_headers=extra) as stage:
+        stage.door.discreet = discreet
+        line = f"{method} {path} HTTP/1.1\r\n".encode() + HOST
+        got = []
+        for more in (b"", b"Connection: close\r\n", b"Expect: 100-continue\r\n"):
+            wire = await Wire.connect(stage.port)
+            wire.writer.write(line + b"X-Request-Id: r1\r\n" + more + b"\r\n")
+            got.append(await wire.reply(method))
+            if b"close" in more:
+                assert await wire.reader.read() == b""
+            else:
+                wire.writer.write(line + b"\r\n")
+                assert (await wire.reply(method)).status == 200
+            wire.close()
+        await until(lambda: len(stage.ended) == 5)
+        assert catalogue.tasks == 1, "the one with Expect"
+        direct, closing, slow = got
+        heads = [{n.lower(): v for n, v in reply.headers if n != "Date"} for reply in got]
+        assert heads[0] == heads[2]
+        assert heads[1] == {**heads[0], "connection": "close"}
+        assert heads[0]["content-length"] == "5"
+        assert direct.body == closing.body == slow.body == (b"" if method == "HEAD" else b"xxxxx")
+        assert (direct.get("x-extra"), direct.get("x-balancer-version") is None) == ("1", discreet)
+        told = [replace(each, at=0.0, duration_s=0.0, bytes_out=0) for each in stage.ended]
+        first, second = (each for n, each in enumerate(told) if n in (0, 3))
+        assert first == second
+
+
+async def test_what_is_expected_in_vain_is_refused_on_any_path() -> None:
+    """417, also for what would be told on the spot."""
+    catalogue = Catalogue()
+    async with catalogue.staged() as stage:
+        assert (await stage.ask("/api/tags", headers=b"Expect: the-unexpected\r\n")).status == 417
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("error", "status", "outcome"),
     [
-        (RequestHandler, "_messages"),
-        (RequestHandler, "_current_request"),
-        (RequestHandler, "_loop"),
+        (BadRequest("no way"), 400, "rejected"),
+        (NoBackend("nobody", retry_after_s=3.0), 503, "shed"),
+        (LookupError("inside knowledge"), 500, "upstream_error"),
     ],
 )
-def test_private_names_of_a_connection_are_still_there(owner: type, name: str) -> None:
-    """The timer of the head looks at these: if they go, heads have no limit or all have."""
-    assert any(name in getattr(cls, "__slots__", ()) for cls in owner.__mro__)
+async def test_what_fails_on_the_spot_is_told_where_all_errors_are(
+    error: Exception, status: int, outcome: str
+) -> None:
+    """In the dialect of the path, once; a bug is a mishap, and its text stays here."""
+    catalogue = Catalogue()
+    catalogue.error = error
+    async with catalogue.staged() as stage:
+        wire = await Wire.connect(stage.port)
+        wire.writer.write(b"GET /api/tags HTTP/1.1\r\n" + HOST + b"\r\n")
+        reply = await wire.reply()
+        assert reply.status == status
+        assert b"inside knowledge" not in reply.body
+        catalogue.error = None
+        wire.writer.write(b"GET /api/tags HTTP/1.1\r\n" + HOST + b"\r\n")
+        assert (await wire.reply()).status == 200
+        wire.close()
+        assert [told.outcome for told in stage.ended] == [outcome, "ok"]
+        mishaps = [event.error for event in stage.events if isinstance(event, Mishap)]
+        assert mishaps == (["LookupError: inside knowledge"] if status == 500 else [])
 
 
-def test_hooks_are_still_called_as_we_override_them() -> None:
-    """A method that aiohttp no longer calls, or calls with other arguments, would do nothing."""
-    assert list(inspect.signature(web.BaseRequest._prepare_hook).parameters) == ["self", "response"]
-    wanted = list(inspect.signature(RequestHandler.handle_error).parameters)
-    assert list(inspect.signature(subject._Connection.handle_error).parameters) == wanted
-    for name in ("connection_made", "data_received", "connection_lost"):
-        assert callable(getattr(RequestHandler, name))
+async def test_a_line_end_in_a_header_is_a_bug_that_stays_here() -> None:
+    """The client gets a legible refusal without it."""
+    catalogue = Catalogue()
+    catalogue.kind = "text/plain\r\nX-Evil: 1"
+    async with catalogue.staged() as stage:
+        reply = await stage.ask("/api/tags")
+        assert (reply.status, reply.get("x-evil")) == (500, None)
+        (mishap,) = [event for event in stage.events if isinstance(event, Mishap)]
+        assert "line end" in mishap.error
 
 
-async def test_the_server_hands_its_settings_to_each_connection() -> None:
-    """`_kwargs` of aiohttp's server hold them."""
-    front: Any = SimpleNamespace(handle=hello, malformed=None)
-    server = make_server(front, keepalive_s=75.0, head_timeout_s=3.0, max_header=1000)
-    connection = server()
-    assert isinstance(connection, subject._Connection)
-    assert (connection.keepalive_timeout, connection.head_timeout_s) == (75.0, 3.0)
-    assert (connection.max_field_size, connection.max_headers) == (1000, 128)
-    assert connection._max_head == 4000
-    assert server.handler_cancellation
+@both
+async def test_who_asks_and_never_reads_is_not_told_for_ever() -> None:
+    """What is held for it is bounded: beyond that its requests wait, and then its bytes."""
+    catalogue = Catalogue(300_000)
+    async with catalogue.staged() as stage:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, ("127.0.0.1", stage.port))
+            asked = b"GET /api/tags HTTP/1.1\r\n" + HOST + b"\r\n"
+            for _ in range(20):
+                with suppress(BlockingIOError):
+                    sock.send(asked * 20)
+                for _ in range(5):
+                    await asyncio.sleep(0.001)
+            held = [exchange.outlet for exchange in stage.front.running]
+            assert len(held) == 1
+            assert held[0].is_held_up
+            transport = held[0].request.transport
+            assert transport is not None
+            assert transport.get_write_buffer_size() < 2 * len(catalogue.body)
+            assert len(stage.ended) < 20
+        await until(lambda: not stage.front.running)
+        assert stage.ended[-1].outcome == "client_abort"
+
+
+@virtual
+async def test_who_reads_late_gets_all_that_it_asked_for() -> None:
+    """In order, through the same waiting; meanwhile nothing was cut."""
+    catalogue = Catalogue(300_000)
+    async with catalogue.staged() as stage:
+        wire = await Wire.connect(stage.port)
+        wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        asked = b"GET /api/tags HTTP/1.1\r\n" + HOST + b"\r\n"
+        wire.writer.write(asked * 60)
+        await asyncio.sleep(50.0)
+        wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        for _ in range(60):
+            assert (await wire.reply()).body == catalogue.body
+        wire.close()
+        assert [told.outcome for told in stage.ended] == ["ok"] * 60
+
+
+class Ticking:
+    """A reply that wants to be looked after."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def tick(self, now: float) -> None:
+        """Note when."""
+        self.at.append(now)
+
+
+@virtual
+async def test_what_runs_is_looked_after_twice_a_second() -> None:
+    """By one timer for all, which rests while nothing runs."""
+    ticking, go = Ticking(), asyncio.Event()
+
+    async def slow(exchange: Exchange) -> web.StreamResponse:
+        exchange.reply = ticking
+        await go.wait()
+        return web.Response(body=b"ok")
+
+    async with staged(slow) as stage:
+        for _ in range(2):
+            go.clear()
+            ticking.at.clear()
+            wire = await stage.begin("/")
+            await until(lambda: bool(stage.front.running))
+            await asyncio.sleep(10.0)
+            go.set()
+            assert (await wire.reply()).status == 200
+            wire.close()
+            assert 19 <= len(ticking.at) <= 21
+            gaps = [b - a for a, b in pairwise(ticking.at)]
+            assert gaps == pytest.approx([0.5] * len(gaps), abs=0.01)
+            count = len(ticking.at)
+            await asyncio.sleep(10.0)
+            assert len(ticking.at) == count
+            assert stage.front._ticking is None
+
+
+# -- who asks again -------------------------------------------------------------------------------
+
+
+@virtual
+async def test_who_asks_again_in_the_same_words_is_known_for_a_second() -> None:
+    """On its own connection; another word, another rule, or time, and the door is asked anew."""
+    catalogue = Catalogue()
+    async with catalogue.staged() as stage:
+        wire, door = await Wire.connect(stage.port), stage.door
+
+        async def ask(headers: bytes = b"", method: bytes = b"GET") -> int:
+            wire.writer.write(method + b" /api/tags HTTP/1.1\r\n" + HOST + headers + b"\r\n")
+            await wire.reply(method.decode())
+            return door.asked
+
+        assert await ask(b"X-Request-Id: 1\r\n") == 1
+        assert await ask(b"X-Request-Id: 2\r\n") == 1
+        assert await ask(b"x-request-id: 2\r\n") == 2
+        assert await ask(b"X-Api-Key: 1\r\n") == 3
+        assert await ask(b"X-Api-Key: 2\r\n") == 4
+        assert await ask(b"X-Api-Key: 2\r\n", b"HEAD") == 5
+        assert await ask(b"X-Api-Key: 2\r\n", b"HEAD") == 5
+        door.discreet = True
+        assert await ask(b"X-Api-Key: 2\r\n", b"HEAD") == 6
+        await asyncio.sleep(1.1)
+        assert await ask(b"X-Api-Key: 2\r\n", b"HEAD") == 7
+        assert await ask(b"X-Refuse: no\r\n") == 8
+        assert await ask(b"X-Refuse: no\r\n") == 9, "who was refused is not remembered"
+        wire.close()
+        assert {told.key for told in stage.ended[:-2]} == {"somebody"}
+        assert {told.client for told in stage.ended[:-2]} == {"192.0.2.1"}
+        other = await Wire.connect(stage.port)
+        other.writer.write(b"GET /api/tags HTTP/1.1\r\n" + HOST + b"\r\n")
+        await other.reply()
+        other.close()
+        assert door.asked == 10
+
+
+@virtual
+async def test_who_is_known_is_still_refused_what_is_not_for_it() -> None:
+    """A drain, a circle and a role are asked for each request."""
+    draining = [False]
+    catalogue = Catalogue()
+    async with catalogue.staged(is_draining=lambda: draining[0]) as stage:
+        wire = await Wire.connect(stage.port)
+        asked = b"GET /api/tags HTTP/1.1\r\n" + HOST + b"Via: 1.1 token-2\r\n\r\n"
+        wire.writer.write(asked)
+        assert (await wire.reply()).status == 200
+        draining[0] = True
+        wire.writer.write(asked)
+        assert (await wire.reply()).status == 503
+        wire.close()
+        draining[0] = False
+        for _ in range(2):
+            assert (await stage.ask("/api/tags", headers=b"Via: 1.1 token-1\r\n")).status == 508
+
+
+# -- late refusals --------------------------------------------------------------------------------
 
 
 async def test_a_refusal_raised_late_keeps_its_shape() -> None:
