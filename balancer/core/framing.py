@@ -421,18 +421,23 @@ def _is_closed(body: bytes) -> bool:
 
 
 def _usage(doc: dict[str, Any]) -> Usage:
-    told = _mapping(doc.get("usage")) or _mapping(_mapping(doc.get("response")).get("usage"))
-    tokens_in = _count(told.get("prompt_tokens", told.get("input_tokens")))
-    tokens_out = _count(told.get("completion_tokens", told.get("output_tokens")))
-    if tokens_in or tokens_out:  # completions put a usage of zeros on every chunk
-        return Usage(tokens_in, tokens_out)
+    told = doc.get("usage")
+    if told is None:
+        told = _mapping(doc.get("response")).get("usage")
+    if type(told) is dict:
+        tokens_in = _count(told.get("prompt_tokens", told.get("input_tokens")))
+        tokens_out = _count(told.get("completion_tokens", told.get("output_tokens")))
+        if tokens_in or tokens_out:  # completions put a usage of zeros on every chunk
+            return Usage(tokens_in, tokens_out)
+    if "total_duration" not in doc and "eval_count" not in doc and "prompt_eval_count" not in doc:
+        return _NO_USAGE
     return Usage(
         _count(doc.get("prompt_eval_count")),
         _count(doc.get("eval_count")),
-        load_s=_seconds(doc.get("load_duration")),
-        prompt_s=_seconds(doc.get("prompt_eval_duration")),
-        decode_s=_seconds(doc.get("eval_duration")),
-        total_s=_seconds(doc.get("total_duration")),
+        _seconds(doc.get("load_duration")),
+        _seconds(doc.get("prompt_eval_duration")),
+        _seconds(doc.get("eval_duration")),
+        _seconds(doc.get("total_duration")),
     )
 
 

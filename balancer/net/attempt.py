@@ -22,6 +22,7 @@ from balancer.net.upstream import Handle, Sink
 HOLD_WHOLE: Final = 8 * 1024 * 1024  # larger answers commit and stream on
 HOLD_ERROR: Final = 1024 * 1024
 HIGH_WATER: Final = 64 * 1024
+_JSON, _NDJSON, _SSE = Framing.JSON, Framing.NDJSON, Framing.SSE  # each lookup of one is dear
 
 
 class Attempt:
@@ -36,56 +37,33 @@ class Attempt:
         revoked: Why the pool took the backend away, if it did.
         received: Bytes of body so far.
         complete: The body ended cleanly.
+        sent_at, head_at, first_byte_at: Monotonic seconds.
     """
 
-    __slots__ = (
-        "_call",
-        "_clock",
-        "_decided",
-        "_held",
-        "_lease",
-        "_on_decided",
-        "_opening",
-        "_parts",
-        "_paused",
-        "complete",
-        "content_type",
-        "failure",
-        "first_byte_at",
-        "framing",
-        "handle",
-        "head_at",
-        "headers",
-        "opened",
-        "received",
-        "revoked",
-        "sent_at",
-        "status",
-    )
+    status = 0
+    headers: Sequence[tuple[str, str]] = ()
+    content_type = ""
+    framing = Framing.JSON
+    opened: Opened | None = None
+    failure: Failure | None = None
+    revoked: Judgement | None = None
+    received = 0
+    complete = False
+    handle: Handle | None = None
+    head_at: float | None = None
+    first_byte_at: float | None = None
+    _decided = False
+    _on_decided: Callable[[], None] | None = None
+    _held = 0
+    _opening: Opening | None = None
+    _paused = False
 
     def __init__(self, call: Call, lease: Lease, clock: Callable[[], float]) -> None:
         self._call = call
         self._lease = lease
         self._clock = clock
-        self._decided = False
-        self._on_decided: Callable[[], None] | None = None
         self._parts: list[bytes] = []
-        self._held = 0
-        self._opening: Opening | None = None
-        self._paused = False
-        self.handle: Handle | None = None
-        self.status = 0
-        self.headers: Sequence[tuple[str, str]] = ()
-        self.content_type = ""
-        self.framing = Framing.JSON
-        self.opened: Opened | None = None
-        self.failure: Failure | None = None
-        self.revoked: Judgement | None = None
-        self.received = 0
-        self.complete = False
         self.sent_at = clock()
-        self.head_at: float | None = None
-        self.first_byte_at: float | None = None
         lease.on_revoke = self._revoke
 
     # -- the sink ------------------------------------------------------------------------------
@@ -94,10 +72,13 @@ class Attempt:
         """The answer's head."""
         self.status, self.headers = status, headers
         self.head_at = self._clock()
-        self.content_type = next((v for k, v in headers if k.lower() == "content-type"), "")
-        self.framing = framing_of(self.content_type)
-        if status == 200 and self.framing is not Framing.JSON:
-            self._opening = Opening(self.framing, self._call.route.dialect)
+        for name, value in headers:
+            if name.lower() == "content-type":
+                self.content_type = value
+                break
+        framing = self.framing = framing_of(self.content_type)
+        if status == 200 and framing is not _JSON:
+            self._opening = Opening(framing, self._call.route.dialect)
 
     def data(self, data: bytes) -> None:
         """Bytes of the body."""
@@ -202,5 +183,5 @@ def _resolve(future: asyncio.Future[None]) -> None:
 def framing_of(content_type: str) -> Framing:
     """How a body of that content type is framed."""
     if content_type.startswith("application/x-ndjson"):
-        return Framing.NDJSON
-    return Framing.SSE if content_type.startswith("text/event-stream") else Framing.JSON
+        return _NDJSON
+    return _SSE if content_type.startswith("text/event-stream") else _JSON

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from balancer.core.domain import Purpose
 from balancer.core.errors import BalancerError
@@ -22,6 +23,7 @@ from balancer.net.bodies import too_large
 from balancer.net.proxy import Course, Proxy
 from balancer.net.server import Exchange, Handed
 
+_RUN: Final = Purpose.RUN
 Done = Callable[[Exchange], None]
 Pass = Callable[[Handed], None]
 
@@ -51,7 +53,7 @@ class Direct:
         exchange.hold = proxy.memory.hold(len(body))
         call = proxy.identify(exchange, body)
         if (
-            call.purpose is not Purpose.RUN
+            call.purpose is not _RUN
             or call.deadline is not None
             or call.route.optional
             or proxy.stopping

@@ -70,14 +70,10 @@ class Forwarding:
 
     def __call__(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
         """The client's headers that go up, and ours."""
-        visitor = exchange.visitor
-        if visitor is None:
-            return (*self._sorted(exchange), ("X-Request-Id", exchange.id))
-        if visitor.upward is None:
-            visitor.upward = self._sorted(exchange)
-        return (*visitor.upward, ("X-Request-Id", exchange.id))
+        return (*self.kept(exchange), ("X-Request-Id", exchange.id))
 
-    def _sorted(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
+    def kept(self, exchange: Exchange) -> tuple[tuple[str, str], ...]:
+        """The same but for what differs from one request to the next."""
         headers = exchange.request.headers
         lines = ",".join(headers.getall("Connection", ())).lower()
         named = () if lines in _USUAL else {name.strip() for name in lines.split(",")}

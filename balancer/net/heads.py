@@ -4,6 +4,7 @@ The head of a request to a backend, as bytes.
 Laws:
 - What frames a message and what concerns one connection alone is ours: a caller's header of that
   name is left out. Exactly one Content-Length, of the bytes that are sent; never another framing.
+- A caller's headers that are the very ones of the last time are not looked at again.
 - The backend's own headers stand instead of a caller's of the same name.
 - No control character gets out but the line ends that we write.
 """
@@ -29,9 +30,15 @@ OURS: Final = frozenset(
         "trailer",
         "transfer-encoding",
         "upgrade",
+        "x-request-id",
     }
 )
 _CONTROLS: Final = bytes([*range(9), *range(10, 32), 127])  # a tab is none
+
+
+_NOT_PLAIN: Final = "a space or a control character in the head of a request"
+REMEMBERED: Final = 64  # clients' headers, a few hundred bytes each
+Pairs = tuple[tuple[str, str], ...]
 
 
 class Heads:
@@ -43,6 +50,9 @@ class Heads:
         self._withheld = OURS | {name.lower() for name, _ in target.headers}
         own = [("Host", url.host_port_subcomponent or ""), *target.headers]
         self._own = [f"{name}: {value}" for name, value in own]
+        self._names_calls = "x-request-id" not in (name.lower() for name, _ in target.headers)
+        # By identity, which is what a client keeps that sends the same head again.
+        self._known: dict[int, tuple[Pairs, bytes]] = {}
 
     def of(self, call: Call, *, keep: bool) -> bytes:
         """
@@ -54,19 +64,44 @@ class Heads:
         Raises:
             ValueError: It holds a character that it must not.
         """
-        route, withheld = call.route, self._withheld
+        route = call.route
         query = f"?{call.query}" if call.query else ""
         first = f"{route.method} {self._prefix}{route.path}{query} HTTP/1.1"
-        lines = [first, *self._own]
-        for name, value in call.headers:
-            if name.lower() not in withheld:
-                lines.append(f"{name}: {value}")
+        if first.count(" ") != 2:
+            raise ValueError(_NOT_PLAIN)
+        last = f"Content-Length: {len(call.body)}\r\n\r\n"
+        line_ends = 2
+        if self._names_calls:
+            last, line_ends = f"X-Request-Id: {call.id}\r\n{last}", 3
         if not keep:
-            lines.append("Connection: close")
-        lines.append(f"Content-Length: {len(call.body)}\r\n\r\n")
-        head = "\r\n".join(lines).encode("utf-8", "surrogateescape")
-        # Counting the control characters finds any that is not one of our line ends.
-        clean = head.translate(None, _CONTROLS)
-        if len(head) - len(clean) != 2 * len(lines) + 2 or first.count(" ") != 2:
-            raise ValueError("a control character in the head of a request")
-        return head
+            last, line_ends = f"Connection: close\r\n{last}", line_ends + 1
+        middle = self._middle(call.headers)
+        return b"%b\r\n%b%b" % (_clean(first, 0), middle, _clean(last, line_ends))
+
+    def _middle(self, headers: Pairs) -> bytes:
+        """What does not differ from one request of a client to the next."""
+        known = self._known.get(id(headers))
+        if known is not None and known[0] is headers:
+            return known[1]
+        lines = list(self._own)
+        for name, value in headers:
+            if name.lower() not in self._withheld:
+                lines.append(f"{name}: {value}")
+        middle = _clean("\r\n".join([*lines, ""]), len(lines))
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        self._known[id(headers)] = headers, middle
+        return middle
+
+
+def _clean(text: str, line_ends: int) -> bytes:
+    """
+    As bytes.
+
+    Raises:
+        ValueError: It holds a control character beside so many line ends.
+    """
+    written = text.encode("utf-8", "surrogateescape")
+    if len(written) - len(written.translate(None, _CONTROLS)) != 2 * line_ends:
+        raise ValueError(_NOT_PLAIN)
+    return written

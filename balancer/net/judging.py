@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from balancer.core import names, verdicts
 from balancer.core.dialect import relayed
@@ -19,6 +20,9 @@ from balancer.core.verdicts import Judgement
 from balancer.net.attempt import Attempt
 from balancer.net.relay import STOPPING
 
+FINE: Final = Judgement(Verdict.OK)
+_NOTHING: Final = Usage()  # told of what it took
+
 
 def judge(
     call: Call, attempt: Attempt, *, remote: bool, stopping: bool
@@ -31,23 +35,23 @@ def judge(
         stopping: A connection that ends now was ended by us.
     """
     if attempt.revoked is not None:
-        return attempt.revoked, None, Usage()
+        return attempt.revoked, None, _NOTHING
     if attempt.failure is not None and (attempt.status in (0, 200)):
         if stopping:
-            return STOPPING, None, Usage()
+            return STOPPING, None, _NOTHING
         received = attempt.received
         judged = verdicts.of_failure(attempt.failure, committed=False, received=received)
-        return judged, None, Usage()
+        return judged, None, _NOTHING
     if attempt.status != 200 and not attempt.complete:
         text = f"HTTP {attempt.status} with an endless error"
-        return Judgement(Verdict.UNCLEAR, text=text), None, Usage()
+        return Judgement(Verdict.UNCLEAR, text=text), None, _NOTHING
     body = attempt.take()
     answer = Answer(attempt.status, attempt.content_type, body)
     if attempt.status != 200:
         judged = verdicts.of_answer(call.route, attempt.status, body, remote=remote)
         if judged.verdict is Verdict.FAULT:
-            return judged, None, Usage()
-        return judged, answer, Usage()
+            return judged, None, _NOTHING
+        return judged, answer, _NOTHING
     is_json = "json" in attempt.content_type
     if call.route.operation in FREE_FORM and not (body and is_json):
         return _judge_freely(call.route, answer)
@@ -55,8 +59,8 @@ def judge(
         return _judge_opened(attempt, answer, remote=remote)
     ending = json_terminal(call.route, body)
     if not body or not ending.whole:
-        return Judgement(Verdict.FAULT, text="sent an answer that is not whole"), None, Usage()
-    return Judgement(Verdict.OK), answer, ending.usage
+        return Judgement(Verdict.FAULT, text="sent an answer that is not whole"), None, _NOTHING
+    return FINE, answer, ending.usage
 
 
 def _judge_opened(
@@ -64,11 +68,11 @@ def _judge_opened(
 ) -> tuple[Judgement, Answer | None, Usage]:
     opened = attempt.opened
     if opened is not None and opened.kind == "error":
-        return verdicts.of_record(opened.error_text, remote=remote), answer, Usage()
+        return verdicts.of_record(opened.error_text, remote=remote), answer, _NOTHING
     if opened is not None and opened.blank_model:
         text = "lost its runner before the first token"
-        return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, Usage()
-    return Judgement(Verdict.FAULT, text="ended its answer without a record"), None, Usage()
+        return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, _NOTHING
+    return Judgement(Verdict.FAULT, text="ended its answer without a record"), None, _NOTHING
 
 
 def outcome_of(
@@ -107,9 +111,9 @@ def outcome_of(
 def _judge_freely(route: Route, answer: Answer) -> tuple[Judgement, Answer | None, Usage]:
     """A whole answer of any type; a transcription of no bytes is how Ollama tells a crash."""
     if answer.body or route.operation == OTHER:
-        return Judgement(Verdict.OK), answer, Usage()
+        return FINE, answer, _NOTHING
     text = "lost its runner: it answered nothing"
-    return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, Usage()
+    return Judgement(Verdict.UNFIT, 1, crash=True, text=text), None, _NOTHING
 
 
 def in_dialect(answer: Answer | None, dialect: Dialect) -> Answer | None:

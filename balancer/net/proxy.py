@@ -14,6 +14,7 @@ dead, that of `reply`; a first attempt that needs no waiting, that of `direct`.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,8 +54,10 @@ from balancer.net.relay import Relay, resolving
 from balancer.net.reply import Reply
 from balancer.net.server import Exchange
 from balancer.net.upstream import Upstream
+from balancer.net.visitor import Asked
 
 MAX_DEADLINE_S: Final = 3600.0
+_OK: Final = Verdict.OK
 # Nobody serves the model; another may do instead.
 _LOST: Final = (NoBackend, AttemptsExhausted, UnknownModel, Forbidden)
 RELAYED: Final = frozenset({"content-type", "cache-control"})
@@ -279,30 +282,38 @@ class Proxy:
         route = exchange.route
         if route is None:
             raise BadRequest("no route")
-        request = exchange.request
-        query = request.raw_path.partition("?")[2]
-        told: Body = read(route, body, request.headers.get("Content-Type", ""), query)
-        limits = [s for s in (self.settings.total_s, _wanted_s(exchange)) if s is not None]
+        query = exchange.request.raw_path.partition("?")[2]
+        visitor = exchange.visitor
+        asked = None if visitor is None else visitor.asked
+        if asked is None:
+            kind = exchange.request.headers.get("Content-Type", "")
+            asked = Asked(self.forwarded.kept(exchange), kind, _wanted_s(exchange))
+            if visitor is not None:
+                visitor.asked = asked
+        told: Body = read(route, body, asked.content_type, query)
         exchange.streaming = told.streaming
         exchange.use(told.model, told.key.model)
+        total_s, arrived_at = asked.limit_s, exchange.started_at
+        if self.settings.total_s is not None:
+            total_s = min(self.settings.total_s, total_s or math.inf)
         return Call(
-            id=exchange.id,
-            route=route,
-            model=told.model,
-            key=told.key,
-            streaming=told.streaming,
-            purpose=told.purpose,
-            replayable=route.replayable and not told.name.cloud and not self.memory.is_over,
-            principal=exchange.principal,
-            arrived_at=exchange.started_at,
-            deadline=exchange.started_at + min(limits) if limits else None,
-            body=body,
-            headers=self.forwarded(exchange),
-            query=query,
-            keep_alive=told.keep_alive,
-            prompt_tokens=told.prompt_tokens,
-            output_tokens=told.output_tokens,
-            embedding=route.operation in EMBEDDING,
+            exchange.id,
+            route,
+            told.model,
+            told.key,
+            told.streaming,
+            told.purpose,
+            route.replayable and not told.name.cloud and not self.memory.is_over,
+            exchange.principal,
+            arrived_at,
+            None if total_s is None else arrived_at + total_s,
+            body,
+            asked.upward,
+            query,
+            told.keep_alive,
+            told.prompt_tokens,
+            told.output_tokens,
+            route.operation in EMBEDDING,
         )
 
     def _meant(self, exchange: Exchange, call: Call) -> list[Call]:
@@ -482,7 +493,7 @@ class Proxy:
         lease.settle(outcome_)
         if attempt.handle is not None:
             attempt.handle.abort()
-        if judgement.verdict is Verdict.OK and answer is not None:
+        if judgement.verdict is _OK and answer is not None:
             exchange.usage = usage
             exchange.first_byte_s = self.clock() - exchange.started_at
             self._whole(exchange, course, answer)

@@ -15,7 +15,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -66,56 +66,75 @@ class Ticked(Protocol):
         """It is *now*."""
 
 
-@dataclass(slots=True, eq=False)
 class Exchange:
     """
     One request on its way through, with what its `CallEnded` will tell.
+
+    What most requests never set stands in the class: an instance has only what is its own.
 
     Args:
         outlet: Where an answer goes that aiohttp does not write.
         path: By which it is routed, a key in front of it taken off.
         shown: The path for people, a key in it made unreadable.
+        extra: Headers of every answer.
+
+    Attributes:
+        argument: What stood in the route's ``{name}``.
+        alias: Under which the model was asked for.
         discreet: The caller is not told which backends there are.
         hold: What its body takes of the memory for bodies.
         visitor: Who asks, where it is known that what is found out of it is good for long.
         reply: The answer that is under way, if it is one that wants to be looked after.
+        watching: A page that only looks on: a stop does not wait for it.
     """
 
-    request: Request
-    outlet: Outlet
-    id: str
-    path: str
-    started_at: float
-    dialect: Dialect
     route: Route | None = None
-    argument: str = ""  # what stood in the route's {name}
-    shown: str = ""
+    argument = ""
     principal: Principal = NOBODY
-    discreet: bool = False
-    client: str = ""
+    discreet = False
+    client = ""
     cors: tuple[tuple[str, str], ...] = ()
-    endpoint: str = "other"
-    status: int = 0
-    outcome: str = ""
-    model: str = ""
-    alias: str = ""  # under which it was asked for
-    backend: str = ""
-    attempts: int = 0
-    why: str = ""
-    queue_s: float = 0.0
+    endpoint = "other"
+    status = 0
+    outcome = ""
+    model = ""
+    alias = ""
+    backend = ""
+    attempts = 0
+    why = ""
+    queue_s = 0.0
     first_byte_s: float | None = None
-    upstream_s: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    usage: Usage = field(default_factory=Usage)
-    phase: str = ""
-    error: str = ""
-    streaming: bool = False
-    extra: Mapping[str, str] = field(default_factory=dict)
+    upstream_s = 0.0
+    bytes_in = 0
+    bytes_out = 0
+    usage: Usage = Usage()
+    phase = ""
+    error = ""
+    streaming = False
     visitor: Visitor | None = None
     hold: Hold | None = None
     reply: Ticked | None = None
-    watching: bool = False  # a page that only looks on: a stop does not wait for it
+    watching = False
+
+    def __init__(
+        self,
+        request: Request,
+        outlet: Outlet,
+        request_id: str,
+        path: str,
+        started_at: float,
+        dialect: Dialect,
+        shown: str = "",
+        extra: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.request = request
+        self.outlet = outlet
+        self.id = request_id
+        self.path = path
+        self.started_at = started_at
+        self.dialect = dialect
+        self.shown = shown
+        self.extra = extra
 
     def headers(self) -> dict[str, str]:
         """The headers that every answer carries."""
@@ -255,6 +274,7 @@ class Front:
         self._known = dict(known)
         self._take = take
         self._ticking: asyncio.TimerHandle | None = None
+        self._at_once: dict[tuple[str, str], tuple[Route, Known | None]] = {}
         self._new_id = new_id
         self._extra_headers = extra_headers
         self._exact: dict[str, dict[str, Route]] = {}
@@ -268,6 +288,9 @@ class Front:
             stem, brace, _ = route.path.partition("{")
             table = prefixes if brace else self._exact
             table.setdefault(stem, {})[route.method] = route
+            known = self._known.get(route.operation)
+            if not brace and (known is not None or (self._take and route.kind is Kind.ONE)):
+                self._at_once[route.method, stem] = route, known
         self._prefixed = list(prefixes.items())
 
     def busy(self) -> int:
@@ -279,18 +302,13 @@ class Front:
     def at_once(self, request: Request) -> bool:
         """Answer one request on the spot, or begin to; see `listener.Answering`."""
         target = request.raw_path
-        methods = self._exact.get(target.partition("?")[0])
-        route = None if methods is None else methods.get(request.method)
-        if route is None or not target.isascii() or "#" in target or "Expect" in request.headers:
+        found = self._at_once.get((request.method, target.partition("?")[0]))
+        if found is None or not target.isascii() or "#" in target or "Expect" in request.headers:
             return False
-        known, body = self._known.get(route.operation), b""
-        if known is None:
-            at_hand = (
-                body_at_hand(request, SMALL) if self._take and route.kind is Kind.ONE else None
-            )
-            if at_hand is None:
-                return False
-            body = at_hand
+        route, known = found
+        body = b"" if known is not None else body_at_hand(request, SMALL)
+        if body is None:
+            return False
         exchange = self._begun(request, route.path, route.path, route.dialect)
         try:
             self._recognise(exchange)
@@ -370,8 +388,8 @@ class Front:
             path,
             self._clock(),
             dialect,
-            shown=shown,
-            extra=self._extra_headers,
+            shown,
+            self._extra_headers,
         )
         self.running.add(exchange)
         if self._ticking is None:

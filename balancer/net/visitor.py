@@ -25,6 +25,21 @@ _OWN: Final = frozenset({b"content-length", b"x-request-id"})
 Raw = tuple[tuple[bytes, bytes], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """
+    What a head says of the calls behind it.
+
+    Args:
+        upward: The headers that go up.
+        limit_s: The client's own time limit, seconds; None: none.
+    """
+
+    upward: tuple[tuple[str, str], ...]
+    content_type: str
+    limit_s: float | None
+
+
 @dataclass(slots=True, eq=False)
 class Visitor:
     """
@@ -36,7 +51,7 @@ class Visitor:
         rules: What decided on it, compared by identity.
         until: When it is to be looked at again, monotonic seconds.
         cors: Headers that its answers need.
-        upward: Its headers that go up, once they have been sorted out.
+        asked: What else its head says, once somebody has read it.
     """
 
     raw: Raw
@@ -45,7 +60,7 @@ class Visitor:
     until: float
     admitted: Admitted
     cors: tuple[tuple[str, str], ...]
-    upward: tuple[tuple[str, str], ...] | None = None
+    asked: Asked | None = None
 
     def is_again(self, raw: Raw, method: str, rules: tuple[object, ...], now: float) -> bool:
         """Whether a request with that head comes from the same, and may come in as before."""

@@ -13,18 +13,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
-import uvloop
 
 from balancer.core.events import Event
 from balancer.net.tasks import Tasks
 from balancer.net.upstream import ClientUpstream, Handle, Target
+from tests.loops import LOOPS
 from tests.net.parts import FakeLease, Tape, a_call
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
-    "asyncio": asyncio.new_event_loop,
-    "uvloop": uvloop.new_event_loop,
-}
 
 
 def both(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

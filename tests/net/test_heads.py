@@ -50,6 +50,7 @@ def test_the_whole_head() -> None:
         "Authorization: Bearer x\r\n"
         "Accept: */*\r\n"
         "X-Mine: ü\r\n"
+        "X-Request-Id: r1\r\n"
         "Content-Length: 2\r\n\r\n"
     )
     assert b"Connection: close\r\n" in head(keep=False)
@@ -75,7 +76,28 @@ def test_what_frames_a_message_is_ours() -> None:
     theirs = (("x-KEY", "theirs"), *((name.title(), "theirs") for name in OURS))
     told = Read(head(Target("http://gpu:1", headers=(("X-Key", "ours"),)), headers=theirs))
     assert sorted(told.headers) == [(b"Content-Length", b"2"), (b"Host", b"gpu:1"),
-                                    (b"X-Key", b"ours")]  # fmt: skip
+                                    (b"X-Key", b"ours"), (b"X-Request-Id", b"r1")]  # fmt: skip
+
+
+def test_a_call_has_one_id() -> None:
+    """Its own, or what the operator wrote for the backend; never a caller's, never two."""
+    told = Read(head(headers=(("x-request-ID", "theirs"),)))
+    assert [value for name, value in told.headers if name == b"X-Request-Id"] == [b"r1"]
+    written = Target("http://gpu:1", headers=(("X-REQUEST-ID", "fixed"),))
+    names = [name for name, _ in Read(head(written)).headers if name.lower() == b"x-request-id"]
+    assert names == [b"X-REQUEST-ID"]
+    with pytest.raises(ValueError, match="control character"):
+        head(id="r1\r\nX: y")
+
+
+def test_the_same_headers_again_are_the_same_bytes() -> None:
+    """Known by being the very same object: equal ones of another caller are made anew."""
+    heads = Heads(Target("http://gpu:1"))
+    mine, other = tuple([("X", "a")]), tuple([("X", "b")])
+    for headers, value in ((mine, b"a"), (other, b"b"), (mine, b"a")):
+        assert b"\r\nX: " + value in heads.of(a_call(headers=headers), keep=True)
+    for n in range(200):  # however many callers there are, and however soon their tuples die
+        assert f"X: {n}\r\n".encode() in heads.of(a_call(headers=(("X", str(n)),)), keep=True)
 
 
 @pytest.mark.parametrize("wrong", ["\r", "\n", "\r\n", "\0", "\x7f", "\x1f", "a\r\nX: y"])
@@ -106,7 +128,7 @@ def test_a_get_has_a_length_too() -> None:
     call = a_call(body=b"", headers=())
     object.__setattr__(call, "route", routes.find("GET", "/api/tags"))
     told = Heads(Target("http://gpu:1")).of(call, keep=True)
-    assert told == b"GET /api/tags HTTP/1.1\r\nHost: gpu:1\r\nContent-Length: 0\r\n\r\n"
+    assert told == b"GET /api/tags HTTP/1.1\r\nHost: gpu:1\r\nX-Request-Id: r1\r\nContent-Length: 0\r\n\r\n"
 
 
 @given(
@@ -120,6 +142,6 @@ def test_nothing_gets_a_second_request_out(headers: list[tuple[str, str]], query
         return
     lines = told.split(b"\r\n")
     assert lines[-2:] == [b"", b""]
-    assert len(lines) <= 1 + 1 + len(headers) + 1 + 2
+    assert len(lines) <= 1 + 1 + len(headers) + 2 + 2
     assert told.count(b"\r") == told.count(b"\n") == len(lines) - 1
     assert b"\0" not in told

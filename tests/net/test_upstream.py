@@ -261,6 +261,7 @@ async def test_what_goes_up() -> None:
             "Content-Length": str(len(CHAT)),
             "Authorization": "Bearer secret",
             "X-T": "1",
+            "X-Request-Id": "r1",
         }
 
 
