@@ -151,7 +151,7 @@ class Balancer:
         self.reload = Reload(config, read or (lambda: config), self.apply, loop.time, self.bus)
         self._wire(config_file, extra_headers)
         self.discovery = Discovery(config, looked, self.upstream, self._found, loop.time, self.bus)
-        self.bus.subscribe(self.recent)
+        self.bus.subscribe(self.recent, Recent.KINDS)
         self.bus.subscribe(self._distrust, (BreakerMoved, HealthFlipped))
         for subscriber in subscribers:
             self.bus.subscribe(subscriber)
@@ -168,7 +168,8 @@ class Balancer:
         self.exchanges = Tasks(emit, clock)
         self.catalog = Catalog(clock, config.models.remember_s)
         self.catalog.aliases = aliases(config)
-        self.pool = Pool(pool_settings(config), self.catalog, clock, self._rng, emit)
+        hears = emit.hears
+        self.pool = Pool(pool_settings(config), self.catalog, clock, self._rng, emit, hears)
         self.upstream = ClientUpstream(targets(config), self.exchanges)
         self.prober = Prober(
             prober_settings(config), self.pool, self.upstream, self.tasks, clock, _wall, emit
@@ -182,6 +183,7 @@ class Balancer:
             self._timer.wake_at,
             self.prober.load,
             self.prober.unload,
+            hears,
         )
         self.prober.dispatcher = self.dispatcher
         self.pool.changed = self.dispatcher.kick
@@ -301,6 +303,7 @@ class Balancer:
         return Snapshot(
             backends=self.pool.snapshot(),
             queues=[QueueRow(model, len(s), max(s)) for model, s in waiting.items()],
+            attempts=self.dispatcher.grants,
             retry_refused=self.budget.refused,
             idle_connections=self.upstream.idle(),
             stale_connections=self.upstream.stale,

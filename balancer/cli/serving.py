@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -184,7 +184,7 @@ async def _serve(
             writer.hold()
         else:
             writer.log.info("starting", version=__version__, config_file=source.told)
-        balancer.bus.subscribe(writer)
+        balancer.bus.subscribe(writer, but=writer.unheard)
         balancer.bus.subscribe(notify, Notify.KINDS)
         try:
             await balancer.start()
@@ -372,10 +372,16 @@ class Writer:
         if isinstance(event, ConfigApplied):
             self.close()
             self._begin()
+            self._balancer.bus.subscribe(self, but=self.unheard)
         if self._held is not None:
             self._held.append(event)
         else:
             self._write(event)
+
+    @property
+    def unheard(self) -> Collection[type[Event]]:
+        """The events that are not written, as the configuration is now."""
+        return self._write.unheard
 
     def close(self) -> None:
         """Write what the log still holds; from now on it holds nothing."""

@@ -92,10 +92,12 @@ class _Tally:
         blamed = mark is BLAME
         self.blames_in_a_row = self.blames_in_a_row + weight if blamed else 0
         self.credits += not blamed
-        self._trim(rule, now)
-        if not self._buckets or now - self._buckets[-1].began_at >= rule.window_s / rule.buckets:
-            self._buckets.append(_Bucket(now))
-        bucket = self._buckets[-1]
+        buckets = self._buckets
+        if buckets and now - buckets[0].began_at >= rule.window_s:
+            self._trim(rule, now)
+        if not buckets or now - buckets[-1].began_at >= rule.window_s / rule.buckets:
+            buckets.append(_Bucket(now))
+        bucket = buckets[-1]
         bucket.outcomes += 1
         bucket.blames += blamed
         self.outcomes += 1

@@ -3,7 +3,7 @@ The conductor: tickets in, leases out.
 
 Laws:
 - Every change (submit, settle, flip, reload, timer) ends in `kick`, which lets the scheduler plan
-  and carries its effects out in the same turn.
+  and carries its effects out in the same turn. Where nobody waits there is nothing to plan.
 - A ticket is answered exactly once: granted, refused, or withdrawn by its owner.
 - Nothing here awaits; the shell hears through callbacks, which must not raise.
 - A call that comes when nobody waits, and can start, is granted without a pass: there is nothing
@@ -29,12 +29,11 @@ from balancer.core.errors import (
     UnknownModel,
     UnknownRoute,
 )
-from balancer.core.events import CallQueued, Emit, LeaseGranted
+from balancer.core.events import CallQueued, Emit, Hears, LeaseGranted, RetryGranted
 from balancer.core.pool import Lease, Pool, Prospect, ProspectKind, discreet
 from balancer.core.scheduler import (
     Commit,
     CommitRefused,
-    Fact,
     Load,
     LoadAnswered,
     Option,
@@ -46,6 +45,8 @@ from balancer.core.scheduler import (
 )
 
 MAX_PASSES: Final = 4
+# To look a member up in its enum takes longer than most of what is done with it here.
+WAITING, GRANTED = TicketState.WAITING, TicketState.GRANTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,10 @@ class Dispatcher:
         wake_at: Asks the shell to call `kick` at that instant (at the latest); inf: never.
         on_load: Asks the shell to carry out a detached load whose token was taken.
         on_unload: Asks the shell to unload a model.
+        hears: Whether first grants are to be told.
+
+    Attributes:
+        grants: Attempts begun so far, by the reason of each.
     """
 
     def __init__(
@@ -134,7 +139,10 @@ class Dispatcher:
         wake_at: Callable[[float], None],
         on_load: Callable[[Load], None],
         on_unload: Callable[[Unload], None],
+        hears: Hears = lambda _: True,
     ) -> None:
+        self.grants: dict[str, int] = {}
+        self._hears = hears
         self._pool = pool
         self._scheduler = scheduler
         self._admission = admission
@@ -148,7 +156,8 @@ class Dispatcher:
         self._planning = False
         self._again = False
         self._seen_version = -1
-        pool.note = self._note
+        self._is_timed = False  # the shell was asked to call
+        pool.note = scheduler.note
 
     @property
     def admission(self) -> Admission:
@@ -160,6 +169,7 @@ class Dispatcher:
         for ticket in self._scheduler.waiting():
             scheduler.enqueue(ticket)
         self._scheduler = scheduler
+        self._pool.note = scheduler.note
 
     def waiting(self) -> list[Ticket]:
         """All tickets that wait, in order."""
@@ -186,23 +196,24 @@ class Dispatcher:
             BalancerError: It cannot wait: queue full, model unknown, nobody can ever serve it.
         """
         now = self._clock()
-        limit_at = now + self._admission.limits.max_wait_s
-        if call.deadline is not None:
-            limit_at = min(limit_at, call.deadline)
+        limit_at, deadline = now + self._admission.limits.max_wait_s, call.deadline
+        if deadline is not None and deadline < limit_at:
+            limit_at = deadline
         is_new = seq is None and not attempts and not excluded
         if seq is None:
             seq = self._seq + 1
         ticket = Ticket(call, seq, excluded, attempts, now, limit_at)
-        is_alone = is_new and not self._owners and not self._planning and not _is_late(ticket, now)
-        if is_alone and self._begin(ticket, on_grant):
-            return ticket
+        if is_new and not self._owners and not self._planning:
+            is_late = deadline is not None and deadline <= now
+            if not is_late and self._begin(ticket, on_grant):
+                return ticket
         self._check(ticket)
         self._seq = max(self._seq, seq)
         self._owners[ticket] = _Owner(on_grant, on_refuse)
         self._admission.entered(call.key.model)
         self._scheduler.enqueue(ticket)
         self.kick()
-        if ticket.state is TicketState.WAITING:
+        if ticket.state is WAITING:
             self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
         return ticket
 
@@ -217,7 +228,7 @@ class Dispatcher:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             return False
         self._seq = ticket.seq
-        ticket.state = TicketState.GRANTED
+        ticket.state = GRANTED
         self._admission.passed()
         self._planning = True  # what the callback asks for comes after it, as in a pass
         try:
@@ -338,9 +349,13 @@ class Dispatcher:
 
     def kick(self) -> None:
         """Plan, and carry out what was planned; re-entrant calls are folded into one more pass."""
-        self._again = True
-        if not self._planning:
+        if self._planning:
+            self._again = True
+        elif self._owners or self._is_timed:
+            self._again = True
             self._plan(MAX_PASSES)
+        else:
+            self._seen_version = self._pool.version
 
     def _plan(self, passes: int) -> None:
         self._planning = True
@@ -353,15 +368,16 @@ class Dispatcher:
         finally:
             self._planning = False
         if self._again:  # enough for one turn of the loop
-            self._wake_at(self._clock())
+            self._wake(self._clock())
+
+    def _wake(self, at: float) -> None:
+        self._is_timed = at < math.inf
+        self._wake_at(at)
 
     def refuse_all(self, error: BalancerError) -> None:
         """Answer everybody who waits; for the end of a drain."""
         for ticket in list(self._owners):
             self._refuse(ticket, error)
-
-    def _note(self, fact: Fact) -> None:
-        self._scheduler.note(fact)
 
     def _pass(self, now: float) -> None:
         owners = self._owners
@@ -388,7 +404,7 @@ class Dispatcher:
             self._expire([t for t in owners if t.limit_at <= now], now)
             limits = [ticket.limit_at for ticket in owners]
             wake = min([wake, self._pool.next_change(now), *limits])
-        self._wake_at(wake)
+        self._wake(wake)
 
     def _commit(self, commit: Commit, now: float) -> None:
         ticket = commit.ticket
@@ -402,15 +418,18 @@ class Dispatcher:
             self._scheduler.enqueue(ticket)
             return
         owner = self._owners[ticket]
-        self._finish(ticket, TicketState.GRANTED)
+        self._finish(ticket, GRANTED)
         self._granted(ticket, lease, owner.on_grant, now)
 
     def _granted(
         self, ticket: Ticket, lease: Lease, on_grant: Callable[[Lease], None], now: float
     ) -> None:
-        call, name = ticket.call, lease.backend.name
-        waited_s = now - ticket.queued_at
-        self._emit(LeaseGranted(now, call.id, call.model, name, lease.number, waited_s, lease.why))
+        why, attempts = lease.why, ticket.attempts
+        self.grants[why] = self.grants.get(why, 0) + 1
+        if attempts or self._hears(LeaseGranted):
+            call, waited_s = ticket.call, now - ticket.queued_at
+            told = (now, call.id, call.model, lease.backend.name, lease.number, waited_s, why)
+            self._emit(RetryGranted(*told, attempts[-1]) if attempts else LeaseGranted(*told))
         on_grant(lease)
 
     def _why(self, commit: Commit) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from balancer.core.domain import BreakerState, Outcome, Switch, Usage, record
+from balancer.core.domain import Attempt, BreakerState, Outcome, Switch, Usage, record
 
 
 @record
@@ -41,6 +41,13 @@ class LeaseGranted(Event):
 
 
 @record
+class RetryGranted(LeaseGranted):
+    """A call got a slot once more. `after`: what came of its last attempt."""
+
+    after: Attempt
+
+
+@record
 class AttemptEnded(Event):
     """One try of a call ended and was settled."""
 
@@ -50,6 +57,11 @@ class AttemptEnded(Event):
     backend: str
     attempt: int
     outcome: Outcome
+
+
+@record
+class AttemptFailed(AttemptEnded):
+    """One that says something against the backend, or the way there."""
 
 
 @record
@@ -272,6 +284,8 @@ class Mishap(Event):
 
 
 Emit = Callable[[Event], None]
+# Whether anybody hears events of that kind: the everyday ones need not be made for nobody.
+Hears = Callable[[type[Event]], bool]
 
 
 @record

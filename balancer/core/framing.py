@@ -367,10 +367,19 @@ def _told(text: bytes, doc: dict[str, Any], *, complete: bool, whole: bool = Tru
         complete,
         whole,
         error_record=None if error is None else text.rstrip(b"\r\n"),
-        error_text=said if isinstance(said, str) else "" if said is None else json.dumps(said),
+        error_text=_written(said),
         blank_model=doc.get("model") == "",
         usage=_usage(doc),
     )
+
+
+def _written(said: Any) -> str:
+    if isinstance(said, str):
+        return said
+    try:
+        return "" if said is None else json.dumps(said)
+    except RecursionError:  # it could be read so deep, and no deeper
+        return ""
 
 
 def _parse(text: bytes) -> Any:

@@ -191,8 +191,16 @@ class Load:
         if not self._rests:
             return
         for key in (None, model):
-            if key in self._rests:
-                self._rests[key].level = max(0, self._rests[key].level - 1)
+            rest = self._rests.get(key)
+            if rest is not None:
+                rest.level = max(0, rest.level - 1)
+                if not rest.level and not self._left_s(key, self._clock()):
+                    del self._rests[key]  # as if it had never been
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is cooling off, or did of late: then time alone changes `cooling_s`."""
+        return bool(self._rests)
 
     def cooling_s(self, model: str | None) -> float:
         """Seconds it is still to be left alone, the longest of any model if None; 0: it is not."""

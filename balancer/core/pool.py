@@ -7,7 +7,8 @@ Laws:
 - Whatever is granted (slot, permits, load token) is settled exactly once, synchronously.
 - What may serve a call is correctness and is decided here; who among them does is the scheduler's.
 - What only the catalogue, the shape of the pool and the operator's switches can change is found
-  once for all calls alike (`_places`); all else is looked at for each call.
+  once for all calls alike (`_places`), and which of these are open as long as nothing moves that
+  could hinder one (`_moves`); how busy they are is looked at for each call.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from balancer.core.domain import (
     Outcome,
     PlacementKey,
     Residency,
+    Route,
     Switch,
     Verdict,
 )
 from balancer.core.events import (
     AttemptEnded,
+    AttemptFailed,
     BackendDrained,
     BreakerMoved,
     BreakersReset,
@@ -48,6 +51,7 @@ from balancer.core.events import (
     CheckEnded,
     Emit,
     HealthFlipped,
+    Hears,
     LoadEnded,
     LoadStarted,
     MemberJoined,
@@ -58,7 +62,7 @@ from balancer.core.events import (
 from balancer.core.health import Health
 from balancer.core.load import Load as Load_
 from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
-from balancer.core.verdicts import Facts, Judgement, is_cloud, marks
+from balancer.core.verdicts import HARMLESS, Facts, Judgement, is_cloud, marks
 from balancer.core.watchdog import Suspect, Watchdog
 
 # To look a member up in its enum takes longer than most of what is done with it here.
@@ -66,6 +70,7 @@ CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.H
 SERVING, DRAINING, DISABLED = Switch.SERVING, Switch.DRAINING, Switch.DISABLED
 LOADED, LOADING = Residency.LOADED, Residency.LOADING
 OK, UNFIT, MISSING = Verdict.OK, Verdict.UNFIT, Verdict.MISSING
+WELL: Final = marks(OK, Facts())
 CUT: Final = frozenset({Verdict.BROKEN, Verdict.STALLED})
 UNFIT_WINDOW_S: Final = 60.0
 ANSWERS_IN_S: Final = 60.0  # so long after it joined, a silent backend may yet have any model
@@ -159,14 +164,21 @@ class _Place:
     strange: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Places:
-    """All that hold what the calls need: model, route, right. In the order of the pool."""
+    """
+    All that hold what the calls need: model, route, right. In the order of the pool.
+
+    Args:
+        open: Those where nothing hinders a call, as of *moves*.
+    """
 
     all: tuple[_Place, ...]
     by_name: Mapping[str, _Place]
     any_strange: bool
     size_bytes: int
+    open: list[_Place] = field(default_factory=list)
+    moves: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +344,7 @@ class Pool:
         refresh: Told the name of a backend whose lists should be read again soon.
         abandon: Told the name of a backend that is dead: a load under way there ends.
         note: Told the scheduler's facts about leases.
+        hears: Whether attempts that did not fail are to be told.
     """
 
     def __init__(
@@ -341,12 +354,14 @@ class Pool:
         clock: Callable[[], float],
         rng: random.Random,
         emit: Emit,
+        hears: Hears = lambda _: True,
     ) -> None:
         self.settings = settings
         self.catalog = catalog
         self.now = clock
         self._rng = rng
         self._emit = emit
+        self._hears = hears
         self.changed: Callable[[], None] = lambda: None
         self.refresh: Callable[[str], None] = lambda _: None
         self.abandon: Callable[[str], None] = lambda _: None
@@ -354,7 +369,9 @@ class Pool:
         self.version = 0
         self.members: dict[str, Member] = {}
         self._known: dict[tuple[PlacementKey, str], _Places] = {}
+        self._latest: tuple[PlacementKey | None, Route | None, _Places | None] = (None, None, None)
         self._edition = -1  # of the catalogue, by which they are known
+        self._moves = 0  # of whatever could hinder a backend: health, breakers, switches, suspicion
         self.watchdog = Watchdog(clock, settings.first_byte_s)
 
     def configure(self, settings: PoolSettings) -> None:
@@ -383,6 +400,7 @@ class Pool:
                 self._dismiss(member)
             else:
                 member.backend = new
+                self._moves += 1
                 member.load.configured = new.slots
                 interval_s = self._interval_s(new)
                 member.health.configure(interval_s, self.settings.fall, self.settings.rise)
@@ -394,7 +412,7 @@ class Pool:
                 self._emit(MemberJoined(self.now(), name, backend.url))
         for name in wanted:  # who comes first is who speaks for the account
             self.members[name] = self.members.pop(name)
-        self._known.clear()
+        self._forget_places()
         self._touch()
         return joined, left
 
@@ -428,6 +446,7 @@ class Pool:
         )
 
     def _moved_gate(self, name: str, model: str | None, new: BreakerState) -> None:
+        self._moves += 1
         member = self.members.get(name)
         if member is None:
             return
@@ -487,36 +506,38 @@ class Pool:
     def candidates(self, call: Call, excluded: frozenset[str]) -> list[Candidate]:
         """Backends that may serve *call* now."""
         key, places, now = call.key, self._places(call), self.now()
+        size_bytes, candidate = places.size_bytes, self._candidate
         return [
-            self._candidate(place, key, places.size_bytes, now)
-            for place in self._open(places, call, excluded)
+            candidate(place, key, size_bytes, now) for place in self._open(places, call, excluded)
         ]
 
     def peculiarity(self, call: Call, excluded: frozenset[str], backend: str) -> str:
         """What sets *backend*, which may serve *call* now, apart: other-weights, only, or empty."""
-        places, model = self._places(call), call.key.model
+        places = self._places(call)
         if places.any_strange:
             place = places.by_name.get(backend)
             if place is not None and place.strange:
                 return "other-weights"
-            return "only" if len(self._open(places, call, excluded)) == 1 else ""
-        for place in places.all:
-            name = place.name
-            if name != backend and name not in excluded and not _hindrance(place.member, model):
-                return ""
-        return "only"
+        return "only" if len(self._open(places, call, excluded)) == 1 else ""
 
     def _places(self, call: Call) -> _Places:
         """Who holds what calls like this one need."""
         edition = self.catalog.edition
         if edition != self._edition or len(self._known) > MOST_KNOWN:
             self._edition = edition
-            self._known.clear()
-        alike = (call.key, call.route.feature)
-        known = self._known.get(alike)
-        if known is None:
-            known = self._known[alike] = self._find_places(call)
+            self._forget_places()
+        key, route, known = self._latest  # a call is asked about several times on its way
+        if key is not call.key or route is not call.route or known is None:
+            alike = (call.key, call.route.feature)
+            known = self._known.get(alike)
+            if known is None:
+                known = self._known[alike] = self._find_places(call)
+            self._latest = call.key, call.route, known
         return known
+
+    def _forget_places(self) -> None:
+        self._known.clear()
+        self._latest = None, None, None
 
     def _find_places(self, call: Call) -> _Places:
         holders = [member for member in self.members.values() if self._holds(member, call)]
@@ -539,13 +560,22 @@ class Pool:
         do when nobody else can serve them now.
         """
         key, found = call.key, []
+        if places.moves == self._moves and not excluded:
+            return places.open
+        is_lasting = not places.any_strange and not excluded
         for place in places.all:
             if place.name not in excluded:
                 hindrance = _hindrance(place.member, key.model)
                 if not hindrance:
                     found.append(place)
-                elif exists and hindrance in BROKEN and not place.remote:
-                    _note_asked(place.member, key)
+                elif hindrance in BROKEN:
+                    is_lasting = False  # each call leaves its trace
+                    if exists and not place.remote:
+                        _note_asked(place.member, key)
+            if place.member.load.is_resting:
+                is_lasting = False  # a cool-off ends by the clock
+        if is_lasting:
+            places.open, places.moves = found, self._moves
         if places.any_strange:
             usual = [place for place in found if not place.strange]
             if call.embedding or usual:
@@ -582,15 +612,17 @@ class Pool:
     def _candidate(
         self, place: _Place, key: PlacementKey, size_bytes: int, now: float
     ) -> Candidate:
-        member, copy = place.member, place.copy
+        member, copy, remote = place.member, place.copy, place.remote
         in_flight, total, slots, first_byte_s = member.load.look(key.model, now)
+        is_idle = member.loading is None
         return Candidate(
             place.name,
-            self._residency(place, key, now),
+            copy.residency(now) if is_idle and not remote else self._residency(place, key, now),
             in_flight,
             _slots(place, slots),
-            self._at_work(member) if total else 0,
-            member.loading is None,
+            # As long as all run this model there is nothing to look up.
+            self._at_work(member) if total > in_flight or remote else total,
+            is_idle,
             first_byte_s,
             copy.context,
             size_bytes,
@@ -831,21 +863,26 @@ class Pool:
 
     def lease(self, call: Call, backend: str, number: int, why: str) -> Lease | None:
         """Take slot and permits in one step; None: one of them was not to be had."""
-        place = self._places(call).by_name.get(backend)
+        places = self._places(call)
+        place = places.by_name.get(backend)
         if place is None or (call.embedding and place.strange):
             return None
         member, model, remote = place.member, call.key.model, place.remote
-        if _hindrance(member, model):
+        load = member.load
+        is_open = places.moves == self._moves and place in places.open
+        if not is_open and _hindrance(member, model):
             return None
-        is_full = member.load.in_flight(model) >= _slots(place, member.load.slots(model))
+        is_full = load.in_flight(model) >= _slots(place, load.slots(model))
         permits = None if is_full else self._permits(member, None if remote else model)
         if permits is None:
             return None
         now = self.now()
         cold = why == "cold"
-        lease = Lease(member.backend, call, number, why, now, cold, self, permits, remote)
-        lease.alone = not member.load.in_flight()
-        member.load.enter(model)
+        alone = not load.in_flight()
+        lease = Lease(
+            member.backend, call, number, why, now, cold, self, permits, remote, alone=alone
+        )
+        load.enter(model)
         member.leases[lease] = None
         if remote:  # its silence says nothing of what runs here
             return lease
@@ -862,7 +899,8 @@ class Pool:
             return None
         if model is None:
             return (host,)
-        own = self._model_gate(member, model).acquire()
+        gate = member.models.get(model) or self._model_gate(member, model)
+        own = gate.acquire()
         if own is None:
             host.settle(Mark.NEITHER)
             return None
@@ -891,9 +929,10 @@ class Pool:
 
     def _settle(self, lease: Lease, outcome: Outcome, permits: tuple[Permit, ...]) -> None:
         call = lease.call
-        busy_s = self.now() - lease.granted_at
+        now = self.now()
         self.watchdog.ended(id(lease))
-        self.note(Ended(lease.backend.name, call.key, busy_s, outcome.verdict is OK))
+        name, verdict = lease.backend.name, outcome.verdict
+        self.note(Ended(name, call.key, now - lease.granted_at, verdict is OK))
         member = self._member_of(lease)
         if member is not None:
             del member.leases[lease]
@@ -907,17 +946,10 @@ class Pool:
         else:  # the backend left the pool while the call ran
             for permit in permits:
                 permit.settle(Mark.NEITHER)
-        self._emit(
-            AttemptEnded(
-                self.now(),
-                call.id,
-                call.route.operation,
-                call.model,
-                lease.backend.name,
-                lease.number,
-                outcome,
-            )
-        )
+        kind = AttemptEnded if verdict in HARMLESS else AttemptFailed
+        if kind is AttemptFailed or self._hears(kind):
+            operation = call.route.operation
+            self._emit(kind(now, call.id, operation, call.model, name, lease.number, outcome))
         self._touch()
 
     def _conclude_remote(
@@ -952,6 +984,9 @@ class Pool:
         model, verdict = key.model, outcome.verdict
         # A load that fails with options of a caller's choosing says nothing of the model.
         own_options = outcome.caused_load and bool(key.options)
+        if verdict is OK and not outcome.blameless and not own_options:
+            self._went_well(member, key, permits)
+            return
         facts = Facts(
             several_unfit=verdict is UNFIT and not own_options and self._note_unfit(member, model),
             still_listed=verdict is MISSING
@@ -970,6 +1005,7 @@ class Pool:
                 self.catalog.note_loaded(member.name, key)
             case Verdict.BUSY:
                 member.load.note_busy(model, outcome.retry_after_s)
+                self._moves += 1
             case Verdict.MISSING if not outcome.odd_name:
                 member.asked.pop(model, None)
                 self.catalog.note_missing(member.name, model)
@@ -982,6 +1018,7 @@ class Pool:
             case Verdict.MISCONFIGURED:
                 member.trouble = outcome.text
                 member.load.note_busy(None)
+                self._moves += 1
             case _:
                 pass
         if permits is not None:
@@ -989,6 +1026,18 @@ class Pool:
             successes = 2 if verdict in CUT else 1
             permits[0].settle(host_mark, 1, outcome.text, successes)
             permits[1].settle(model_mark, outcome.weight, outcome.text, successes)
+
+    def _went_well(
+        self, member: Member, key: PlacementKey, permits: tuple[Permit, ...] | None
+    ) -> None:
+        """`_conclude` for nearly all calls, whose marks need no thought."""
+        member.load.note_ok(key.model)
+        member.trouble = ""
+        self.catalog.note_loaded(member.name, key)
+        if permits is not None:
+            host_mark, model_mark = WELL
+            permits[0].settle(host_mark)
+            permits[1].settle(model_mark)
 
     def _note_unfit(self, member: Member, model: str) -> bool:
         now = self.now()
@@ -1055,6 +1104,8 @@ class Pool:
         self._emit(CheckEnded(now, name, result.ok, result.latency_s))
         known = member.health.state != "unknown"
         flip = member.health.observe(result)
+        if flip is not None:
+            self._moves += 1
         if result.ok and result.version:
             self.catalog.note_version(name, result.version)
         if result.ok and member.gate.state is OPEN:
@@ -1154,6 +1205,7 @@ class Pool:
             if member is None or suspect.model in member.suspects:
                 continue
             member.suspects.add(suspect.model)
+            self._moves += 1
             shown = names.display(suspect.model)
             self._emit(Suspected(self.now(), suspect.backend, shown, suspect.silent_s))
             found.append(suspect)
@@ -1171,6 +1223,7 @@ class Pool:
         member = self.members.get(suspect.backend)
         if member is not None:
             member.suspects.discard(suspect.model)
+            self._moves += 1
         lost = self.watchdog.lost(suspect.backend, suspect.model) if answered else []
         self.watchdog.cleared(suspect.backend, suspect.model)
         forgotten = Judgement(
@@ -1204,6 +1257,7 @@ class Pool:
                 lease.others_move = suspect.others_move
                 lease.revoke(judgement)
         member.suspects.discard(suspect.model)
+        self._moves += 1
         self.watchdog.cleared(suspect.backend, suspect.model)
         self._touch()
 
@@ -1223,7 +1277,7 @@ class Pool:
         moved = member.switch is not switch
         if moved:
             member.switch = switch
-            self._known.clear()
+            self._forget_places()
             self._emit(SwitchMoved(self.now(), name, switch, by))
             self._tell_drained(member)
         self._touch()

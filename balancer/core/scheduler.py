@@ -208,7 +208,7 @@ class Scheduler(Protocol):
         """Learn what happened."""
 
     def plan(self, now: float) -> list[Effect]:
-        """Decide what can start now."""
+        """Decide what can start now; asked while somebody waits, and at a `WakeAt`."""
 
     def begin(self, ticket: Ticket, now: float) -> Commit | None:
         """
@@ -243,9 +243,14 @@ class Policy:
     cold_is_equal: bool = False
 
 
+SOON_S: Final = 0.01  # no need to tell apart what answers sooner than that
+AT_ONCE: Final = round(math.log2(SOON_S))
+
+
 def _by_load(candidate: Candidate, last_used: int) -> tuple[float, ...]:
     """Fewest calls per slot, then the quicker by factors of two, then whoever was idle longest."""
-    quick = round(math.log2(max(candidate.first_byte_s, 0.01)))
+    first_byte_s = candidate.first_byte_s
+    quick = round(math.log2(first_byte_s)) if first_byte_s > SOON_S else AT_ONCE
     share = candidate.in_flight / candidate.slots
     return (share, candidate.host_in_flight, quick, last_used)
 
@@ -350,14 +355,19 @@ class Greedy:
 
     def begin(self, ticket: Ticket, now: float) -> Commit | None:
         """As `plan`, as long as a copy is in memory where the context suffices, or none would."""
-        self._date_loads(now)
+        if self._just_loaded:
+            self._date_loads(now)
         candidates = self._view.candidates(ticket.call, ticket.excluded)
         fits, short = split_by_context(ticket.call, candidates)
-        free = [c for c in fits or short if _is_free(c)]
-        is_cold_equal = self._policy.cold_is_equal
-        if not free or (is_cold_equal and not all(map(_is_loaded, candidates))):
+        free = [c for c in fits or short if c.residency is LOADED and c.in_flight < c.slots]
+        if not free:
             return None
-        chosen = free[0] if len(free) == 1 else min(free, key=self._rank)
+        if self._policy.cold_is_equal and not all(map(_is_loaded, candidates)):
+            return None
+        chosen = free[0]
+        if len(free) > 1:
+            rank, last_used = self._policy.rank, self._last_used.get
+            chosen = min(free, key=lambda c: rank(c, last_used(c.backend, 0)))
         self._used(chosen.backend)
         return Commit(ticket, chosen.backend, "warm" if fits else "short-context")
 

@@ -175,6 +175,10 @@ TABLE: Final[Mapping[Verdict, Row]] = {
 }
 
 
+# Endings that say nothing against the backend, nor against the way there.
+HARMLESS: Final = frozenset({Verdict.OK, Verdict.CALLER, Verdict.GONE, Verdict.STOPPED})
+
+
 @record
 class Facts:
     """What `marks` needs to know beyond the verdict."""

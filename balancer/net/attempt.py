@@ -125,6 +125,12 @@ class Attempt:
             self._on_decided = partial(_resolve, decided)
             await decided
 
+    def abort(self) -> None:
+        """Nobody waits for it any more; its connection is closed, if it has one."""
+        self._lease.on_revoke = self._on_decided = None
+        if self.handle is not None:
+            self.handle.abort()
+
     def turn(self, sink: Sink) -> bytes:
         """Let all that comes from now on go to *sink*; what came so far."""
         if self.handle is not None:
@@ -163,6 +169,7 @@ class Attempt:
     def _decide(self) -> None:
         if not self._decided:
             self._decided = True
+            self._lease.on_revoke = None  # there is nothing left to give up
             on_decided, self._on_decided = self._on_decided, None
             if on_decided is not None:
                 on_decided()

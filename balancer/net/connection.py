@@ -473,7 +473,11 @@ class Connection(asyncio.Protocol):
             self.idle_since = self.touched
             self._home.back(self)
         if sink is not None:
-            sink.end()
+            try:
+                sink.end()
+            except Exception:  # a bug of ours; whoever waits must not wait for ever
+                sink.fail(FAILED)
+                raise
 
     def _garbled(self, exchange: Exchange, why: str) -> None:
         exchange.fail(Failure(FailureKind.MALFORMED, why, accepted=self._sent))

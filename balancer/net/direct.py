@@ -29,20 +29,18 @@ Pass = Callable[[Handed], None]
 
 
 class Direct:
-    """
-    The way in.
-
-    Args:
-        done: Told when a call has been answered.
-        hand_over: Lets a task go on with a call.
-    """
+    """The way in."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
 
     def take(self, exchange: Exchange, body: bytes, done: Done, hand_over: Pass) -> None:
         """
-        Answer a call, or begin to; it ends in *done* or goes on in *hand_over*, perhaps at once.
+        Answer a call, or begin to.
+
+        Args:
+            done: Told when it has been answered, perhaps at once.
+            hand_over: Lets a task go on with it instead.
 
         Raises:
             BalancerError: It is refused.

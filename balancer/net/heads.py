@@ -37,7 +37,8 @@ _CONTROLS: Final = bytes([*range(9), *range(10, 32), 127])  # a tab is none
 
 
 _NOT_PLAIN: Final = "a space or a control character in the head of a request"
-REMEMBERED: Final = 64  # clients' headers, a few hundred bytes each
+REMEMBERED: Final = 64  # clients' headers,
+REMEMBERED_BYTES: Final = 8 * 1024  # of no more bytes each
 Pairs = tuple[tuple[str, str], ...]
 
 
@@ -88,9 +89,10 @@ class Heads:
             if name.lower() not in self._withheld:
                 lines.append(f"{name}: {value}")
         middle = _clean("\r\n".join([*lines, ""]), len(lines))
-        if len(self._known) >= REMEMBERED:
-            self._known.clear()
-        self._known[id(headers)] = headers, middle
+        if len(middle) <= REMEMBERED_BYTES:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[id(headers)] = headers, middle
         return middle
 
 

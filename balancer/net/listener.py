@@ -210,7 +210,8 @@ class Connection(RequestHandler):
         request, queued = self._current_request, len(self._messages)
         # The rest of a body that was answered early is no head.
         drains = self._last_body is not None and not self._last_body.is_eof()
-        waiting = not queued and request is None and self.live is None and not drains
+        is_head = not queued and not drains
+        is_busy = request is not None or self.live is not None
         waiter, self._waiter = self._waiter, None  # what is answered on the spot wakes nobody
         super().data_received(data)
         self._waiter = waiter
@@ -221,16 +222,19 @@ class Connection(RequestHandler):
             if self._messages:
                 self._last_body = self._messages[-1][1]
             self._answer()
-        if came or self._current_request is not None:
+        if came:
             self._head_bytes = 0
             if not self._awaits_body:
                 self._disarm()
-        elif waiting:
+        elif is_head:
             self._head_bytes += len(data)
-            if self._head_bytes > self._max_head:
+            if self._head_bytes <= self._max_head:
+                if self._head_timer is None and not is_busy:
+                    self._arm()
+            elif not is_busy:
                 self._refuse_head()
-            elif self._head_timer is None:
-                self._arm()
+            elif self.transport is not None:
+                self.transport.abort()  # no answer fits into the one that is under way
 
     async def start(self) -> None:
         """aiohttp's loop: answers one request after the other."""
@@ -327,6 +331,8 @@ class Connection(RequestHandler):
             self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
             if not self._at_it:
                 self._answer()
+            if self._head_bytes and self._head_timer is None and self.live is None:
+                self._arm()  # the next head has begun, and has as long as any
 
     def made(self, message: Any, payload: Any, writer: Any, task: Any) -> Request:
         """The request for aiohttp's loop: the one that was made before, if it was."""

@@ -53,7 +53,10 @@ class Outlet:
 
     Args:
         date: The time of day as HTTP tells it.
-        hidden: Names of headers that this client is not sent.
+
+    Attributes:
+        bytes_out: Of the body so far, without its framing.
+        keep_alive: Another request may follow on the connection.
     """
 
     __slots__ = ("_chunked", "_connection", "_date", "_head", "bytes_out", "keep_alive", "request")

@@ -60,7 +60,7 @@ MAX_DEADLINE_S: Final = 3600.0
 _OK: Final = Verdict.OK
 # Nobody serves the model; another may do instead.
 _LOST: Final = (NoBackend, AttemptsExhausted, UnknownModel, Forbidden)
-RELAYED: Final = frozenset({"content-type", "cache-control"})
+RELAYED: Final = {"content-type": "Content-Type", "cache-control": "Cache-Control"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +344,7 @@ class Proxy:
                 if not self._goes_on(exchange, course):
                     self._give_up(exchange, course)
                     return
-            if self.stopping:
+            if self.stopping and course.waiting is None:  # else a lease may have come already
                 raise _draining()
             try:
                 lease = await self._acquire(exchange, course)
@@ -491,8 +491,7 @@ class Proxy:
         )
         outcome_ = self._outcome(course, attempt, judgement, usage)
         lease.settle(outcome_)
-        if attempt.handle is not None:
-            attempt.handle.abort()
+        attempt.abort()
         if judgement.verdict is _OK and answer is not None:
             exchange.usage = usage
             exchange.first_byte_s = self.clock() - exchange.started_at
@@ -512,8 +511,7 @@ class Proxy:
 
     def gone(self, course: Course, lease: Lease, attempt: Attempt) -> None:
         """The client left, a deadline passed, or we have a bug: nobody is to blame."""
-        if attempt.handle is not None:
-            attempt.handle.abort()
+        attempt.abort()
         lease.settle(self._outcome(course, attempt, Judgement(Verdict.GONE), Usage()))
 
     def _outcome(
@@ -568,8 +566,9 @@ class Proxy:
     def _headers(self, exchange: Exchange, upstream: Sequence[tuple[str, str]]) -> dict[str, str]:
         headers = exchange.headers()
         for name, value in upstream:
-            if name.lower() in RELAYED:
-                headers[name] = value
+            known = RELAYED.get(name.lower())
+            if known is not None:
+                headers.setdefault(known, value)
         headers["X-Balancer-Backend"] = exchange.backend
         headers["X-Balancer-Attempts"] = str(exchange.attempts)
         headers["X-Balancer-Route"] = exchange.why or "failover"

@@ -244,6 +244,7 @@ class Relay:
 
     def _end(self) -> None:
         self.is_over = True
+        self._reply.give_over()
         self._on_over()
 
 

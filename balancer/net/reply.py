@@ -103,6 +103,7 @@ class Reply:
         if (
             now >= self._quiet_since + self._after_s - EARLY_S
             and not self.ended
+            and not self._outlet.is_held_up
             and (writer is None or writer.may_beat())
         ):
             record = heartbeat(self._call, self._stamp())
@@ -118,6 +119,11 @@ class Reply:
         self._writer = writer
         self._outlet.read_by(writer)
 
+    def give_over(self) -> None:
+        """Who took over has ended, or its client has left."""
+        self._writer = None
+        self.ended = True
+
     # -- writing -------------------------------------------------------------------------------
 
     def begin(self, headers: Mapping[str, str]) -> None:
@@ -127,7 +133,7 @@ class Reply:
         self.begun = True
         exchange = self._exchange
         exchange.status = 200
-        self._framing = framing_of(headers.get("Content-Type") or headers.get("content-type") or "")
+        self._framing = framing_of(headers.get("Content-Type", ""))
         fits = self._framing is self._call.framing  # else a heartbeat would be none
         self._after_s = self._every_s if fits else math.inf
         if self._framing is not Framing.JSON:

@@ -333,9 +333,8 @@ class Front:
             self._check_circle(request)
             admitted = Admitted(exchange.principal, exchange.client, exchange.discreet)
             until = now + REMEMBERED_S
-            connection.visitor = exchange.visitor = Visitor(
-                raw, request.method, rules, until, admitted, exchange.cors
-            )
+            visitor = Visitor(raw, request.method, rules, until, admitted, exchange.cors)
+            exchange.visitor, connection.visitor = visitor, visitor if visitor.is_small else None
             return
         exchange.visitor = visitor
         exchange.cors = visitor.cors
@@ -415,6 +414,7 @@ class Front:
         handed: Handed | None = request.handed
         exchange = self._open(request) if handed is None else handed.exchange
         answering = self._answer(exchange) if handed is None else handed.go_on()
+        del handed  # it may hold a body, and the error that is raised here
         try:
             response = await answering
             exchange.status = response.status
@@ -638,6 +638,7 @@ class Front:
     def _tell(self, exchange: Exchange) -> None:
         if exchange.hold is not None:
             exchange.hold.give_back()
+        exchange.reply = exchange.request.handed = None  # what is over must not stay in a circle
         now = self._clock()
         route = exchange.route
         outcome = exchange.outcome or ("ok" if exchange.status < 400 else "rejected")
@@ -738,7 +739,10 @@ def _is_local_name(request: web.BaseRequest) -> bool:
 
 
 async def _raise(error: Exception) -> web.StreamResponse:
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # whose traceback has this frame
 
 
 async def _taken(outlet: Outlet) -> web.StreamResponse:

@@ -20,6 +20,7 @@ from typing import Final
 from balancer.core.domain import Admitted
 
 REMEMBERED_S: Final = 1.0
+REMEMBERED_BYTES: Final = 8 * 1024  # of a head; a connection at rest must not hold a large one
 _OWN: Final = frozenset({b"content-length", b"x-request-id"})
 
 Raw = tuple[tuple[bytes, bytes], ...]
@@ -61,6 +62,11 @@ class Visitor:
     admitted: Admitted
     cors: tuple[tuple[str, str], ...]
     asked: Asked | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its head may be kept while the connection is at rest."""
+        return sum(len(name) + len(value) for name, value in self.raw) <= REMEMBERED_BYTES
 
     def is_again(self, raw: Raw, method: str, rules: tuple[object, ...], now: float) -> bool:
         """Whether a request with that head comes from the same, and may come in as before."""

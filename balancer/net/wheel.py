@@ -71,6 +71,15 @@ class Wheel:
     def _turn(self) -> None:
         now = self._loop.time()
         self._timer, self._at = None, math.inf
+        nearest = now  # where a bug ends the round, the next one looks at the rest
+        try:
+            nearest = self._round(now)
+        finally:
+            if not math.isinf(nearest):
+                self.by(max(nearest, now + GRAIN_S))
+
+    def _round(self, now: float) -> float:
+        """Look at all; when the next limit passes."""
         nearest = math.inf
         for timed in self:
             at = timed.due()
@@ -78,5 +87,4 @@ class Wheel:
                 timed.expire()
             elif at < nearest:
                 nearest = at
-        if not math.isinf(nearest):
-            self.by(max(nearest, now + GRAIN_S))
+        return nearest

@@ -1,6 +1,7 @@
 """
 When the lines of a log go out: at once as long as they are few, else a quarter of a second's
-together, as writing each by itself costs more than making it.
+together, as writing each by itself costs more than making it. Most are not even made before: to
+make one between other work takes twice as long as to make it after another.
 
 Laws:
 - Warnings and worse go out at once, and with them all that was held before them: the order stays.
@@ -17,11 +18,13 @@ import select
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 HELD_CHARS: Final = 64 * 1024
+UNMADE_CHARS: Final = 256  # what a line that is not made yet counts for
 
 Later = Callable[[Callable[[], None]], None]
+Unmade = tuple[Callable[..., str], *tuple[Any, ...]]  # what makes a line, and of what
 
 
 class Lines:
@@ -35,7 +38,7 @@ class Lines:
     def __init__(self, stream: TextIO, later: Later | None = None) -> None:
         self._stream = stream
         self._later = later
-        self._held: list[str] = []
+        self._held: list[str | Unmade] = []
         self._chars = 0
         self._is_due = False  # the shell will call back
         self._lock = Lock()  # libraries log from threads of theirs
@@ -44,8 +47,19 @@ class Lines:
 
     def info(self, line: str) -> None:
         """A line that may be held."""
-        self._held.append(f"{line}\n")
-        self._chars += len(line) + 1
+        self._held.append(line)
+        self._added(len(line))
+
+    def hold(self, line: Unmade, *, at_once: bool) -> None:
+        """A line to be made when it goes out; *at_once*: as a warning does."""
+        self._held.append(line)
+        if at_once:
+            self.flush()
+        else:
+            self._added(UNMADE_CHARS)
+
+    def _added(self, chars: int) -> None:
+        self._chars += chars
         if self._later is None or self._chars >= HELD_CHARS:
             self.flush()
         elif not self._is_due:
@@ -55,7 +69,7 @@ class Lines:
 
     def warning(self, line: str) -> None:
         """A line that may not."""
-        self._held.append(f"{line}\n")
+        self._held.append(line)
         self.flush()
 
     debug = info
@@ -65,7 +79,8 @@ class Lines:
         """Write what is held."""
         with self._lock:
             held, self._held, self._chars = self._held, [], 0
-            for text in self._pieces(held):
+            lines = [each if isinstance(each, str) else each[0](*each[1:]) for each in held]
+            for text in self._pieces(lines):
                 self._stream.write(text)
                 self._stream.flush()
 
@@ -85,14 +100,14 @@ class Lines:
         piece: list[str] = []
         size = 0
         for line in lines:
-            most = len(line) * (1 if line.isascii() else 4)
+            most = len(line) * (1 if line.isascii() else 4) + 1
             if piece and size + most > self._most:
-                yield "".join(piece)
+                yield "\n".join([*piece, ""])
                 piece, size = [], 0
             piece.append(line)
             size += most
         if piece:
-            yield "".join(piece)
+            yield "\n".join([*piece, ""])
 
 
 def _is_pipe(stream: TextIO) -> bool:

@@ -26,6 +26,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from balancer.core.domain import BreakerState, Kind, Switch
 from balancer.core.events import (
     AttemptEnded,
+    AttemptFailed,
     BackendDrained,
     BreakerMoved,
     BreakersReset,
@@ -45,6 +46,7 @@ from balancer.core.events import (
     MemberLeft,
     Mishap,
     OrderEnded,
+    RetryGranted,
     Serving,
     Stopped,
     Stopping,
@@ -57,7 +59,7 @@ from balancer.core.routes import TABLE, without_key
 from balancer.ops.lines import Lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from types import TracebackType
 
     from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
@@ -81,7 +83,11 @@ READS: Final = frozenset(r.operation for r in TABLE if r.kind in (Kind.LOCAL, Ki
 
 # Never told above DEBUG.
 DETAILS: Final = frozenset(
-    {AttemptEnded, CallQueued, CatalogChanged, CheckEnded, LeaseGranted, TrialEnded}
+    {
+        *(AttemptEnded, AttemptFailed),
+        *(CallQueued, LeaseGranted, RetryGranted),
+        *(CatalogChanged, CheckEnded, TrialEnded),
+    }
 )
 _NAMES: Final = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
 _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
@@ -273,15 +279,15 @@ class Stamp:
     """How a line of JSON begins: priority, time, level. *wall* None: for the journal."""
 
     def __init__(self, wall: Callable[[], float] | None) -> None:
-        self._wall = wall
+        self.now = wall or (lambda: math.nan)
         self._second = math.nan
         self._until_second = ""
 
-    def __call__(self, level: str) -> str:
-        """Up to the level's value, its last quote included."""
-        if self._wall is None:
+    def __call__(self, level: str, at: float) -> str:
+        """Of what happened *at* that instant of `now`; ends with the level and its quote."""
+        if at != at:  # noqa: PLR0124 - NaN, without a call: it is the journal's
             return f'<{_PRIORITIES[level]}>{{"level":"{level}"'
-        part, second = modf(self._wall())
+        part, second = modf(at)
         micros = round(part * 1e6)
         if micros >= 1_000_000 or part < 0:
             second, micros = second + micros // 1_000_000, micros % 1_000_000
@@ -373,14 +379,22 @@ class LogWriter:
         self._access = access
         self._slow_s = slow_s
         self._client_address = client_address
-        self._is_detailed = log.is_enabled_for(DEBUG)
+        self._stamp = log.stamp
+        self._lowest = min(level for level in _NAMES if log.is_enabled_for(level))
+        # Of requests.
+        self._told_from = self._lowest if access else max(self._lowest, WARNING)
+
+    @property
+    def unheard(self) -> Collection[type[Event]]:
+        """The events that are never written."""
+        return DETAILS if self._lowest > DEBUG else ()
 
     def __call__(self, event: Event) -> None:
         """Write one event, if it is worth its level."""
-        if isinstance(event, CallEnded) and self._log.stamp is not None:
-            self._tell_request(event, self._log.stamp)
+        if isinstance(event, CallEnded) and self._stamp is not None:
+            self._tell_request(event, self._stamp)
             return
-        if type(event) in DETAILS and not self._is_detailed:
+        if type(event) in self.unheard:
             return
         level, name, fields = self.line(event)
         if level >= WARNING or self._access or not isinstance(event, CallEnded):
@@ -390,11 +404,15 @@ class LogWriter:
     def _tell_request(self, e: CallEnded, stamp: Stamp) -> None:
         slow = e.duration_s > self._slow_s
         level = _request_level(e, slow=slow)
-        if (level >= WARNING or self._access) and self._log.is_enabled_for(level):
-            name = _NAMES[level]
-            client = shown_address(e.client, self._client_address)
-            line = quick_request(stamp(name), e, client, slow=slow)
-            getattr(self._log.lines, name)(line)
+        if level >= self._told_from:
+            at_once = level >= WARNING
+            self._log.lines.hold((self._request, _NAMES[level], e, stamp.now()), at_once=at_once)
+
+    def _request(self, level: str, e: CallEnded, at: float) -> str:
+        """The line of what is held."""
+        assert self._stamp is not None  # noqa: S101 - else nothing is held
+        client = shown_address(e.client, self._client_address)
+        return quick_request(self._stamp(level, at), e, client, slow=e.duration_s > self._slow_s)
 
     def line(self, event: Event) -> Line:
         """Level, name and fields of an event."""

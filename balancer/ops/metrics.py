@@ -28,16 +28,16 @@ from prometheus_client.utils import floatToGoString
 
 from balancer.core.domain import BreakerState, Switch, Verdict
 from balancer.core.events import (
-    AttemptEnded,
+    AttemptFailed,
     BreakerMoved,
     CallEnded,
     CatalogChanged,
     CheckEnded,
     ConfigApplied,
     ConfigRejected,
-    LeaseGranted,
     LoadEnded,
     Mishap,
+    RetryGranted,
 )
 
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ METRICS: Final = (
         *("breaker_stale_settlements_total", "backend"),
         help="Outcomes dropped because they belonged to an earlier state of the breaker.",
     ),
-    _counter(
-        "attempts_total",
-        "reason",
+    _scraped(
+        "counter",
+        *("attempts_total", "reason"),
         help="Attempts begun. reason: only, warm, cold, failover, short-context, other-weights.",
     ),
     _counter(
@@ -238,12 +238,8 @@ METRICS: Final = (
     _counter("mishaps_total", help="Surprises caught where they stood; each is a bug to report."),
 )
 
-# None of these says anything against the backend.
-_BLAMELESS: Final = frozenset(
-    {Verdict.OK, Verdict.CALLER, Verdict.GONE, Verdict.STOPPED, Verdict.UNFINISHED}
-)
 _REFUSALS: Final = {401: "unauthorized", 403: "forbidden"}
-_CALLS: Final = 10_000
+_MOST_PENDING: Final = 256
 _LOADED_S: Final = 1.0  # a warm runner is told as a few milliseconds of loading
 
 
@@ -348,6 +344,7 @@ class Snapshot:
     The state that gauges show.
 
     Args:
+        attempts: Begun since the start, by reason.
         retry_refused: Failovers the budget has forbidden since the start, by verdict.
         idle_connections: At rest, by backend.
         stale_connections: Requests that met a closed one since the start, by backend.
@@ -355,6 +352,7 @@ class Snapshot:
 
     backends: Sequence[BackendRow] = ()
     queues: Sequence[QueueRow] = ()
+    attempts: Mapping[str, int] = field(default_factory=dict)
     retry_refused: Mapping[str, int] = field(default_factory=dict)
     idle_connections: Mapping[str, int] = field(default_factory=dict)
     stale_connections: Mapping[str, int] = field(default_factory=dict)
@@ -500,6 +498,9 @@ class Metrics:
     """
     A subscriber that counts, and the text that shows it.
 
+    Calls are counted many at a time: when somebody looks, and before there are too many. One
+    after the other they take half as long as each by itself, between other work.
+
     Args:
         snapshot: The state now; asked at every scrape.
         known_models: The names in the catalogue, as listed.
@@ -524,10 +525,10 @@ class Metrics:
         self._numbers, self._spreads = self._fed.numbers, self._fed.spreads
         # All of them now: none may come in while somebody goes through the series.
         self._pauses = [self._fed.spread(("gc_pause_seconds", each)) for each in "012"]
-        self.registry.register(self._fed)
+        self.registry.register(self)
         self._model = ModelLabels(known_models, model_label_limit)
         self._wall = wall
-        self._failed: dict[str, tuple[str, str]] = {}  # call -> backend, verdict of its last try
+        self._pending: list[CallEnded] = []
         constant = [
             ("build_info", (version, platform.python_version()), 1.0),
             ("start_time_seconds", (), wall()),
@@ -538,13 +539,13 @@ class Metrics:
             ProcessCollector(registry=self.registry)
             GCCollector(registry=self.registry)
         self._by_kind: dict[type[Event], Callable[[Any], None]] = {
-            CallEnded: self._call_ended,
-            AttemptEnded: self._attempt_ended,
-            LeaseGranted: self._lease_granted,
+            CallEnded: self._pend,
+            AttemptFailed: self._attempt_failed,
+            RetryGranted: self._retry_granted,
             CheckEnded: self._check_ended,
             BreakerMoved: self._breaker_moved,
             LoadEnded: self._load_ended,
-            CatalogChanged: lambda _: self._model.forget(),
+            CatalogChanged: lambda _: self._catalog_changed(),
             ConfigApplied: lambda _: self._reloaded(),
             ConfigRejected: lambda _: self._set(0, "config_last_reload_successful"),
             Mishap: lambda _: self._count(1, "mishaps_total"),
@@ -561,6 +562,25 @@ class Metrics:
         count = self._by_kind.get(type(event))
         if count is not None:
             count(event)
+
+    def collect(self) -> Iterator[Family]:
+        """What was fed, for the registry; all that has happened is counted."""
+        self._fold()
+        return self._fed.collect()
+
+    def _pend(self, e: CallEnded) -> None:
+        self._pending.append(e)
+        if len(self._pending) >= _MOST_PENDING:
+            self._fold()
+
+    def _fold(self) -> None:
+        pending, self._pending = self._pending, []
+        for event in pending:
+            self._call_ended(event)
+
+    def _catalog_changed(self) -> None:
+        self._fold()  # under the names they had
+        self._model.forget()
 
     def loop_lag(self, lag_s: float) -> None:
         """A timer of the event loop fired *lag_s* seconds late."""
@@ -582,7 +602,6 @@ class Metrics:
         backend, code = SEVERAL if "," in e.backend else e.backend, str(e.status)
         self._count(1, "requests_total", e.endpoint, model, backend, code, e.outcome)
         self._observe(e.duration_s, "request_duration_seconds", e.endpoint, model, backend)
-        self._failed.pop(e.request_id, None)
         if e.outcome == "client_abort":
             self._count(1, "client_disconnects_total", e.phase)
         elif e.outcome == "rejected" and e.status in _REFUSALS:
@@ -595,28 +614,23 @@ class Metrics:
         if e.streaming and e.first_byte_s is not None:
             labels = model, e.backend, _warmth(e)
             self._observe(e.first_byte_s, "time_to_first_token_seconds", *labels)
-        if e.usage.tokens_in:
+        if e.usage.tokens_in and e.usage.tokens_in > 0:
             self._count(e.usage.tokens_in, "tokens_total", model, e.backend, "input")
-        if e.usage.tokens_out:
+        if e.usage.tokens_out and e.usage.tokens_out > 0:
             self._count(e.usage.tokens_out, "tokens_total", model, e.backend, "output")
         if e.why == "short-context":
             self._count(1, "short_context_total", model, e.backend)
 
-    def _attempt_ended(self, e: AttemptEnded) -> None:
+    def _attempt_failed(self, e: AttemptFailed) -> None:
         verdict = e.outcome.verdict
         if verdict is Verdict.UNFINISHED:
             self._count(1, "unfinished_total", e.backend)
-        elif verdict not in _BLAMELESS:
+        else:
             self._count(1, "upstream_errors_total", e.backend, verdict.value)
-            self._failed[e.call_id] = (e.backend, verdict.value)
-            if len(self._failed) > _CALLS:  # some calls may have ended before their last attempt
-                del self._failed[next(iter(self._failed))]
 
-    def _lease_granted(self, e: LeaseGranted) -> None:
-        self._count(1, "attempts_total", e.why)
-        backend, verdict = self._failed.get(e.call_id, (e.backend, ""))
-        if backend != e.backend:
-            self._count(1, "failovers_total", verdict)
+    def _retry_granted(self, e: RetryGranted) -> None:
+        if e.after.backend != e.backend:
+            self._count(1, "failovers_total", e.after.outcome.verdict.value)
 
     def _check_ended(self, e: CheckEnded) -> None:
         self._observe(e.latency_s, "check_duration_seconds", e.backend)
@@ -686,6 +700,8 @@ class _Gauges:
 
     def _samples(self, snapshot: Snapshot) -> Iterator[Sample]:
         yield from self._constant
+        for reason, count in snapshot.attempts.items():
+            yield "attempts_total", (reason,), count
         for verdict, count in snapshot.retry_refused.items():
             yield "retry_budget_exhausted_total", (verdict,), count
         for name, count in snapshot.idle_connections.items():

@@ -11,22 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from balancer.core.domain import BreakerState, Verdict
+from balancer.core.domain import BreakerState
 from balancer.core.events import (
-    AttemptEnded,
+    AttemptFailed,
     BackendDrained,
     BreakerMoved,
     BreakersReset,
-    CallEnded,
     ConfigApplied,
     ConfigRejected,
     Event,
     HealthFlipped,
-    LeaseGranted,
     LoadEnded,
     MemberJoined,
     MemberLeft,
     OrderEnded,
+    RetryGranted,
     Suspected,
     SwitchesLost,
     SwitchMoved,
@@ -39,8 +38,6 @@ FOLD_S: Final = 300.0
 # Of these there may be many in a time of trouble; they must not push everything else out.
 # (Some clients pull their model at each of their starts.)
 FOLDED: Final = frozenset({"failover", "breaker_reopened", "load_failed", "model_pull"})
-HARMLESS: Final = frozenset({Verdict.OK, Verdict.CALLER, Verdict.GONE, Verdict.STOPPED})
-UNDER_WAY: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +78,28 @@ class Recent:
         wall: Unix time.
     """
 
+    KINDS: Final = (
+        AttemptFailed,
+        BackendDrained,
+        BreakerMoved,
+        BreakersReset,
+        ConfigApplied,
+        ConfigRejected,
+        HealthFlipped,
+        LoadEnded,
+        MemberJoined,
+        MemberLeft,
+        OrderEnded,
+        RetryGranted,
+        Suspected,
+        SwitchMoved,
+        SwitchesLost,
+    )
+
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
         self._rows: deque[Row] = deque(maxlen=ROWS)
         self._failures: dict[str, deque[Failure]] = {}
-        self._failed: dict[str, str] = {}  # by call: what its last attempt ended in
 
     def rows(self) -> list[Row]:
         """Newest first."""
@@ -97,29 +111,17 @@ class Recent:
 
     def __call__(self, event: Event) -> None:
         """Remember one event, if it is worth it."""
-        match event:  # the first three come with every call
-            case AttemptEnded():
-                if event.outcome.verdict not in HARMLESS:
-                    self._attempt_failed(event)
-            case CallEnded():
-                self._failed.pop(event.request_id, None)
-            case LeaseGranted():
-                if event.attempt > 1:
-                    told = self._failed.get(event.call_id, "")
-                    text = f"after {told}" if told else ""
-                    self._add("failover", event.backend, event.model, text)
+        match event:
+            case AttemptFailed(backend=backend, model=model, outcome=outcome):
+                self._fail(backend, model, outcome.verdict.value, outcome.text)
+            case RetryGranted(backend=backend, model=model, after=after):
+                text = f"after {after.backend}: {after.outcome.text}"
+                self._add("failover", backend, model, text)
             case LoadEnded(backend=backend, model=model, ok=False, text=text):
                 self._fail(backend, model, "load", text)
                 self._add("load_failed", backend, model, text)
             case _:
                 self._state_changed(event)
-
-    def _attempt_failed(self, event: AttemptEnded) -> None:
-        outcome = event.outcome
-        self._fail(event.backend, event.model, outcome.verdict.value, outcome.text)
-        self._failed[event.call_id] = f"{event.backend}: {outcome.text}"
-        while len(self._failed) > UNDER_WAY:
-            del self._failed[next(iter(self._failed))]
 
     def _state_changed(self, event: Event) -> None:
         """What concerns a backend or the balancer as a whole."""

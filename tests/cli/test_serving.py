@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +24,8 @@ from balancer.cli.exits import ExitCode
 from balancer.cli.serving import Writer, cannot_listen, is_demo_meant, lift_file_limit, pulse
 from balancer.cli.source import Source
 from balancer.config import Candidate, Listen
-from balancer.core.events import Mishap
+from balancer.core.bus import Bus
+from balancer.core.events import ConfigApplied, LeaseGranted, Mishap
 from balancer.net.discovery import Look
 from balancer.sim.host import SimModel
 from balancer.sim.ollama import SimOllama
@@ -152,6 +154,25 @@ async def test_a_log_that_takes_no_more_is_a_mishap() -> None:
         (event,) = told
         assert "No space left on device" in event
         rig.events.events = [e for e in rig.events.events if not isinstance(e, Mishap)]
+
+
+@virtual
+async def test_a_reload_changes_what_the_log_wants_to_hear() -> None:
+    """With details on, the events are made that were for nobody before; and off again."""
+    async with running(1, models=models(0.0)) as rig:
+        balancer, bus = rig.balancer, Bus()
+        balancer.bus = bus
+        writer = Writer(balancer)
+        bus.subscribe(writer, but=writer.unheard)
+        heard = []
+        for level in ("info", "debug", "info"):
+            logged = replace(balancer.config.logging, level=level)
+            balancer.config = replace(balancer.config, logging=logged)
+            bus(ConfigApplied(1.0, (), ()))
+            heard.append(bus.hears(LeaseGranted))
+        assert heard == [False, True, False]
+        writer.close()
+        logging.getLogger().removeHandler(writer._bridge or logging.NullHandler())
 
 
 async def test_a_second_interrupt_cuts_what_runs(sim: SimOllama, spawn: Spawn) -> None:

@@ -5,6 +5,18 @@ from __future__ import annotations
 from balancer.core.bus import Bus
 from balancer.core.events import CheckEnded, Event, MemberLeft, Mishap
 
+
+class Named:
+    """Writes down under its name what it hears."""
+
+    def __init__(self, name: str, heard: list[tuple[str, Event]]) -> None:
+        self.name = name
+        self.heard = heard
+
+    def __call__(self, event: Event) -> None:
+        self.heard.append((self.name, event))
+
+
 LEFT, CHECKED = MemberLeft(1.0, "a"), CheckEnded(2.0, "a", True, 0.01)
 
 
@@ -31,6 +43,34 @@ def test_who_names_kinds_hears_of_those_only() -> None:
     bus(LEFT)
     bus(CHECKED)
     assert (early, late) == ([LEFT, LEFT], [CHECKED])
+
+
+def test_what_somebody_does_not_want_it_is_not_told() -> None:
+    """All but what it names; who subscribes again has changed its mind, and keeps its place."""
+    bus = Bus()
+    heard: list[tuple[str, Event]] = []
+    first = Named("first", heard)
+    bus.subscribe(first, but=[CheckEnded])
+    bus.subscribe(Named("second", heard))
+    bus(CHECKED)
+    bus(LEFT)
+    assert heard == [("second", CHECKED), ("first", LEFT), ("second", LEFT)]
+    heard.clear()
+    bus.subscribe(first)
+    bus(CHECKED)
+    assert heard == [("first", CHECKED), ("second", CHECKED)]
+
+
+def test_what_nobody_hears_is_known() -> None:
+    """Whatever was told before, and whoever comes later."""
+    bus = Bus()
+    assert not bus.hears(MemberLeft)
+    everything: list[Event] = []
+    bus.subscribe(everything.append, [CheckEnded])
+    bus(LEFT)
+    assert (bus.hears(MemberLeft), bus.hears(CheckEnded)) == (False, True)
+    bus.subscribe(Named("all but one", []), but=[CheckEnded, Mishap])
+    assert (bus.hears(MemberLeft), bus.hears(Mishap)) == (True, False)
 
 
 def test_one_that_fails_stops_nobody_and_is_told() -> None:

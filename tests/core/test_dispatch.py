@@ -12,7 +12,7 @@ from balancer.core.admission import QueueLimits
 from balancer.core.dispatch import MAX_PASSES, LoadFailed
 from balancer.core.domain import Call, Mark, Principal, Residency, Role, Switch, Verdict
 from balancer.core.errors import BalancerError, Draining
-from balancer.core.events import AttemptEnded, CallQueued, LeaseGranted
+from balancer.core.events import AttemptEnded, CallQueued, LeaseGranted, RetryGranted
 from balancer.core.pool import Lease
 from balancer.core.scheduler import (
     OVERDUE_EXTRA_S,
@@ -79,6 +79,41 @@ def test_a_call_with_room_is_granted_at_once(bench: Bench) -> None:
     assert bench.of(CallQueued) == []
     settle(bench, client)
     assert at_rest(bench)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_grant_is_counted_and_a_retry_told_whoever_hears(bench: Bench, *, heard: bool) -> None:
+    """A first grant only to who wants to hear; a retry with what came before."""
+    bench.dispatcher._hears = lambda _: heard
+    first = bench.submit()
+    retry = bench.submit(attempts=(tried("a"),), excluded=frozenset("a"))
+    told = bench.of(LeaseGranted)
+    assert [event.attempt for event in told] == ([1, 2] if heard else [2])
+    assert isinstance(told[-1], RetryGranted)
+    assert (told[-1].backend, told[-1].after) == ("b", tried("a"))
+    assert bench.dispatcher.grants == {"warm": 1, "failover": 1}
+    settle(bench, first)
+    settle(bench, retry)
+
+
+def test_where_nobody_waits_nothing_is_planned(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the shell asked to call, once more than it takes to call it off."""
+    asked: list[float] = []
+    monkeypatch.setattr(bench.dispatcher, "_wake_at", asked.append)
+    settle(bench, bench.submit())
+    bench.dispatcher.kick()
+    assert asked == []
+    clients = [bench.submit() for _ in range(5)]
+    assert math.isfinite(asked[-1])
+    for client in clients:
+        settle(bench, client)
+    assert asked[-1] == math.inf
+    asked.clear()
+    settle(bench, bench.submit())
+    bench.dispatcher.kick()
+    assert asked == []
 
 
 def test_a_lease_says_why_it_is_where_it_is(bench: Bench) -> None:

@@ -720,3 +720,12 @@ def test_recorded_documents(
     assert (ending.usage.tokens_in, ending.usage.tokens_out) == tokens
     for end in range(len(body.rstrip())):
         assert not json_terminal(ROUTES[operation], body[:end]).whole
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900, 940, 1_000, 5_000])
+def test_an_error_too_deep_to_be_written_is_an_error_all_the_same(depth: int) -> None:
+    """What can be read is not always what can be written: nobody must hang for that."""
+    deep = b'{"error":' + b"[" * depth + b"]" * depth + b"}\n"
+    split = splitter(Framing.NDJSON)
+    split.feed(deep)
+    assert split.ending().complete is False

@@ -217,6 +217,20 @@ def test_a_burst_of_refusals_is_one(load: Load, clock: ManualClock) -> None:
     assert load.cooling_s(A) == pytest.approx(2)
 
 
+def test_a_rest_that_is_over_is_forgotten(load: Load, clock: ManualClock) -> None:
+    """Once answers have taken back what refusals added; not while it lasts."""
+    assert not load.is_resting
+    load.note_busy(A)
+    load.note_ok(A)
+    assert load.is_resting
+    clock.advance(1.0)
+    load.note_ok(B)
+    assert load.is_resting
+    load.note_ok(A)
+    assert not load.is_resting
+    assert cool_offs(load, clock, 2) == pytest.approx([1, 2])
+
+
 @pytest.mark.parametrize(("asked_s", "cools_s"), [(20.0, 20), (3600.0, 60), (0.0, 1), (-5.0, 1)])
 def test_retry_after_is_honoured(load: Load, asked_s: float, cools_s: float) -> None:
     """What the backend asks for counts, up to a minute, and never shortens our own."""

@@ -21,6 +21,7 @@ from balancer.core.domain import (
 from balancer.core.errors import BalancerError
 from balancer.core.events import (
     AttemptEnded,
+    AttemptFailed,
     BackendDrained,
     BreakerMoved,
     BreakersReset,
@@ -215,7 +216,11 @@ def test_only_streams_teach_the_time_to_first_byte(bench: PoolBench) -> None:
 
 
 def suspect_a(bench: PoolBench) -> None:
-    bench["a"].suspects.add(M)
+    lease = bench.lease("a")
+    assert lease is not None
+    bench.clock.advance(bench.pool.watchdog.silence_s)
+    assert bench.pool.suspects()
+    settle(bench, lease)
 
 
 BARS: dict[str, tuple[Callable[[PoolBench], object], str]] = {
@@ -575,6 +580,21 @@ def test_slots_are_never_exceeded(bench: PoolBench) -> None:
     assert bench.lease("zzz") is None
     for lease in leases:
         settle(bench, lease)
+
+
+@pytest.mark.parametrize("verdict", V)
+def test_an_attempt_that_failed_is_told_as_such(bench: PoolBench, verdict: V) -> None:
+    """Even if nobody hears of the others; what a caller did is no failure."""
+    bench.blame("a", verdict)
+    harmless = verdict in (V.OK, V.CALLER, V.GONE, V.STOPPED)
+    assert len(bench.of(AttemptEnded)) == 1
+    assert len(bench.of(AttemptFailed)) == (not harmless)
+    bench.events.clear()
+    bench.pool._hears = lambda _: False
+    bench.shape("b", "c")
+    bench.up("b", "m:1")
+    bench.blame("b", verdict)
+    assert len(bench.of(AttemptEnded)) == (not harmless)
 
 
 def test_a_lease_that_was_not_needed_teaches_nothing(bench: PoolBench) -> None:

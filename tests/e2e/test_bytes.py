@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from balancer.sim.host import SimModel
 from balancer.sim.loop import run
 from tests.conftest import Start
+from tests.e2e.stage import LANES, in_each_lane
 from tests.rig import Rig, running
 from tests.sim.wire import Reply
 
@@ -90,9 +92,9 @@ async def test_bytes_are_the_hosts(start: Start, route: str) -> None:
     """However the network cuts an answer, the client reads the same bytes, in whole records."""
     rig = await start(1, models=models())
     path, body = ROUTES[route]
-    for name, split in SPLITS.items():
+    for (name, split), headers in product(SPLITS.items(), LANES.values()):
         rig.fleet["a"].segmenter = split
-        reply = await rig.ask("POST", path, body)
+        reply = await rig.ask("POST", path, body, **headers)
         answer = assert_same(rig, reply)
         assert answer, name
         if reply.framing == "chunked":
@@ -150,18 +152,19 @@ BIG: dict[str, tuple[str, Any, Any, list[bytes]]] = {
 }
 
 
+@in_each_lane
 @pytest.mark.parametrize("route", BIG)
-async def test_megabytes_in_odd_pieces(start: Start, route: str) -> None:
+async def test_megabytes_in_odd_pieces(start: Start, route: str, headers: dict[str, str]) -> None:
     """Records of megabytes pass in pieces that fit nothing, first bytes before the last is made."""
-    path, body, headers, records = BIG[route]
+    path, body, kind, records = BIG[route]
     rig = await start(1, models=models())
     await rig.warm("a", body["model"])
     text = b"".join(records)
     assert len(text) > 5_000_000
     pieces = [text[at : at + 65_521] for at in range(0, len(text), 65_521)]
-    framing: Any = "length" if headers is JSON else "chunked"
-    rig.fleet["a"].script(path, headers=headers, segments=pieces, framing=framing)
-    assert assert_same(rig, await rig.ask("POST", path, body)) == text
+    framing: Any = "length" if kind is JSON else "chunked"
+    rig.fleet["a"].script(path, headers=kind, segments=pieces, framing=framing)
+    assert assert_same(rig, await rig.ask("POST", path, body, **headers)) == text
     assert [told.outcome for told in await rig.ended()] == ["ok"]
 
 

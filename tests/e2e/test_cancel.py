@@ -13,9 +13,11 @@ from balancer.core.events import AttemptEnded, LoadStarted
 from balancer.sim.host import Settings
 from tests.e2e.stage import (
     CHAT,
+    LANES,
     ROUTES,
     STREAMS,
     Asking,
+    in_each_lane,
     is_whole,
     models,
     moves,
@@ -38,7 +40,8 @@ async def leave(rig: Rig, when: str, number: int, rng: Random) -> float:
     streams = when == "mid-stream" or (when == "before the first byte" and rng.random() < 0.5)
     path, body = ROUTES[route]
     body = body | {"stream": streams}
-    asking = await Asking.of(rig, path, body, X_Request_Id=f"call-{number}")
+    lane = rng.choice(list(LANES.values()))
+    asking = await Asking.of(rig, path, body, X_Request_Id=f"call-{number}", **lane)
     if when == "mid-stream":
         await asking.head()
         for _ in range(rng.randrange(1, 8)):
@@ -110,14 +113,15 @@ async def test_two_hundred_aborts_at_once() -> None:
         assert moves(rig) == []
 
 
+@in_each_lane
 @virtual
-async def test_clients_that_leave_the_queue() -> None:
+async def test_clients_that_leave_the_queue(headers: dict[str, str]) -> None:
     """They reach no host at all, and those behind them move up."""
     async with running(1, models=models(0.0), backend={"slots": 1}) as rig:
         await rig.warm("a", "m")
-        first = await Asking.of(rig, "/api/chat", CHAT)
+        first = await Asking.of(rig, "/api/chat", CHAT, **headers)
         await first.head()
-        queued = [await Asking.of(rig, "/api/chat", CHAT) for _ in range(50)]
+        queued = [await Asking.of(rig, "/api/chat", CHAT, **headers) for _ in range(50)]
         await rig.events.until(lambda: len(rig.balancer.dispatcher.waiting()) == 50)
         at = now()
         for asking in queued[:-1]:
@@ -184,9 +188,12 @@ TERMINAL = {
 }
 
 
+@in_each_lane
 @pytest.mark.parametrize("route", STREAMS)
 @virtual
-async def test_who_leaves_after_the_last_record_has_had_all(route: str) -> None:
+async def test_who_leaves_after_the_last_record_has_had_all(
+    route: str, headers: dict[str, str]
+) -> None:
     """Hanging up behind the terminal record is a good end: ok for the call and for the host."""
     path, body = ROUTES[route]
     kind = "text/event-stream" if path.startswith("/v1/") else "application/x-ndjson"
@@ -198,7 +205,7 @@ async def test_who_leaves_after_the_last_record_has_had_all(route: str) -> None:
             segments=[*TERMINAL[route], (60.0, b"\n")],
             framing="chunked",
         )
-        asking = await Asking.of(rig, path, body)
+        asking = await Asking.of(rig, path, body, **headers)
         await asking.head()
         while asking.reply.body != b"".join(TERMINAL[route]):
             await asking.record()
@@ -211,12 +218,13 @@ async def test_who_leaves_after_the_last_record_has_had_all(route: str) -> None:
         assert rig.forwarded()[-1].ending == "client-gone"
 
 
+@in_each_lane
 @virtual
-async def test_who_leaves_before_the_last_record_is_gone() -> None:
+async def test_who_leaves_before_the_last_record_is_gone(headers: dict[str, str]) -> None:
     """One record earlier it is an abort."""
     async with running(1, models=models(0.0)) as rig:
         await rig.warm("a", "m")
-        asking = await Asking.of(rig, "/api/chat", CHAT)
+        asking = await Asking.of(rig, "/api/chat", CHAT, **headers)
         await asking.head()
         while b" w15" not in asking.reply.body:
             await asking.record()
@@ -226,8 +234,9 @@ async def test_who_leaves_before_the_last_record_is_gone() -> None:
         assert verdicts(rig) == [("a", "gone")]
 
 
+@in_each_lane
 @virtual
-async def test_a_client_that_stops_reading_is_let_go() -> None:
+async def test_a_client_that_stops_reading_is_let_go(headers: dict[str, str]) -> None:
     """After a minute of a full pipe its slot comes free and the host may stop; nobody is blamed."""
     half = [(0.01, b'{"response":"' + b"x" * 100_000 + b'","done":false}\n')] * 400
     async with running(1, models=models(0.0)) as rig:
@@ -237,7 +246,7 @@ async def test_a_client_that_stops_reading_is_let_go() -> None:
         wire = await rig.connect()
         wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
         asking = Asking(wire)
-        asking.send(rig, "/api/generate", {"model": "m", "prompt": "hi"})
+        asking.send(rig, "/api/generate", {"model": "m", "prompt": "hi"}, **headers)
         await asyncio.sleep(90.0)
         (told,) = await rig.ended()
         assert told.outcome == "client_abort"

@@ -16,6 +16,7 @@ from tests.e2e.stage import (
     STREAMS,
     Asking,
     error_of,
+    in_each_lane,
     is_whole,
     models,
     moves,
@@ -87,17 +88,20 @@ def strike(rig: Rig, host: str, fault: tuple[Any, ...], path: str) -> None:
         rig.fleet[host].faults.apply(name, *args)
 
 
+@in_each_lane
 @pytest.mark.parametrize("route", ["chat, streamed", "v1 chat, streamed"])
 @pytest.mark.parametrize("death", DEATHS)
 @virtual
-async def test_trouble_before_the_first_record_is_not_noticed(route: str, death: str) -> None:
+async def test_trouble_before_the_first_record_is_not_noticed(
+    route: str, death: str, headers: dict[str, str]
+) -> None:
     """Whatever a host says or does instead of a first record, another one's answer is whole."""
     path, body = ROUTES[route]
     fault, verdict = DEATHS[death]
     async with running(2, models=models()) as rig:
         await rig.warm("a", "m")
         strike(rig, "a", fault, path)
-        reply = await rig.ask("POST", path, body)
+        reply = await rig.ask("POST", path, body, **headers)
         assert is_whole(reply, path)
         assert verdicts(rig) == [("a", verdict), ("b", "ok")]
 
@@ -130,15 +134,18 @@ async def test_what_cannot_be_repeated_is_not() -> None:
 # -- in the stream ------------------------------------------------------------------------------
 
 
+@in_each_lane
 @pytest.mark.parametrize("route", STREAMS)
 @pytest.mark.parametrize("fault", [("cut", 3), ("reset", 3), ("restart", 1000.0)])
 @virtual
-async def test_a_host_that_dies_in_a_stream(route: str, fault: tuple[Any, ...]) -> None:
+async def test_a_host_that_dies_in_a_stream(
+    route: str, fault: tuple[Any, ...], headers: dict[str, str]
+) -> None:
     """What came stands, an error record ends it, nothing looks finished, nobody else is asked."""
     path, body = ROUTES[route]
     async with running(2, models=models()) as rig:
         await rig.warm("a", "m")
-        asking = await Asking.of(rig, path, body)
+        asking = await Asking.of(rig, path, body, **headers)
         if fault[0] != "restart":
             rig.fleet["a"].faults.apply(*fault)
         await asking.head()
@@ -178,20 +185,22 @@ async def test_three_cut_streams_close_a_host_off(route: str) -> None:
         assert [c["options"]["num_predict"] for c in canaries if c.get("prompt")] == [32, 32]
 
 
+@in_each_lane
 @virtual
-async def test_an_error_in_the_stream_passes_as_it_is() -> None:
+async def test_an_error_in_the_stream_passes_as_it_is(headers: dict[str, str]) -> None:
     """A host that tells the end itself is not told over: one error record, its own."""
     async with running(2, models=models()) as rig:
         await rig.warm("a", "m")
         rig.fleet["a"].faults.error_line(3, times=1)
-        reply = await rig.ask("POST", "/api/chat", CHAT)
+        reply = await rig.ask("POST", "/api/chat", CHAT, **headers)
         assert reply.body == bytes(rig.forwarded()[0].written)
         assert ["error" in each for each in records(reply)] == [False, False, False, True]
         assert verdicts(rig) == [("a", "unfit")]
 
 
+@in_each_lane
 @virtual
-async def test_half_a_record_is_never_followed_by_ours() -> None:
+async def test_half_a_record_is_never_followed_by_ours(headers: dict[str, str]) -> None:
     """What was held back of an unfinished record is dropped; behind it comes the error record."""
     whole, half = b'{"message":{"content":"a"},"done":false}\n', b'{"message":{"conte'
     kind = [("Content-Type", "application/x-ndjson")]
@@ -199,13 +208,14 @@ async def test_half_a_record_is_never_followed_by_ours() -> None:
         rig.fleet["a"].script(
             "/api/chat", headers=kind, segments=[whole, half], framing="chunked", ending="cut"
         )
-        reply = await rig.ask("POST", "/api/chat", CHAT)
+        reply = await rig.ask("POST", "/api/chat", CHAT, **headers)
         assert reply.ended == "clean"
         assert reply.body.startswith(whole + b'{"error":')
 
 
+@in_each_lane
 @virtual
-async def test_a_record_too_long_to_hold_breaks_the_body() -> None:
+async def test_a_record_too_long_to_hold_breaks_the_body(headers: dict[str, str]) -> None:
     """Where half a record had to be passed on, a broken body tells the client, not a record."""
     kind = [("Content-Type", "application/x-ndjson")]
     half = b'{"message":{"content":"' + 2_000_000 * b"x"
@@ -214,20 +224,21 @@ async def test_a_record_too_long_to_hold_breaks_the_body() -> None:
         rig.fleet["a"].script(
             "/api/chat", headers=kind, segments=[first, half], framing="chunked", ending="cut"
         )
-        reply = await rig.ask("POST", "/api/chat", CHAT)
+        reply = await rig.ask("POST", "/api/chat", CHAT, **headers)
         assert reply.ended in ("cut", "reset")
         assert b'"error"' not in reply.body
         assert [call.outcome for call in await rig.ended()] == ["upstream_error"]
 
 
+@in_each_lane
 @pytest.mark.parametrize("route", STREAMS)
 @virtual
-async def test_a_stream_without_its_last_record(route: str) -> None:
+async def test_a_stream_without_its_last_record(route: str, headers: dict[str, str]) -> None:
     """Native streams may end so and pass as they are; on /v1 an error record says so."""
     path, body = ROUTES[route]
     async with running(1, models=models()) as rig:
         rig.fleet["a"].faults.no_done(3)
-        reply = await rig.ask("POST", path, body)
+        reply = await rig.ask("POST", path, body, **headers)
         written = bytes(rig.forwarded()[0].written)
         assert reply.ended == "clean"
         if path.startswith("/v1/"):
@@ -241,9 +252,10 @@ async def test_a_stream_without_its_last_record(route: str) -> None:
 # -- nobody can ---------------------------------------------------------------------------------
 
 
+@in_each_lane
 @pytest.mark.parametrize("route", ROUTES)
 @virtual
-async def test_when_all_are_dead_the_text_names_them(route: str) -> None:
+async def test_when_all_are_dead_the_text_names_them(route: str, headers: dict[str, str]) -> None:
     """503 with Retry-After, each host and what it did; never 502."""
     path, body = ROUTES[route]
     async with running(3, models=models(), config={"queue.max_wait": "3s"}) as rig:
@@ -251,7 +263,7 @@ async def test_when_all_are_dead_the_text_names_them(route: str) -> None:
             await rig.warm(host.name, body["model"])
         for host in rig.fleet:
             host.faults.refuse()
-        reply = await rig.ask("POST", path, body)
+        reply = await rig.ask("POST", path, body, **headers)
         assert reply.status == 503
         assert int(reply.get("retry-after") or 0) >= 1
         for name in "abc":
@@ -316,16 +328,17 @@ async def test_an_unclear_failure_may_be_one_hosts() -> None:
         assert verdicts(rig) == [("a", "unclear"), ("b", "ok")]
 
 
+@in_each_lane
 @pytest.mark.parametrize("status", [400, 413, 422, 501])
 @virtual
-async def test_a_callers_mistake_touches_nothing(status: int) -> None:
+async def test_a_callers_mistake_touches_nothing(status: int, headers: dict[str, str]) -> None:
     """Relayed from the first host; no second one is asked, no breaker hears of it."""
     async with running(2, models=models()) as rig:
         await rig.warm("a", "m")
         body = b'{"error":"this is your mistake"}'
         rig.fleet["a"].script("/api/chat", status=status, segments=[body], times=None)
         for _ in range(12):
-            reply = await rig.ask("POST", "/api/chat", CHAT)
+            reply = await rig.ask("POST", "/api/chat", CHAT, **headers)
             assert (reply.status, reply.body) == (status, body)
         assert verdicts(rig) == [("a", "caller")] * 12
         assert moves(rig) == []

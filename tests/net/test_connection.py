@@ -860,6 +860,23 @@ def test_a_bug_in_a_sink_is_told() -> None:
     assert bench.line.closing
 
 
+def test_a_bug_in_a_sink_s_last_word_is_told() -> None:
+    """Nobody else would ever tell the call that it is over."""
+    bench, told = Bench(), list[Failure]()
+
+    class Broken(Tape):
+        def end(self) -> None:
+            raise RuntimeError("a bug")
+
+        def fail(self, failure: Failure) -> None:
+            told.append(failure)
+
+    bench.begin(Broken())
+    with pytest.raises(RuntimeError, match="a bug"):
+        bench.feed(SHORT)
+    assert told == [Failure(FailureKind.CUT, "the balancer failed")]
+
+
 # -- the model ------------------------------------------------------------------------------------
 
 

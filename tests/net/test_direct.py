@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ import pytest
 from balancer.app import Stop
 from balancer.core.domain import Call
 from balancer.core.errors import Forbidden
-from balancer.core.events import CallEnded, Mishap
+from balancer.core.events import Mishap
 from balancer.core.pool import Lease
 from balancer.core.verdicts import Failure, FailureKind
 from balancer.net.listener import HIGH_WATER
@@ -29,65 +28,36 @@ from balancer.sim.loop import run
 from tests.e2e.stage import (
     CHAT,
     ROUTES,
+    SLOW,
     STREAMS,
     WORDS,
     Asking,
     error_of,
     is_whole,
-    models,
     now,
     records,
     said,
+    settled,
     verdicts,
     virtual,
+    warm,
 )
 from tests.net.peer import both, until
-from tests.rig import Rig, running
+from tests.rig import Rig
 from tests.sim.wire import Reply, Wire
 
 pytestmark = pytest.mark.usefixtures("quiet")
 NDJSON = [("Content-Type", "application/x-ndjson")]
 LINE = b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false}\n'
 DONE = b'{"model":"m","message":{"role":"assistant","content":""},"done":true,"eval_count":1}\n'
-SLOW = {"X_Request_Timeout": "600"}  # a call with a limit needs a task to keep it
 PAGE = "https://chat.example"
 KEY = "0123456789abcdef-user"
-
-
-@asynccontextmanager
-async def warm(
-    hosts: int = 1, speed: float = 1.0, **more: Any
-) -> AsyncIterator[tuple[Rig, list[str]]]:
-    """A fleet whose first host has the models, and who went through a task."""
-    async with running(hosts, models=models(0.0, speed=speed), **more) as rig:
-        for model in ("m", "e"):
-            await rig.warm("a", model)
-        tasks, proxy = list[str](), cast("Any", rig.balancer.proxy)
-        go_on = proxy.go_on
-
-        def noting(exchange: Any, course: Any) -> Any:
-            tasks.append(exchange.id)
-            return go_on(exchange, course)
-
-        proxy.go_on = noting
-        yield rig, tasks
 
 
 def forgiven(rig: Rig) -> list[str]:
     """What was told of bugs; from here on it does not count as one of ours."""
     told = [event.error for event in rig.events.of(Mishap)]
     rig.events.events = [e for e in rig.events.events if not isinstance(e, Mishap)]
-    return told
-
-
-def settled(rig: Rig, outcome: str, verdict: str | None, *, phase: str = "") -> CallEnded:
-    """Told once, with its outcome; the lease is back, and nothing runs any more."""
-    (told,) = rig.calls()
-    assert (told.outcome, told.phase) == (outcome, phase)
-    assert [v for _, v in verdicts(rig)] == ([] if verdict is None else [verdict])
-    assert rig.balancer.pool.running == 0
-    assert not rig.balancer.dispatcher.waiting()
-    assert not rig.balancer.front.running
     return told
 
 

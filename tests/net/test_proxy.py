@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from balancer.core.domain import Outcome, Verdict
+from balancer.core.pool import Lease
 from tests.conftest import Start
-from tests.e2e.stage import CHAT, Asking, error_of, models, now, verdicts, virtual
+from tests.e2e.stage import CHAT, Asking, error_of, models, now, verdicts, virtual, warm
+from tests.net.peer import until
 from tests.rig import running
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -358,6 +360,55 @@ async def test_a_full_queue_refuses_before_the_body_is_sent() -> None:
         assert "queue.max_depth" in error_of(reply)
         for one in busy:
             one.hang_up()
+
+
+@pytest.mark.parametrize("name", ["content-type", "Content-type", "CONTENT-TYPE"])
+@virtual
+async def test_the_name_of_a_header_may_be_written_in_any_way(name: str) -> None:
+    """A stream stays one: its break is told in a record."""
+    async with warm() as (rig, _):
+        lines = [b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false}\n']
+        rig.fleet["a"].script(
+            "/api/chat",
+            headers=[(name, "application/x-ndjson"), ("content-TYPE", "text/event-stream")],
+            segments=lines,
+            framing="chunked",
+            ending="reset",
+        )
+        reply = await rig.ask("POST", "/api/chat", CHAT)
+        told = [(k, v) for k, v in reply.headers if k.lower() == "content-type"]
+        assert told == [("Content-Type", "application/x-ndjson")]
+        assert (len(reply.body.splitlines()), reply.ended) == (2, "clean")
+        assert "error" in json.loads(reply.body.splitlines()[-1])
+
+
+@virtual
+async def test_a_lease_that_comes_as_we_stop_is_not_lost() -> None:
+    """It may have come before the task of its call had its first turn."""
+    async with warm(backend=ONE) as (rig, _):
+        proxy, leases = cast("Any", rig.balancer.proxy), list[Lease]()
+        begin, go_on = proxy.begin, proxy.go_on
+
+        def noting(exchange: Any, course: Any, lease: Lease) -> Any:
+            leases.append(lease)
+            return begin(exchange, course, lease)
+
+        async def late(exchange: Any, course: Any) -> Any:
+            leases[0].release()
+            proxy.stopping = True
+            return await go_on(exchange, course)
+
+        proxy.begin, proxy.go_on = noting, late
+        rig.fleet["a"].faults.hang_inference()
+        first = await Asking.of(rig, "/api/chat", CHAT)
+        await until(lambda: bool(rig.forwarded()))
+        second = await Asking.of(rig, "/api/chat", CHAT)
+        await until(lambda: len(leases) == 2)
+        assert rig.balancer.pool.running == 1
+        for one in (first, second):
+            one.hang_up()
+        await rig.ended(2)
+        assert rig.balancer.pool.running == 0
 
 
 async def test_a_user_may_not_unload(start: Start) -> None:

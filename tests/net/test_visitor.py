@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from balancer.core.domain import Admitted, Principal, Role
-from balancer.net.visitor import Visitor
+from balancer.net.visitor import REMEMBERED_BYTES, Visitor
 
 ADMITTED = Admitted(Principal("somebody", Role.USER), "192.0.2.1")
 HEAD = ((b"Host", b"x"), (b"X-Api-Key", b"k"), (b"Content-Length", b"5"), (b"X-Request-Id", b"1"))
@@ -61,3 +61,11 @@ def test_nobody_is_known_for_long_or_by_other_rules() -> None:
     assert not is_again(rules=(ACCESS, PAGES, True))
     assert not is_again(rules=(object(), PAGES, False))
     assert not is_again(rules=(ACCESS, object(), False))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_only_a_small_head_is_kept(more: int) -> None:
+    """Of thousands of connections at rest each has one."""
+    raw = ((b"X", b"a" * (REMEMBERED_BYTES - 1 + more)),)
+    visitor = Visitor(raw, "GET", (), 11.0, ADMITTED, ())
+    assert visitor.is_small is (more == 0)

@@ -62,6 +62,31 @@ async def test_what_moves_does_not_expire() -> None:
     assert one.expired_at - one.moved_at <= 20.0 + GRAIN_S
 
 
+class Broken(Watched):
+    """Has a bug."""
+
+    def expire(self) -> None:
+        """It has passed."""
+        super().expire()
+        raise RuntimeError("a bug")
+
+
+@virtual
+async def test_a_bug_in_one_is_nothing_to_the_others() -> None:
+    """Whatever their order, they expire in the next round."""
+    loop, told = asyncio.get_running_loop(), list[object]()
+    loop.set_exception_handler(lambda _, context: told.append(context.get("exception")))
+    wheel = Wheel(loop)
+    broken = Broken(wheel, 10.0)
+    others = [Watched(wheel, limit_s) for limit_s in (10.0, 10.0, 10.0, 20.0)]
+    await asyncio.sleep(30)
+    assert broken.expired_at == 10.0
+    assert [str(error) for error in told] == ["a bug"]
+    for one, limit_s in zip(others, (10.0, 10.0, 10.0, 20.0), strict=True):
+        assert one.expired_at is not None
+        assert limit_s <= one.expired_at <= limit_s + GRAIN_S
+
+
 @virtual
 async def test_many_limits_close_together_are_one_round() -> None:
     """A thousand limits a millisecond apart do not wake it a thousand times."""

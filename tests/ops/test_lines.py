@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from balancer.ops.lines import HELD_CHARS, Lines
+from balancer.ops.lines import HELD_CHARS, UNMADE_CHARS, Lines
 
 
 class Stream(io.StringIO):
@@ -71,6 +71,42 @@ def test_the_first_line_goes_out_at_once_and_the_next_together() -> None:
     assert shell.asked == [], "when nothing comes nobody is woken"
     shell.lines.info("e")
     assert shell.stream.pieces[3:] == ["e\n"]
+
+
+def test_a_line_is_made_when_it_goes_out() -> None:
+    """In its place among the others; a warning's at once."""
+    shell, made = Shell(), []
+
+    def line(*words: str) -> str:
+        made.append(words[0])
+        return " ".join(words)
+
+    shell.lines.info("first")
+    shell.lines.hold((line, "a", "b"), at_once=False)
+    shell.lines.info("c")
+    assert made == []
+    shell.lines.hold((line, "w"), at_once=True)
+    assert shell.stream.pieces == ["first\n", "a b\nc\nw\n"]
+    shell.lines.hold((line, "d"), at_once=False)
+    assert made == ["a", "w"]
+    shell.lines.close()
+    shell.lines.hold((line, "e"), at_once=False)
+    assert shell.stream.pieces[2:] == ["d\n", "e\n"]
+
+
+def test_no_more_than_so_many_are_held_unmade() -> None:
+    """Whatever the shell is doing."""
+    shell, made, most = Shell(), 0, 0
+
+    def line(text: str) -> str:
+        nonlocal made
+        made += 1
+        return text
+
+    for number in range(1, 1000):
+        shell.lines.hold((line, "x"), at_once=False)
+        most = max(most, number - made)
+    assert 1 < most <= HELD_CHARS // UNMADE_CHARS
 
 
 @pytest.mark.parametrize("level", ["warning", "error", "critical"])

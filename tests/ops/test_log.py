@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from balancer.core import events
-from balancer.core.domain import BreakerState, Outcome, Switch, Usage, Verdict
+from balancer.core.domain import Attempt, BreakerState, Outcome, Switch, Usage, Verdict
 from balancer.core.events import (
     AttemptEnded,
+    AttemptFailed,
     BackendDrained,
     BreakerMoved,
     BreakersReset,
@@ -42,6 +43,7 @@ from balancer.core.events import (
     MemberLeft,
     Mishap,
     OrderEnded,
+    RetryGranted,
     Serving,
     Stopped,
     Stopping,
@@ -108,6 +110,19 @@ TOLD: list[tuple[Event, str, str]] = [
         AttemptEnded(1.0, "r1", "chat", "m", "gpu0", 1, Outcome(Verdict.FAULT, 1.0, 2.0)),
         "debug",
         "attempt_ended",
+    ),
+    (
+        AttemptFailed(1.0, "r1", "chat", "m", "gpu0", 1, Outcome(Verdict.FAULT, 1.0, 2.0)),
+        "debug",
+        "attempt_ended",
+    ),
+    (
+        RetryGranted(
+            *(1.0, "r1", "m", "gpu1", 2, 0.5, "failover"),
+            Attempt(1, "gpu0", Outcome(Verdict.FAULT, 1.0, 2.0)),
+        ),
+        "debug",
+        "lease_granted",
     ),
     (CheckEnded(1.0, "gpu0", True, 0.01), "debug", "check"),
     (HealthFlipped(1.0, "gpu0", True, "Ollama 0.33.0"), "info", "backend_up"),
@@ -270,12 +285,10 @@ def test_the_quick_way_to_a_request_writes_the_same(
 )
 def test_the_quick_way_to_a_time_is_the_same(at: float) -> None:
     """Also where a second is rounded up, and from one second to the next."""
-    now = [5.5]
-    stamp = Stamp(lambda: now[0])
+    stamp = Stamp(float)
     for each in (5.5, at, at, 5.6):
-        now[0] = each
         shown = datetime.fromtimestamp(each, UTC).isoformat(timespec="milliseconds")
-        assert stamp("info") == f'{{"timestamp":"{shown[:-6]}Z","level":"info"'
+        assert stamp("info", each) == f'{{"timestamp":"{shown[:-6]}Z","level":"info"'
 
 
 def test_an_alias_is_told_beside_the_model() -> None:
@@ -501,6 +514,49 @@ def test_a_request_is_a_short_line_on_a_terminal() -> None:
     assert "took=" in fine
     assert not any(word in fine for word in ("attempts", "outcome", "request_id", "user_agent"))
     assert all(word in failed for word in ("attempts=2", "error=gone", "request_id="))
+
+
+def test_a_request_is_written_when_lines_go_out_with_the_time_it_ended() -> None:
+    """In the order of what happened, with warnings and what other events wrote between them."""
+    stream, now = io.StringIO(), [0.0]
+    later: list[Callable[[], None]] = []
+    log = configure(
+        *("info", "json"),
+        stream=stream,
+        is_tty=False,
+        env={},
+        wall=lambda: now[0],
+        later=later.append,
+    )
+    write = LogWriter(log)
+    paths = [f"/{number}" for number in range(6)]
+    for path in paths[:3]:
+        now[0] += 1.0
+        write(replace(CALL, path=path))
+    assert len(stream.getvalue().splitlines()) == 1
+    write(MemberLeft(1.0, "gpu0"))
+    now[0] += 1.0
+    write(replace(CALL, path=paths[3], status=500))
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line.get("url.path") for line in told] == [*paths[:3], None, paths[3]]
+    assert [line["timestamp"][17:19] for line in told] == ["01", "02", "03", "03", "04"]
+    for path in paths[4:]:
+        write(replace(CALL, path=path))
+    log.lines.close()
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["url.path"] for line in told if "url.path" in line] == paths
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+def test_what_is_not_heard_is_not_written(level: Level) -> None:
+    """So that nobody need make it."""
+    log, stream = make("json", level)
+    writer = LogWriter(log)
+    for event, _, _ in TOLD:
+        if type(event) in writer.unheard:
+            writer(event)
+    assert stream.getvalue() == ""
+    assert bool(writer.unheard) == (level == "info")
 
 
 def written_to_a_file(tmp_path: Path, variable: str, *, is_tty: bool = False) -> list[str]:

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from balancer.core.domain import BreakerState, Outcome, Switch, Verdict
+from balancer.core.domain import Attempt, BreakerState, Outcome, Switch, Verdict
 from balancer.core.events import (
-    AttemptEnded,
+    AttemptFailed,
     BackendDrained,
     BreakerMoved,
     BreakersReset,
-    CallEnded,
     CheckEnded,
     ConfigApplied,
     ConfigRejected,
     Event,
     HealthFlipped,
-    LeaseGranted,
     LoadEnded,
     MemberJoined,
     MemberLeft,
     OrderEnded,
+    RetryGranted,
     Suspected,
     SwitchesLost,
     SwitchMoved,
 )
 from balancer.ops.log import LogWriter
-from balancer.ops.recent import FAILURES, FOLD_S, ROWS, UNDER_WAY, Recent, Row
+from balancer.ops.recent import FAILURES, FOLD_S, ROWS, Recent, Row
 from tests.core.clocks import ManualClock
 from tests.ops.test_log import make
 
@@ -49,16 +48,14 @@ def moved(old: BreakerState, new: BreakerState, model: str | None = None) -> Bre
     return BreakerMoved(1.0, "a", model, old, new, "3 in a row", 2.0)
 
 
-def failed(call: str = "r", verdict: Verdict = Verdict.FAULT, text: str = "reset") -> AttemptEnded:
-    return AttemptEnded(1.0, call, "chat", "m", "a", 1, Outcome(verdict, 0.0, 1.0, text=text))
+def failed(text: str = "reset") -> AttemptFailed:
+    outcome = Outcome(Verdict.FAULT, 0.0, 1.0, text=text)
+    return AttemptFailed(1.0, "r", "chat", "m", "a", 1, outcome)
 
 
-def again(call: str = "r", attempt: int = 2) -> LeaseGranted:
-    return LeaseGranted(1.0, call, "m", "b", attempt, 0.0, "failover")
-
-
-def ended(call: str) -> CallEnded:
-    return CallEnded(1.0, call, "POST", "/api/chat", "chat", 200, "ok", 1.0)
+def again(text: str = "reset") -> RetryGranted:
+    after = Attempt(1, "a", failed(text).outcome)
+    return RetryGranted(1.0, "r", "m", "b", 2, 0.0, "failover", after)
 
 
 TOLD: list[tuple[Event, str, str, str]] = [
@@ -100,8 +97,6 @@ def test_what_is_worth_a_row(
         CheckEnded(1.0, "a", True, 0.01),
         moved(OPEN, HALF),
         LoadEnded(1.0, "a", "m", True, 1.0, ""),
-        again(attempt=1),
-        ended("r"),
         failed(),
     ],
 )
@@ -109,6 +104,13 @@ def test_what_is_everyday_is_not(recent: Recent, event: Event) -> None:
     """Checks, trials and calls come by the thousand."""
     recent(event)
     assert recent.rows() == []
+
+
+def test_it_asks_for_what_it_remembers() -> None:
+    """Of nothing else there is a row or a failure, and so nobody need make it."""
+    assert {type(event) for event, *_ in TOLD} | {AttemptFailed, RetryGranted, OrderEnded} == {
+        *Recent.KINDS
+    }
 
 
 def test_the_newest_is_first_and_the_oldest_forgotten(recent: Recent) -> None:
@@ -121,17 +123,11 @@ def test_the_newest_is_first_and_the_oldest_forgotten(recent: Recent) -> None:
 
 
 def test_a_failover_tells_from_where_and_why(recent: Recent) -> None:
-    """What failed, where it goes on; a call that is over leaves nothing behind."""
-    recent(failed("r", text="connection\nreset"))
-    recent(again("r"))
+    """What failed, and where it goes on."""
+    recent(again("connection\nreset"))
     (row,) = recent.rows()
     assert (row.event, row.backend, row.model) == ("failover", "b", "m")
     assert row.text == "after a: connection\\nreset", "a backend's words are made safe"
-    recent(ended("r"))
-    assert recent._failed == {}
-    for number in range(2 * UNDER_WAY):
-        recent(failed(str(number)))
-    assert len(recent._failed) == UNDER_WAY
 
 
 def test_a_storm_of_failovers_is_one_row(recent: Recent, clock: ManualClock) -> None:
@@ -139,14 +135,14 @@ def test_a_storm_of_failovers_is_one_row(recent: Recent, clock: ManualClock) -> 
     recent(HealthFlipped(1.0, "a", False, "refused"))
     for number in range(ROWS * 2):
         clock.advance(1.0)
-        recent(failed(str(number), text=f"reset {number}"))
-        recent(again(str(number)))
+        recent(failed(f"reset {number}"))
+        recent(again(f"reset {number}"))
     row, down = recent.rows()
     assert down.event == "backend_down"
     assert (row.count, row.at) == (ROWS * 2, clock())
     assert row.text.endswith(f"reset {ROWS * 2 - 1}")
     clock.advance(FOLD_S + 1)
-    recent(again("later"))
+    recent(again())
     assert [each.count for each in recent.rows()] == [1, ROWS * 2, 1]
 
 
@@ -168,12 +164,9 @@ def test_openings_are_never_folded(recent: Recent) -> None:
 
 
 def test_the_last_failures_of_a_backend(recent: Recent, clock: ManualClock) -> None:
-    """Attempts and loads; not what a caller did; gone with the backend."""
-    for verdict in (Verdict.OK, Verdict.CALLER, Verdict.GONE, Verdict.STOPPED):
-        recent(failed(verdict=verdict))
-    assert recent.failures("a") == []
+    """Attempts and loads; gone with the backend."""
     for number in range(FAILURES + 2):
-        recent(failed(text=f"reset {number}"))
+        recent(failed(f"reset {number}"))
     recent(LoadEnded(1.0, "a", "m", False, 1.0, "out of memory"))
     kept = recent.failures("a")
     assert len(kept) == FAILURES

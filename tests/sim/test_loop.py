@@ -9,6 +9,8 @@ import pytest
 from balancer.sim import loop as loops
 from balancer.sim.loop import StuckError, run
 
+pytestmark = pytest.mark.usefixtures("each_loop")  # ours on uvloop keeps the same promises
+
 
 async def stopped(server: asyncio.Server) -> None:
     """Stops a server once its connections have seen the end of their clients."""

@@ -48,7 +48,7 @@ from balancer.core.events import (
     LoadEnded,
     LoadStarted,
 )
-from balancer.core.pool import GateSettings, Lease, PoolSettings, Trial
+from balancer.core.pool import GateSettings, Lease, PoolSettings, Trial, _hindrance
 from balancer.core.scheduler import (
     POLICIES,
     Greedy,
@@ -112,7 +112,7 @@ class World(Bench):
         self.rng = random.Random(seed)
         self.policy = policy
         self.callers: list[Caller] = []
-        self.grants = self.falls = 0
+        self.grants = self.falls = self.kept = 0
         self.on_disk: dict[str, set[str]] = {}
         self.in_memory: dict[str, set[str]] = {}
         self.under_way: list[tuple[str, PlacementKey, Load | None, Trial | None]] = []
@@ -477,6 +477,17 @@ class World(Bench):
 
     # -- the laws ------------------------------------------------------------------------------
 
+    def _look_at_what_is_kept(self) -> None:
+        """Where nothing hinders a call is known without a look, and a look would find the same."""
+        pool = self.pool
+        if pool._edition != self.catalog.edition:
+            return
+        for (key, _), places in pool._known.items():
+            if places.moves == pool._moves:
+                self.kept += 1
+                found = [p.name for p in places.all if not _hindrance(p.member, key.model)]
+                assert [place.name for place in places.open] == found
+
     def look(self) -> None:
         """Everything that must hold between two moves."""
         now = self.clock()
@@ -495,6 +506,7 @@ class World(Bench):
             assert not any(is_cloud(model) for model in (*member.models, *member.asked))
             for gate in (member.gate, *member.models.values()):
                 assert gate.retry_in() >= 0
+        self._look_at_what_is_kept()
         moves = self.of(BreakerMoved)
         assert {(event.old, event.new) for event in moves} <= LEGAL
         if self.callers:
@@ -621,11 +633,12 @@ def test_the_laws_hold_in_every_history() -> None:
         seen.update(event.why for event in world.of(LeaseGranted))
         seen.update(event.model for event in world.of(LeaseGranted))
         seen["fell"] += world.falls
+        seen["kept"] += world.kept
     # Chance has been everywhere, or the test proves nothing.
     assert seen["granted"] > 5 * sum(SEEDS.values())
     for code in ("model_not_found", "no_backend", "queue_timeout", "load_failed", "queue_full"):
         assert seen[code], (code, seen)
-    for granted in ("other-weights", "short-context", "cold", FAR, "fell"):
+    for granted in ("other-weights", "short-context", "cold", FAR, "fell", "kept"):
         assert seen[granted], (granted, seen)
     for event in ("BreakerMoved", "HealthFlipped", "Suspected", "MemberLeft", "LoadEnded"):
         assert seen[event], (event, seen)
