@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 from unittest.mock import Mock
@@ -12,7 +13,28 @@ import pytest
 from aiohttp.http_exceptions import HttpProcessingError
 from aioresponses import aioresponses
 
+from balancer.sim import loop as virtual
+from tests.loops import LOOPS, VIRTUAL
 from tests.rig import Rig, running
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--loop uvloop` runs what is asynchronous there, in virtual time as in real time."""
+    parser.addoption("--loop", choices=list(LOOPS), default="asyncio", help="the event loop")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have `balancer.sim.loop.run` make the loops that were asked for."""
+    kind: Any = VIRTUAL[config.getoption("--loop")]
+    virtual.VirtualLoop = kind  # type: ignore[misc]
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The same for tests that are coroutines; their names stay as they are."""
+    name = config.getoption("--loop")
+    return {name: LOOPS[name]}
 
 
 class Start(Protocol):
@@ -44,6 +66,12 @@ class _Response(aiohttp.ClientResponse):
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, stream_writer=Mock(), **given)
+
+
+@pytest.fixture(params=VIRTUAL)
+def each_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `balancer.sim.loop.run` make one kind of loops, then the other."""
+    monkeypatch.setattr(virtual, "VirtualLoop", VIRTUAL[request.param])
 
 
 @pytest.fixture

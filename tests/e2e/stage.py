@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar, cast
 
-from balancer.core.events import AttemptEnded, BreakerMoved
+import pytest
+
+from balancer.core.events import AttemptEnded, BreakerMoved, CallEnded
 from balancer.sim.host import SimModel
 from balancer.sim.loop import run
-from tests.rig import Rig
+from tests.rig import Rig, running
 from tests.sim.wire import Reply, Wire
 
 P = ParamSpec("P")
+R = TypeVar("R")
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT: dict[str, Any] = {"model": "m", "messages": HELLO}
 ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +51,8 @@ ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
 LATE_HEAD: dict[str, Any] = {"streaming.heartbeat_after": -1}  # it waits for the answer
 STREAMS = tuple(name for name in ROUTES if "streamed" in name)
 LAST_EVENTS = ("response.completed", "message_stop")
+SLOW = {"X_Request_Timeout": "600"}  # a call with a limit needs a task to keep it
+LANES: dict[str, dict[str, str]] = {"direct": {}, "a task": SLOW}
 WORDS = tuple(f" w{n}" for n in range(20))
 
 
@@ -58,6 +64,13 @@ def virtual(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
         run(test(*args, **kwargs))
 
     return wrapped
+
+
+def in_each_lane(test: Callable[P, R]) -> Callable[P, R]:
+    """Run a test with calls that are answered without a task, if they may, and with others."""
+    each = pytest.mark.parametrize("headers", LANES.values(), ids=LANES.keys())
+    marked: Callable[P, R] = each(test)
+    return marked
 
 
 def models(load_s: float = 2.0, *, speed: float = 1.0) -> tuple[SimModel, ...]:
@@ -181,3 +194,33 @@ def verdicts(rig: Rig) -> list[tuple[str, str]]:
 def moves(rig: Rig) -> list[tuple[str, str | None, str]]:
     """Every move of a breaker so far: backend, model or None, the new state."""
     return [(each.backend, each.model, each.new.value) for each in rig.events.of(BreakerMoved)]
+
+
+@asynccontextmanager
+async def warm(
+    hosts: int = 1, speed: float = 1.0, **more: Any
+) -> AsyncIterator[tuple[Rig, list[str]]]:
+    """A fleet whose first host has the models, and who went through a task."""
+    async with running(hosts, models=models(0.0, speed=speed), **more) as rig:
+        for model in ("m", "e"):
+            await rig.warm("a", model)
+        tasks, proxy = list[str](), cast("Any", rig.balancer.proxy)
+        go_on = proxy.go_on
+
+        def noting(exchange: Any, course: Any) -> Any:
+            tasks.append(exchange.id)
+            return go_on(exchange, course)
+
+        proxy.go_on = noting
+        yield rig, tasks
+
+
+def settled(rig: Rig, outcome: str, verdict: str | None, *, phase: str = "") -> CallEnded:
+    """Told once, with its outcome; the lease is back, and nothing runs any more."""
+    (told,) = rig.calls()
+    assert (told.outcome, told.phase) == (outcome, phase)
+    assert [v for _, v in verdicts(rig)] == ([] if verdict is None else [verdict])
+    assert rig.balancer.pool.running == 0
+    assert not rig.balancer.dispatcher.waiting()
+    assert not rig.balancer.front.running
+    return told

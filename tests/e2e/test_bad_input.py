@@ -159,6 +159,83 @@ async def test_too_long_a_head_is_refused_before_all_of_it_has_come(
     ]
 
 
+UNCLEAR = {
+    "gzip, chunked": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "chunks on 1.0": b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "HTTP/2.0": b"GET / HTTP/2.0\r\n" + HOST + b"\r\n",
+    "HTTP/0.9": b"GET / HTTP/0.9\r\n" + HOST + b"\r\n",
+    "a websocket": GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "h2c and a websocket": GET
+    + b"Connection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket\r\n\r\n",
+    "a list of upgrades": GET + b"Connection: Upgrade\r\nUpgrade: h2c, websocket\r\n\r\n",
+    "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\n" + HOST + b"\r\n",
+    "OPTIONS *": b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n",
+    "another authority": b"GET http://evil.example/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a name before the authority": b"GET http://localhost@evil/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "another scheme": b"GET ftp://localhost/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a fragment": b"GET /api/tags#x HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a slash too much": b"GET //api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "an authority in the path": b"GET //evil.example/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "two slashes at the end": b"GET /api/tags// HTTP/1.1\r\n" + HOST + b"\r\n",
+    "dots": b"POST /api/x/../chat HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n",
+    "dots at the end": b"GET /api/tags/.. HTTP/1.1\r\n" + HOST + b"\r\n",
+    "escaped dots": b"GET /api/%2e%2E/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "one dot": b"GET /api/./tags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "an escaped slash": b"GET /api%2ftags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "escaped dots after a model": b"GET /v1/models/%2e%2e/x HTTP/1.1\r\n" + HOST + b"\r\n",
+    "dots after our authority": b"GET http://localhost/x/../y HTTP/1.1\r\n" + HOST + b"\r\n",
+    "an authority without Host": b"GET http://evil.example/ HTTP/1.0\r\n\r\n",
+    "an escaped NUL": b"GET /api/%00tags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "escaped line feeds": b"GET /v1/models/a%0d%0aX:%20y HTTP/1.1\r\n" + HOST + b"\r\n",
+    "an escaped escape": b"GET /api/%1b[31mtags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "an escaped DEL": b"GET /api/%7ftags HTTP/1.1\r\n" + HOST + b"\r\n",
+    "escapes that are no UTF-8": b"GET /api/%ff HTTP/1.1\r\n" + HOST + b"\r\n",
+}
+SERVED = b'{"model":"llama3.2","prompt":"x","stream":false}'
+GOOD = POST.replace(b"chat", b"generate") + b"Content-Length: %d\r\n\r\n" % len(SERVED) + SERVED
+
+
+@in_module
+@pytest.mark.parametrize("lane", [b"", b"X-Request-Timeout: 60\r\n"], ids=["direct", "a task"])
+@pytest.mark.parametrize("name", [*MALFORMED, *UNCLEAR])
+async def test_what_comes_behind_a_good_call_is_refused_as_ever(
+    shared: Rig, name: str, lane: bytes
+) -> None:
+    """While it runs: the call is answered in full, then the refusal comes, and the end."""
+    asked, raw = len(shared.forwarded()), {**MALFORMED, **UNCLEAR}[name]
+    wire = await shared.connect()
+    wire.writer.write(GOOD.replace(HOST, HOST + lane))
+    async with asyncio.timeout(5):
+        while not shared.balancer.front.running:
+            await asyncio.sleep(0)
+    wire.writer.write(raw)
+    good = await wire.reply("POST")
+    assert (good.status, good.ended, json.loads(good.body)["done"]) == (200, "clean", True)
+    refused = await wire.reply(raw.partition(b" ")[0].decode("latin-1"))
+    async with asyncio.timeout(5):
+        assert await wire.reader.read() == b""
+    wire.close()
+    assert refused.status == 400
+    assert len(shared.forwarded()) == asked + 1
+
+
+@in_module
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_what_comes_in_one_read_with_a_good_call_is_refused_as_ever(
+    shared: Rig, name: str
+) -> None:
+    """The parser tells of its error only, so the call is not begun; nothing is taken for it."""
+    asked, before, wire = len(shared.forwarded()), len(shared.calls()), await shared.connect()
+    wire.writer.write(GOOD + MALFORMED[name])
+    refused = await wire.reply("POST")
+    async with asyncio.timeout(5):
+        assert await wire.reader.read() == b""
+    wire.close()
+    assert (refused.status, refused.body) == (400, b"400 Bad Request")
+    assert len(shared.forwarded()) == asked
+    assert [told.endpoint for told in shared.calls()[before:]] == ["malformed"]
+
+
 BROKEN = {
     "a chunk size of letters": b"zz\r\nsecret\r\n",
     "a chunk of 18 digits": b"f" * 18 + b"\r\nsecret",
@@ -235,40 +312,6 @@ async def test_no_line_of_the_log_can_be_forged(shared: Rig, format: Any) -> Non
     text = lines.getvalue()
     assert text.count("\n") == len(text.splitlines()) == 8
     assert all(char.isprintable() or char == "\n" for char in text)
-
-
-UNCLEAR = {
-    "gzip, chunked": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    "chunks on 1.0": b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "HTTP/2.0": b"GET / HTTP/2.0\r\n" + HOST + b"\r\n",
-    "HTTP/0.9": b"GET / HTTP/0.9\r\n" + HOST + b"\r\n",
-    "a websocket": GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
-    "h2c and a websocket": GET
-    + b"Connection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket\r\n\r\n",
-    "a list of upgrades": GET + b"Connection: Upgrade\r\nUpgrade: h2c, websocket\r\n\r\n",
-    "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\n" + HOST + b"\r\n",
-    "OPTIONS *": b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n",
-    "another authority": b"GET http://evil.example/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "a name before the authority": b"GET http://localhost@evil/ HTTP/1.1\r\n" + HOST + b"\r\n",
-    "another scheme": b"GET ftp://localhost/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "a fragment": b"GET /api/tags#x HTTP/1.1\r\n" + HOST + b"\r\n",
-    "a slash too much": b"GET //api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "an authority in the path": b"GET //evil.example/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "two slashes at the end": b"GET /api/tags// HTTP/1.1\r\n" + HOST + b"\r\n",
-    "dots": b"POST /api/x/../chat HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n",
-    "dots at the end": b"GET /api/tags/.. HTTP/1.1\r\n" + HOST + b"\r\n",
-    "escaped dots": b"GET /api/%2e%2E/api/tags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "one dot": b"GET /api/./tags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "an escaped slash": b"GET /api%2ftags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "escaped dots after a model": b"GET /v1/models/%2e%2e/x HTTP/1.1\r\n" + HOST + b"\r\n",
-    "dots after our authority": b"GET http://localhost/x/../y HTTP/1.1\r\n" + HOST + b"\r\n",
-    "an authority without Host": b"GET http://evil.example/ HTTP/1.0\r\n\r\n",
-    "an escaped NUL": b"GET /api/%00tags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "escaped line feeds": b"GET /v1/models/a%0d%0aX:%20y HTTP/1.1\r\n" + HOST + b"\r\n",
-    "an escaped escape": b"GET /api/%1b[31mtags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "an escaped DEL": b"GET /api/%7ftags HTTP/1.1\r\n" + HOST + b"\r\n",
-    "escapes that are no UTF-8": b"GET /api/%ff HTTP/1.1\r\n" + HOST + b"\r\n",
-}
 
 
 @in_module
@@ -432,11 +475,12 @@ BODIES: list[tuple[str, bytes, int, str]] = [
 
 
 @in_module
+@pytest.mark.parametrize("spelling", ["{}", "{}/"])  # on the spot, and in a task
 @pytest.mark.parametrize("path", sorted({path for path, *_ in BODIES}))
-async def test_a_bad_body_is_told(shared: Rig, path: str) -> None:
+async def test_a_bad_body_is_told(shared: Rig, path: str, spelling: str) -> None:
     """Ollama's status and, as near as may be, its text, in the shape of the route."""
     for _, body, status, text in [row for row in BODIES if row[0] == path]:
-        reply = await untouching(shared, shared.ask("POST", path, body))
+        reply = await untouching(shared, shared.ask("POST", spelling.format(path), body))
         assert (reply.status, reply.get("content-type")) == (status, NATIVE), body[:60]
         assert text in message(reply), body[:60]
         assert shape(reply) is (Dialect.OPENAI if path.startswith("/v1") else Dialect.OLLAMA)
@@ -539,6 +583,32 @@ async def test_local_pages_are_welcome(shared: Rig, origin: str) -> None:
         assert reply.status == status
         assert reply.get("access-control-allow-origin") == origin
         assert reply.get("vary") == "Origin"
+
+
+@in_module
+@pytest.mark.parametrize("path", [b"/api/generate", b"/api/version"])
+async def test_who_was_welcome_once_is_not_for_ever(shared: Rig, path: bytes) -> None:
+    """On a connection that was let in, each request is looked at for itself."""
+    body = SERVED if path == b"/api/generate" else b""
+    method = b"POST" if body else b"GET"
+    end = b"Content-Length: %d\r\n\r\n" % len(body) + body
+    foreign = [
+        b"Host: evil.example\r\n",
+        HOST + b"Origin: http://evil.example\r\n",
+        HOST + b"Origin: null\r\n",
+        b"X: y\r\n" + HOST + b"Origin: http://localhost.evil.example\r\n",
+    ]
+    for headers in foreign:
+        asked, wire = len(shared.forwarded()), await shared.connect()
+        for sent, status in ((HOST, 200), (HOST, 200), (headers, 403), (HOST, 200)):
+            wire.writer.write(b"%s %s HTTP/1.1\r\n" % (method, path) + sent + end)
+            reply = await wire.reply(method.decode())
+            assert reply.status == status, sent
+            if reply.get("connection") == "close":
+                break
+        wire.close()
+        assert reply.status in (200, 403)
+        assert len(shared.forwarded()) - asked in ((2, 3) if body else (0,))
 
 
 @in_module

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from balancer.core.domain import CheckResult
 from balancer.core.events import LoadStarted, TrialEnded
 from balancer.core.names import parse
 from balancer.sim.cloud import SIGNIN_URL, WORDS, Cloud
@@ -117,7 +118,9 @@ async def test_without_a_mark_the_first_that_lists_it() -> None:
         for _ in range(3):
             assert (await rig.ask("POST", "/api/chat", FAR_CHAT)).status == 200
         assert [len(asked(host)) for host in rig.fleet] == [3, 0]
-        rig.balancer.pool.members["a"].health.state = "down"
+        for _ in range(5):
+            rig.balancer.pool.observe("a", CheckResult(ok=False, latency_s=0.0, error="timeout"))
+        assert not rig.balancer.pool.members["a"].health.up
         assert (await rig.ask("POST", "/api/chat", FAR_CHAT, X_Request_Timeout="1")).status in (
             503,
             504,
