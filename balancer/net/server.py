@@ -50,6 +50,7 @@ SAFE_ID: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ
 TEXT: Final = "text/plain"
 MALFORMED: Final = "malformed"
 TICK_S: Final = 0.5
+TICKED: Final = 100  # answers that are looked at in one turn of the loop
 LOOPBACK: Final = ("127.0.0.1", "::1")
 # What tells clients of backends, and stays away where `server.headers` is minimal.
 TELLING: Final = tuple(
@@ -274,6 +275,7 @@ class Front:
         self._known = dict(known)
         self._take = take
         self._ticking: asyncio.TimerHandle | None = None
+        self._unseen: list[Exchange] = []  # in this round
         self._at_once: dict[tuple[str, str], tuple[Route, Known | None]] = {}
         self._new_id = new_id
         self._extra_headers = extra_headers
@@ -396,14 +398,21 @@ class Front:
         return exchange
 
     def _tick(self) -> None:
-        """One timer for all answers that are under way."""
-        self._ticking = None
+        """
+        One timer for all answers that are under way: each is looked at every `TICK_S`.
+
+        Of many, so many at a time: looking at thousands at once would hold up all of them.
+        """
         now = self._clock()
-        for exchange in list(self.running):
-            if exchange.reply is not None:
+        left = self._unseen or list(self.running)
+        self._unseen = left[TICKED:]
+        for exchange in left[:TICKED]:
+            if exchange.reply is not None and exchange in self.running:
                 exchange.reply.tick(now)
+        self._ticking = None
         if self.running:
-            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+            turns = -(-len(self.running) // TICKED)
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S / turns, self._tick)
 
     # -- in a task -----------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from balancer.core.errors import BadRequest, Forbidden, NoBackend, OptionError
 from balancer.core.events import CallEnded, Event, Mishap
 from balancer.net.bodies import read_body
 from balancer.net.listener import listen, make_server
-from balancer.net.server import Exchange, Front
+from balancer.net.server import TICKED, Exchange, Front
 from tests.e2e.stage import virtual
 from tests.net.peer import both
 from tests.sim.wire import Reply, Wire
@@ -779,3 +780,38 @@ async def test_a_refusal_raised_late_keeps_its_shape() -> None:
         native, openai = await stage.ask("/api/tags"), await stage.ask("/v1/models")
         assert native.body == b'{"error":"no \\u003cb\\u003eway\\u003c/b\\u003e"}'
         assert json.loads(openai.body)["error"]["type"] == "invalid_request_error"
+
+
+@virtual
+async def test_many_answers_are_looked_at_a_few_at_a_time() -> None:
+    """Each about twice a second, and never more of them at once than delay nobody."""
+    async with staged() as stage:
+        seen: list[tuple[float, int]] = []
+        now = asyncio.get_running_loop().time
+
+        class Looked:
+            """One answer."""
+
+            def __init__(self, number: int) -> None:
+                self.number = number
+
+            def tick(self, at: float) -> None:
+                """Note it."""
+                seen.append((at, self.number))
+
+        for number in range(5 * TICKED // 2):
+            exchange: Any = object.__new__(Exchange)
+            exchange.reply = Looked(number)
+            stage.front.running.add(exchange)
+        began = now()
+        stage.front._tick()
+        await asyncio.sleep(10.0)
+        stage.front.running.clear()
+        by_turn = Counter(at for at, _ in seen)
+        assert max(by_turn.values()) <= TICKED
+        times: dict[int, list[float]] = {}
+        for at, number in seen:
+            times.setdefault(number, []).append(at - began)
+        assert len(times) == 5 * TICKED // 2
+        for told in times.values():
+            assert all(0.3 <= b - a <= 0.8 for a, b in pairwise(told))
