@@ -2,8 +2,8 @@
 One try's answer, held until it can be judged, then handed on as it comes.
 
 An attempt is the sink of one exchange. Until it is judged it collects: a stream up to its first
-record that commits, a whole answer up to its end. After that whoever relays takes what is there
-and waits for more; past 64 KiB not yet taken, the backend is paused.
+record that commits, a whole answer up to its end. Then whoever relays takes what is there, and
+becomes the sink itself; if that is late, the backend is paused at 64 KiB.
 """
 
 from __future__ import annotations

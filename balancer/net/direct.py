@@ -57,7 +57,7 @@ class Direct:
             or proxy.stopping
             or proxy.settings.aliases.find(call.key.model) is not None
         ):
-            hand_over(Handed(exchange, partial(proxy.answer, exchange, body), _nothing))
+            hand_over(Handed(exchange, partial(proxy.answer, exchange, body)))
             return
         course = proxy.course(exchange, call)
         proxy.budget.note_call()
@@ -65,7 +65,7 @@ class Direct:
             grant = proxy.submit(course)
         except BalancerError:  # what follows from it, if anything, is found out there
             go_on = partial(proxy.go_on, exchange, course)
-            hand_over(Handed(exchange, go_on, _nothing))
+            hand_over(Handed(exchange, go_on))
             return
         if grant.lease is None:
             leave = partial(proxy.withdraw, exchange, course)
@@ -152,7 +152,7 @@ class _Running:
         if self._done is not None:
             self._done = None
             go_on = partial(self._proxy.go_on, self._exchange, self._course)
-            self._hand_over(Handed(self._exchange, go_on, _nothing))
+            self._hand_over(Handed(self._exchange, go_on))
 
     def _over(self) -> None:
         """All is written; the call is over once its client has taken it."""
@@ -166,7 +166,3 @@ class _Running:
         done, self._done = self._done, None
         if done is not None:
             done(self._exchange)
-
-
-def _nothing() -> None:
-    """Nothing waits that would have to be told."""

@@ -171,6 +171,10 @@ class Exchange:
         return type(error)(said, retry_after_s=error.retry_after_s)
 
 
+def _nothing() -> None:
+    """Nothing is held that would have to be given back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Handed:
     """
@@ -183,7 +187,7 @@ class Handed:
 
     exchange: Exchange
     go_on: Callable[[], Awaitable[web.StreamResponse]]
-    leave: Callable[[], None]
+    leave: Callable[[], None] = _nothing
 
 
 class Doorkeeper(Protocol):
@@ -321,7 +325,7 @@ class Front:
                 exchange.bytes_in = len(body)
                 self._take(exchange, body, self._done, self._hand_over)
         except Exception as error:  # noqa: BLE001 - it is told where all errors are
-            self._hand_over(Handed(exchange, partial(_raise, error), _nothing))
+            self._hand_over(Handed(exchange, partial(_raise, error)))
         return True
 
     def _recognise(self, exchange: Exchange) -> None:
@@ -350,7 +354,7 @@ class Front:
         outlet.begin(200, headers, len(body))
         outlet.end(b"" if exchange.request.method == "HEAD" else body)
         if outlet.is_held_up:  # whoever asks again and again has to read, too
-            self._hand_over(Handed(exchange, partial(_taken, outlet), _nothing))
+            self._hand_over(Handed(exchange, partial(_taken, outlet)))
         else:
             self._done(exchange)
 
@@ -757,7 +761,3 @@ async def _raise(error: Exception) -> web.StreamResponse:
 async def _taken(outlet: Outlet) -> web.StreamResponse:
     await outlet.taken()
     return Written(200, outlet)
-
-
-def _nothing() -> None:
-    """Nothing waits that would have to be told."""
