@@ -18,9 +18,8 @@ from balancer.core.retry import repeats_crash
 from balancer.core.routes import FREE_FORM
 from balancer.core.verdicts import Judgement
 from balancer.net.attempt import Attempt
-from balancer.net.relay import STOPPING
+from balancer.net.relay import FINE, STOPPING
 
-FINE: Final = Judgement(Verdict.OK)
 _NOTHING: Final = Usage()  # told of what it took
 
 

@@ -28,7 +28,7 @@ from balancer.net.attempt import Attempt
 from balancer.net.reply import Reply
 from balancer.net.server import Exchange
 
-_FINE: Final = Judgement(Verdict.OK)
+FINE: Final = Judgement(Verdict.OK)
 STOPPED: Final = Judgement(Verdict.STOPPED, text="was stopped: the call's time limit has passed")
 STOPPING: Final = Judgement(Verdict.STOPPED, text="was stopped: the balancer is stopping")
 
@@ -200,7 +200,7 @@ class Relay:
             judged = verdicts.of_failure(attempt.failure, committed=True, received=received)
             return judged, None, b""
         if split is None:
-            return _FINE, None, b""
+            return FINE, None, b""
         last = split.flush()
         ending = split.ending()
         if ending.error_record is not None:
@@ -209,7 +209,7 @@ class Relay:
         if not ending.complete and self._lease.call.route.operation != OTHER:
             text = "ended its answer without the terminal record"
             return Judgement(Verdict.UNFINISHED, text=text), ending, last
-        return _FINE, ending, last
+        return FINE, ending, last
 
     def _settle(self, judgement: Judgement, ending: Ending | None) -> None:
         usage = ending.usage if ending is not None else Usage()
