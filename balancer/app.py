@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from balancer import __version__
 from balancer.config import EVERYWHERE, BackendSpec, BreakerLimits, Config, Listen, join, places
-from balancer.core import scheduler
+from balancer.core import strategy
 from balancer.core.admission import Admission, QueueLimits
 from balancer.core.aliases import Aliases
 from balancer.core.bus import Bus
@@ -176,7 +176,7 @@ class Balancer:
         )
         self.dispatcher = Dispatcher(
             self.pool,
-            scheduler.build(config.routing.strategy, self.pool),
+            strategy.build(config.routing.strategy, self.pool),
             Admission(queue_limits(config), clock),
             clock,
             emit,
@@ -428,7 +428,7 @@ class Balancer:
         self.catalog.remember_s = config.models.remember_s
         self.catalog.aliases = aliases(config)
         self.pool.reshape(backends(config))
-        self.dispatcher.exchange(scheduler.build(config.routing.strategy, self.pool))
+        self.dispatcher.exchange(strategy.build(config.routing.strategy, self.pool))
         self.dispatcher.admission.limits = queue_limits(config)
         self.prober.settings = prober_settings(config)
         self.prober.follow()

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from balancer.core import names, routes, scheduler
+from balancer.core import names, routes, strategy
 from balancer.core.admission import Admission, QueueLimits
 from balancer.core.bus import Bus
 from balancer.core.catalog import Catalog
@@ -117,7 +117,7 @@ class World:
         self.loop = loop
         self.dispatcher = Dispatcher(
             self.pool,
-            scheduler.build("least-loaded", self.pool),
+            strategy.build("least-loaded", self.pool),
             Admission(QueueLimits(), clock),
             clock,
             self.emit,

@@ -36,6 +36,7 @@ from balancer.core.scheduler import (
     CommitRefused,
     Load,
     LoadAnswered,
+    LoadRefused,
     Option,
     Refuse,
     Scheduler,
@@ -223,7 +224,7 @@ class Dispatcher:
         if commit is None:
             return False
         why = self._why(commit)
-        lease = self._pool.lease(ticket.call, commit.backend, 1, why)
+        lease = self._pool.lease(ticket.call, commit.backend, 1, why, probe=commit.probe)
         if lease is None:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             return False
@@ -343,7 +344,7 @@ class Dispatcher:
             # The queue's limit rested while the load was under way.
             if ticket.call.key == load.key and load.backend not in ticket.excluded:
                 ticket.limit_at = self._limit(ticket, now)
-        if attempt is not None:
+        if attempt is not None and load.ticket is not None:
             self._refuse(load.ticket, LoadFailed(attempt, answer))
         self.kick()
 
@@ -412,7 +413,8 @@ class Dispatcher:
             return
         call = ticket.call
         why = self._why(commit)
-        lease = self._pool.lease(call, commit.backend, len(ticket.attempts) + 1, why)
+        number = len(ticket.attempts) + 1
+        lease = self._pool.lease(call, commit.backend, number, why, probe=commit.probe)
         if lease is None:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             self._scheduler.enqueue(ticket)
@@ -445,12 +447,16 @@ class Dispatcher:
         return peculiar or ("cold" if ticket.cold else commit.why)
 
     def _load(self, load: Load) -> None:
-        is_wanted = load.ticket in self._owners
-        if is_wanted and self._pool.take_token(load.backend, load.key, load.why):
-            load.ticket.cold = True
-            load.ticket.load_on = load.backend
-            self._on_load(load)
-            self._again = True  # only now does the scheduler see it, and say when it is overdue
+        ticket = load.ticket
+        is_wanted = ticket is None or ticket in self._owners
+        if not is_wanted or not self._pool.take_token(load.backend, load.key, load.why):
+            self._scheduler.note(LoadRefused(load.backend, load.key))
+            return
+        if ticket is not None:
+            ticket.cold = True
+            ticket.load_on = load.backend
+        self._on_load(load)
+        self._again = True  # only now does the scheduler see it, and say when it is overdue
 
     def _expire(self, tickets: Sequence[Ticket], now: float) -> None:
         for ticket in tickets:

@@ -160,6 +160,27 @@ class PlacementKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """
+    How much a key may ask for; None: as much as it likes.
+
+    Args:
+        rpm: Inference calls a minute.
+        tokens_per_minute: Of prompts and answers together.
+        slots: Calls at once; what is beyond waits.
+        max_num_predict: Tokens of one answer that it may ask for.
+    """
+
+    rpm: int | None = None
+    tokens_per_minute: int | None = None
+    slots: int | None = None
+    max_num_predict: int | None = None
+
+
+INTERACTIVE = 100  # the priority of whoever has no other
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
     """
     Who is asking.
@@ -167,11 +188,14 @@ class Principal:
     Args:
         name: A key's name or ``anonymous``; never key material.
         models: Globs over the models it may use.
+        priority: The most it may claim; below 50 its calls give way to others.
     """
 
     name: str
     role: Role
     models: tuple[str, ...] = ALL
+    priority: int = INTERACTIVE
+    allowance: Allowance = Allowance()
 
 
 @record
@@ -181,11 +205,13 @@ class Admitted:
 
     Args:
         discreet: This caller is not told which backends there are.
+        user: Whom a proxy of ours says that it asks for; empty: nobody in particular.
     """
 
     principal: Principal
     client: str
     discreet: bool = False
+    user: str = ""
 
 
 @record
@@ -208,6 +234,13 @@ class Call:
         headers: Request headers that go up, hop-by-hop and credentials already taken out.
         query: Without ``?``; may be empty.
         embedding: The operation embeds; its model may be one that cannot generate.
+        fair_key: Whose share of the pool it uses up.
+        batch: Gives way to interactive calls.
+        inputs: Entries that an embedding call makes in the backend's queue.
+        chain: Links of the prompt, outermost first: hash, and prompt tokens up to its end.
+        shared: How many leading links tell tools and system prompt only.
+        session: A session's name, if the client gave one.
+        owner: Whose limits it counts against; empty: nobody's.
     """
 
     id: str
@@ -227,6 +260,13 @@ class Call:
     prompt_tokens: int = 0
     output_tokens: int | None = None
     embedding: bool = False
+    fair_key: str = ""
+    batch: bool = False
+    inputs: int = 1
+    chain: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    shared: int = 0
+    session: str = ""
+    owner: str = ""
 
     def let_go(self) -> None:
         """Forget the body, the one thing that changes: it will not be sent again."""

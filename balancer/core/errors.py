@@ -131,6 +131,17 @@ class UnsupportedEncoding(BalancerError):
     remedy = "Send the body uncompressed."
 
 
+class RateLimited(BalancerError):
+    """The key has used up its requests, or its tokens, of this minute."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    remedy = (
+        "Try again as `Retry-After` says, or ask the operator to raise the limit that the text "
+        "names."
+    )
+
+
 class NotServed(BalancerError):
     """The route is Ollama's, but has no meaning for what would answer it."""
 
@@ -149,12 +160,28 @@ class Unavailable(BalancerError):
 
 
 class QueueFull(Unavailable):
-    """Too many calls wait already."""
+    """
+    Too many calls wait already.
+
+    Attributes:
+        wait_s: How long the call would wait, by all that is known; None: nobody can tell.
+    """
 
     code = "queue_full"
     remedy = (
         "Try again as `Retry-After` says, or ask the operator to raise the setting that the "
         "text names."
+    )
+    wait_s: float | None = None
+
+
+class WaitTooLong(QueueFull):
+    """The call would hardly get a slot within `queue.max_wait`, or before its own deadline."""
+
+    code = "wait_too_long"
+    remedy = (
+        "Try again as `Retry-After` says; add backends or slots, raise `queue.max_wait`, or let "
+        "calls wait all the same: `queue.adaptive: false`."
     )
 
 

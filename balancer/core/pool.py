@@ -61,7 +61,8 @@ from balancer.core.events import (
 )
 from balancer.core.health import Health
 from balancer.core.load import Load as Load_
-from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
+from balancer.core.running import Run
+from balancer.core.scheduler import Began, Changed, Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import HARMLESS, Facts, Judgement, is_cloud, marks
 from balancer.core.watchdog import Suspect, Watchdog
 
@@ -208,7 +209,7 @@ class Lease:
     this call has not had a byte.
 
     Args:
-        remote: The backend only passes the call on, to where the model runs.
+        run: What has come of it, for the scheduler.
     """
 
     backend: Backend
@@ -219,15 +220,25 @@ class Lease:
     cold: bool
     _pool: Pool = field(repr=False)
     _permits: tuple[Permit, ...] = field(repr=False)
-    remote: bool = False
+    run: Run = field(repr=False)
     on_revoke: Callable[[Judgement], None] | None = None
     others_move: bool = False  # revoked for its model's silence; other models there make progress
     alone: bool = False  # nothing else ran there when it was granted
-    began: bool = False
     settled: bool = False
 
-    def moved(self) -> None:
-        """Bytes came from the backend."""
+    @property
+    def remote(self) -> bool:
+        """The backend only passes the call on, to where the model runs."""
+        return self.run.remote
+
+    @property
+    def began(self) -> bool:
+        """Whether a byte has come."""
+        return self.run.first_at is not None
+
+    def moved(self, records: int = 1) -> None:
+        """Bytes came from the backend, with that many records, more or less."""
+        self.run.records += records
         self._pool._moved(self)  # noqa: SLF001 - two halves of one thing
 
     def settle(self, outcome: Outcome) -> None:
@@ -400,7 +411,7 @@ class Pool:
                 self._dismiss(member)
             else:
                 member.backend = new
-                self._moves += 1
+                self._moves += 1  # told below, for all
                 member.load.configured = new.slots
                 interval_s = self._interval_s(new)
                 member.health.configure(interval_s, self.settings.fall, self.settings.rise)
@@ -413,6 +424,7 @@ class Pool:
         for name in wanted:  # who comes first is who speaks for the account
             self.members[name] = self.members.pop(name)
         self._forget_places()
+        self.note(Changed())
         self._touch()
         return joined, left
 
@@ -446,7 +458,7 @@ class Pool:
         )
 
     def _moved_gate(self, name: str, model: str | None, new: BreakerState) -> None:
-        self._moves += 1
+        self._stir(name)
         member = self.members.get(name)
         if member is None:
             return
@@ -496,6 +508,11 @@ class Pool:
             call = lease.call
             if call.replayable and self.prospect(call, frozenset()).kind is ProspectKind.OPEN:
                 lease.revoke(left)
+
+    def _stir(self, name: str) -> None:
+        """Something that may hinder a backend moved."""
+        self._moves += 1
+        self.note(Changed(name))
 
     def _touch(self) -> None:
         self.version += 1
@@ -847,7 +864,7 @@ class Pool:
     def loading(self, key: PlacementKey) -> list[LoadingNow]:
         """Detached loads of *key* under way."""
         return [
-            LoadingNow(m.name, m.loading.since)
+            LoadingNow(m.name, m.loading.since, key)
             for m in self.members.values()
             if m.loading is not None and m.loading.key == key
         ]
@@ -861,8 +878,15 @@ class Pool:
 
     # -- grants --------------------------------------------------------------------------------
 
-    def lease(self, call: Call, backend: str, number: int, why: str) -> Lease | None:
-        """Take slot and permits in one step; None: one of them was not to be had."""
+    def lease(
+        self, call: Call, backend: str, number: int, why: str, *, probe: bool = False
+    ) -> Lease | None:
+        """
+        Take slot and permits in one step; None: one of them was not to be had.
+
+        Args:
+            probe: It may take one slot more than is believed in.
+        """
         places = self._places(call)
         place = places.by_name.get(backend)
         if place is None or (call.embedding and place.strange):
@@ -872,18 +896,18 @@ class Pool:
         is_open = places.moves == self._moves and place in places.open
         if not is_open and _hindrance(member, model):
             return None
-        is_full = load.in_flight(model) >= _slots(place, load.slots(model))
+        is_full = load.in_flight(model) >= _slots(place, load.slots(model)) + probe
         permits = None if is_full else self._permits(member, None if remote else model)
         if permits is None:
             return None
         now = self.now()
         cold = why == "cold"
         alone = not load.in_flight()
-        lease = Lease(
-            member.backend, call, number, why, now, cold, self, permits, remote, alone=alone
-        )
+        run = Run(call, member.name, now, cold, remote, probe)
+        lease = Lease(member.backend, call, number, why, now, cold, self, permits, run, alone=alone)
         load.enter(model)
         member.leases[lease] = None
+        self.note(Began(run))
         if remote:  # its silence says nothing of what runs here
             return lease
         answer_tokens = 0 if call.embedding else call.output_tokens
@@ -915,12 +939,12 @@ class Pool:
     def _moved(self, lease: Lease) -> None:
         self.watchdog.moved(id(lease))
         if not lease.began:
-            lease.began = True
-            member, key = self._member_of(lease), lease.call.key
-            wait_s = self.now() - lease.granted_at
-            self.note(FirstByte(lease.backend.name, key, wait_s))
+            now = lease.run.first_at = self.now()
+            member = self._member_of(lease)
             if member is not None and lease.call.streaming and not lease.remote:
-                member.load.note_first_byte(key.model, wait_s, alone=lease.alone)
+                wait_s = now - lease.granted_at
+                member.load.note_first_byte(lease.call.key.model, wait_s, alone=lease.alone)
+            self.note(FirstByte(lease.run, now))
 
     def _member_of(self, lease: Lease) -> Member | None:
         """The member it was granted on; None: that has left the pool."""
@@ -932,7 +956,6 @@ class Pool:
         now = self.now()
         self.watchdog.ended(id(lease))
         name, verdict = lease.backend.name, outcome.verdict
-        self.note(Ended(name, call.key, now - lease.granted_at, verdict is OK))
         member = self._member_of(lease)
         if member is not None:
             del member.leases[lease]
@@ -946,6 +969,7 @@ class Pool:
         else:  # the backend left the pool while the call ran
             for permit in permits:
                 permit.settle(Mark.NEITHER)
+        self.note(Ended(lease.run, outcome, now))
         kind = AttemptEnded if verdict in HARMLESS else AttemptFailed
         if kind is AttemptFailed or self._hears(kind):
             operation = call.route.operation
@@ -1005,7 +1029,7 @@ class Pool:
                 self.catalog.note_loaded(member.name, key)
             case Verdict.BUSY:
                 member.load.note_busy(model, outcome.retry_after_s)
-                self._moves += 1
+                self._stir(member.name)
             case Verdict.MISSING if not outcome.odd_name:
                 member.asked.pop(model, None)
                 self.catalog.note_missing(member.name, model)
@@ -1018,7 +1042,7 @@ class Pool:
             case Verdict.MISCONFIGURED:
                 member.trouble = outcome.text
                 member.load.note_busy(None)
-                self._moves += 1
+                self._stir(member.name)
             case _:
                 pass
         if permits is not None:
@@ -1105,7 +1129,7 @@ class Pool:
         known = member.health.state != "unknown"
         flip = member.health.observe(result)
         if flip is not None:
-            self._moves += 1
+            self._stir(name)
         if result.ok and result.version:
             self.catalog.note_version(name, result.version)
         if result.ok and member.gate.state is OPEN:
@@ -1115,6 +1139,7 @@ class Pool:
         if flip is not None:
             self._flipped(member, up=flip, known=known, result=result)
         if member.health.hard_down:
+            self.note(Changed(name, dead=True))
             dead = Judgement(Verdict.FAULT, text=f"is down: {member.health.last_error}")
             for lease in list(member.leases):
                 lease.revoke(dead)
@@ -1164,12 +1189,14 @@ class Pool:
                     gate.forget_growth()
             self._told_catalog(name)
         else:
+            self.note(Changed(name))
             self.changed()  # what was too old to believe may be believed again
 
     def _told_catalog(self, name: str) -> None:
         loaded = tuple(names.display(model) for model in self.catalog.loaded(name))
         models = len(self.catalog.listed(name))
         self._emit(CatalogChanged(self.now(), name, models, loaded))
+        self.note(Changed(name))
         self._touch()
 
     def due_trials(self) -> Iterable[Trial]:
@@ -1205,7 +1232,7 @@ class Pool:
             if member is None or suspect.model in member.suspects:
                 continue
             member.suspects.add(suspect.model)
-            self._moves += 1
+            self._stir(member.name)
             shown = names.display(suspect.model)
             self._emit(Suspected(self.now(), suspect.backend, shown, suspect.silent_s))
             found.append(suspect)
@@ -1223,7 +1250,7 @@ class Pool:
         member = self.members.get(suspect.backend)
         if member is not None:
             member.suspects.discard(suspect.model)
-            self._moves += 1
+            self._stir(member.name)
         lost = self.watchdog.lost(suspect.backend, suspect.model) if answered else []
         self.watchdog.cleared(suspect.backend, suspect.model)
         forgotten = Judgement(
@@ -1257,7 +1284,7 @@ class Pool:
                 lease.others_move = suspect.others_move
                 lease.revoke(judgement)
         member.suspects.discard(suspect.model)
-        self._moves += 1
+        self._stir(member.name)
         self.watchdog.cleared(suspect.backend, suspect.model)
         self._touch()
 
@@ -1278,6 +1305,7 @@ class Pool:
         if moved:
             member.switch = switch
             self._forget_places()
+            self.note(Changed(name))
             self._emit(SwitchMoved(self.now(), name, switch, by))
             self._tell_drained(member)
         self._touch()

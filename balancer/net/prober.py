@@ -496,14 +496,18 @@ class Prober:
             load.cancel()
 
     async def _load(self, load: Load) -> None:
+        for victim in load.victims:  # if one stays, Ollama makes room for itself
+            await self.unload_now(load.backend, victim.model)
         began = self._clock()
-        call = load.ticket.call
+        ticket = load.ticket
+        attempts = () if ticket is None else ticket.attempts
+        asked = None if ticket is None else _keep_alive(ticket.call)
         judgement, answer = await self._run_load(
             load.backend,
             load.key,
-            _keep_alive(call),
-            embed=call.embedding,
-            repeats=repeats_crash(load.ticket.attempts),
+            load.keep_alive if asked is None else asked,
+            embed=ticket is not None and ticket.call.embedding,
+            repeats=repeats_crash(attempts),
         )
         load_s = self._clock() - began
         attempt = None
@@ -511,7 +515,7 @@ class Prober:
             answer = None  # not Ollama's own words, so not to be relayed
         if judgement.verdict is not Verdict.OK:
             outcome = self._outcome(judgement, began, answer)
-            attempt = Attempt(len(load.ticket.attempts) + 1, load.backend, outcome)
+            attempt = Attempt(len(attempts) + 1, load.backend, outcome)
         if self.dispatcher is not None:
             self.dispatcher.load_ended(load, attempt, answer, load_s)
 

@@ -27,7 +27,8 @@ from balancer.core.domain import (
 from balancer.core.errors import BalancerError
 from balancer.core.events import Event
 from balancer.core.pool import Lease, Member, Pool, PoolSettings
-from balancer.core.scheduler import Load, Scheduler, Ticket, Unload, build
+from balancer.core.scheduler import Load, Scheduler, Ticket, Unload
+from balancer.core.strategy import build
 from tests.core.clocks import ManualClock
 
 E = TypeVar("E", bound=Event)

@@ -44,7 +44,7 @@ from balancer.core.pool import (
     ProspectKind,
     discreet,
 )
-from balancer.core.scheduler import Ended, Fact, FirstByte, LoadingNow
+from balancer.core.scheduler import Began, Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import Judgement
 from balancer.core.watchdog import Suspect
 from tests.core.bench import GB, PoolBench, backend, call, canon, key, outcome, resident, tag
@@ -652,11 +652,15 @@ def test_the_scheduler_hears_of_first_bytes_and_ends(bench: PoolBench) -> None:
     bench.clock.advance(3.0)
     settle(bench, lease)
     bench.blame("b", V.FAULT)
-    assert facts == [
-        FirstByte("a", key("m:1"), 2.0),
-        Ended("a", key("m:1"), 5.0, ok=True),
-        Ended("b", key("m:1"), 0.0, ok=False),
-    ]
+    began, first, ended, *others = facts
+    run = lease.run
+    start = run.at
+    assert (began, first) == (Began(run), FirstByte(run, start + 2.0))
+    assert isinstance(ended, Ended)
+    assert (ended.run, ended.at, ended.outcome.verdict) == (run, start + 5.0, V.OK)
+    assert (run.backend, run.key, run.first_at, run.records) == ("a", key("m:1"), start + 2.0, 2)
+    failed = [fact for fact in others if isinstance(fact, Ended)]
+    assert [(fact.run.backend, fact.outcome.verdict) for fact in failed] == [("b", V.FAULT)]
 
 
 # -- what follows from an end ------------------------------------------------------------------
@@ -838,7 +842,7 @@ def test_a_backend_has_one_load_token(bench: PoolBench) -> None:
     assert bench.pool.take_token("a", key("n:1"), "no copy in memory")
     assert not bench.pool.take_token("a", key("m:1"), "again")
     assert not bench.pool.take_token("zzz", key("m:1"), "nobody")
-    assert bench.pool.loading(key("n:1")) == [LoadingNow("a", bench.clock())]
+    assert bench.pool.loading(key("n:1")) == [LoadingNow("a", bench.clock(), key("n:1"))]
     bench.clock.advance(4.0)
     bench.pool.end_load("a", key("n:1"), outcome())
     assert bench.pool.loading(key("n:1")) == []

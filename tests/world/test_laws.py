@@ -48,18 +48,17 @@ from balancer.core.events import (
     LoadEnded,
     LoadStarted,
 )
+from balancer.core.greedy import POLICIES, Greedy
 from balancer.core.pool import GateSettings, Lease, PoolSettings, Trial, _hindrance
 from balancer.core.scheduler import (
-    POLICIES,
-    Greedy,
     Load,
     Scheduler,
     Ticket,
     TicketState,
     View,
-    build,
     split_by_context,
 )
+from balancer.core.strategy import build
 from balancer.core.verdicts import TABLE, Before, Judgement, is_cloud
 from balancer.core.watchdog import Suspect
 from tests.core.bench import GB, Bench, backend, call, digest, resident, tag
