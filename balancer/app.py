@@ -14,7 +14,7 @@ import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -22,14 +22,27 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from balancer import __version__
-from balancer.config import EVERYWHERE, BackendSpec, BreakerLimits, Config, Listen, join, places
-from balancer.core import strategy
+from balancer.config import (
+    EVERYWHERE,
+    BackendSpec,
+    BreakerLimits,
+    Config,
+    KeepAlive,
+    Listen,
+    NumCtx,
+    PinSpec,
+    join,
+    places,
+)
+from balancer.config import Limits as Configured
+from balancer.core import names, strategy
 from balancer.core.admission import Admission, QueueLimits
 from balancer.core.aliases import Aliases
 from balancer.core.bus import Bus
 from balancer.core.catalog import Catalog
+from balancer.core.contexts import Contexts, Policy, Rule, Rules, sized
 from balancer.core.dispatch import Dispatcher
-from balancer.core.domain import Backend, BreakerState, Kind, Role
+from balancer.core.domain import Allowance, Backend, BreakerState, Kind, Role
 from balancer.core.errors import Draining
 from balancer.core.events import (
     BreakerMoved,
@@ -39,8 +52,11 @@ from balancer.core.events import (
     Stopped,
     Stopping,
 )
+from balancer.core.limits import Limits
+from balancer.core.pins import Pin, Pins
 from balancer.core.pool import GateSettings, Pool, PoolSettings
 from balancer.core.retry import Budget
+from balancer.core.sharing import Sharing
 from balancer.net.account import Account
 from balancer.net.direct import Direct
 from balancer.net.discovery import Discovery, Look
@@ -63,6 +79,7 @@ from balancer.ops.door import Door
 from balancer.ops.explain import Explain
 from balancer.ops.feed import Feed
 from balancer.ops.garbage import Garbage
+from balancer.ops.learned import Learned, beside
 from balancer.ops.metrics import Metrics, QueueRow, Snapshot
 from balancer.ops.recent import Recent
 from balancer.ops.reload import Reload, Reloaded
@@ -166,6 +183,7 @@ class Balancer:
         ids = random.Random(int.from_bytes(os.urandom(16)))  # noqa: S311 - names, not secrets
         self.tasks = Tasks(emit, clock)
         self.exchanges = Tasks(emit, clock)
+        self.limits = Limits(clock)
         self.catalog = Catalog(clock, config.models.remember_s)
         self.catalog.aliases = aliases(config)
         hears = emit.hears
@@ -176,14 +194,15 @@ class Balancer:
         )
         self.dispatcher = Dispatcher(
             self.pool,
-            strategy.build(config.routing.strategy, self.pool),
-            Admission(queue_limits(config), clock),
+            strategy.build(config.routing.strategy, self.pool, self.limits.may_start),
+            Admission(queue_limits(config), clock, self._rng.random),
             clock,
             emit,
             self._timer.wake_at,
             self.prober.load,
             self.prober.unload,
             hears,
+            self.limits,
         )
         self.prober.dispatcher = self.dispatcher
         self.pool.changed = self.dispatcher.kick
@@ -199,6 +218,7 @@ class Balancer:
             self.reads.unload,
             token,
             self.prober.stamp,
+            self.limits,
         )
         self.account = Account(self.pool, self.upstream, clock, self.proxy.forwarded)
         self.manage = Manage(
@@ -212,6 +232,9 @@ class Balancer:
             self.proxy.forwarded,
             spool(config, clock),
         )
+        self.contexts = self.proxy.contexts = Contexts(context_rules(config), self.pool)
+        self.pool.usual = self.contexts.usual
+        self.pool.pins = pins(config, self.contexts)
         self.proxy.explore = self.prober.explore
         self.proxy.fetch = self.manage.fetch
         self.metrics = self._metrics() if config.metrics.enabled else None
@@ -219,9 +242,11 @@ class Balancer:
         self.garbage = Garbage(clock, paused)
         self.recent = Recent(_wall_s)
         self.admin = self._admin(config_file)
-        self.switches = None
+        self.switches, self.learned = None, None
         if config.state.path is not None:
             self.switches = Switches(config.state.path, self.pool, clock, emit)
+            kept = beside(config.state.path)
+            self.learned = Learned(kept, self.dispatcher, self._urls, clock, _wall_s, emit)
         self.feed = Feed(self.admin.state, clock)
         board = Dashboard(self.admin.state, self.feed)
         shown = config.dashboard.enabled
@@ -267,11 +292,18 @@ class Balancer:
             __version__,
             _wall().timestamp(),
             config_file,
+            self.limits,
         )
         return Admin(
             status,
             Steering(self.pool, status, self.prober.look, self.prober.warm),
-            Explain(self.pool, self.dispatcher, self._clock, lambda: self.config.routing.strategy),
+            Explain(
+                self.pool,
+                self.dispatcher,
+                self._clock,
+                lambda: self.config.routing.strategy,
+                self.contexts,
+            ),
             self.reload,
             self.metrics,
             lambda: self._leaving,
@@ -285,6 +317,10 @@ class Balancer:
                 return f"its backend {member.name} ({url}, {source}) leads back here"
         return "one of its backends leads back here"
 
+    def _urls(self) -> dict[str, str]:
+        """Where each backend is."""
+        return {name: member.backend.url for name, member in self.pool.members.items()}
+
     def _metrics(self) -> Metrics:
         return Metrics(
             snapshot=self._snapshot,
@@ -296,15 +332,17 @@ class Balancer:
 
     def _snapshot(self) -> Snapshot:
         now = self._clock()
-        waiting: dict[str, list[float]] = {}
+        waiting: dict[tuple[str, str], list[float]] = {}
         for ticket in self.dispatcher.waiting():
-            shown = self.catalog.shown(ticket.call.key.model)
-            waiting.setdefault(shown, []).append(now - ticket.queued_at)
+            shown, of = self.catalog.shown(ticket.call.key.model), ticket.call.priority_class
+            waiting.setdefault((shown, of), []).append(now - ticket.queued_at)
         return Snapshot(
             backends=self.pool.snapshot(),
-            queues=[QueueRow(model, len(s), max(s)) for model, s in waiting.items()],
+            queues=[QueueRow(model, len(s), max(s), of) for (model, of), s in waiting.items()],
             attempts=self.dispatcher.grants,
             retry_refused=self.budget.refused,
+            limited=self.limits.refused,
+            queue_refused=self.dispatcher.admission.refused,
             idle_connections=self.upstream.idle(),
             stale_connections=self.upstream.stale,
         )
@@ -318,6 +356,9 @@ class Balancer:
         if self.switches is not None:
             self.switches.read()
         self.pool.reshape(backends(self.config))
+        if self.learned is not None:
+            self.learned.read()
+            self.tasks.spawn(self.learned.run(), "learned")
         self.prober.start()
         self.prober.follow()
         self.tasks.spawn(self._watch_lag(), "event loop lag")
@@ -368,6 +409,8 @@ class Balancer:
                 await self._idle()
         await self._server.shutdown(timeout=0.5)
         await self.tasks.close()
+        if self.learned is not None:
+            await self.learned.save()
         await self.upstream.close()
         self.garbage.end()
         self.bus(Stopped(self._clock(), cut))
@@ -427,8 +470,11 @@ class Balancer:
         self.pool.configure(pool_settings(config))
         self.catalog.remember_s = config.models.remember_s
         self.catalog.aliases = aliases(config)
+        self.contexts.rules = context_rules(config)
+        self.pool.pins = pins(config, self.contexts)
         self.pool.reshape(backends(config))
-        self.dispatcher.exchange(strategy.build(config.routing.strategy, self.pool))
+        name, may_start = config.routing.strategy, self.limits.may_start
+        self.dispatcher.exchange(strategy.build(name, self.pool, may_start))
         self.dispatcher.admission.limits = queue_limits(config)
         self.prober.settings = prober_settings(config)
         self.prober.follow()
@@ -515,7 +561,28 @@ def proxy_settings(config: Config) -> ProxySettings:
         streaming.heartbeat_after_s,
         streaming.heartbeat_s,
         aliases(config),
+        sharing(config),
     )
+
+
+def sharing(config: Config) -> Sharing:
+    """Whose share of the pool calls use up, and what makes them one session."""
+    queue, affinity = config.queue, config.routing.affinity
+    priorities = queue.priorities
+    wanted = affinity.enabled or queue.fair_by == "session"
+    sessions = affinity.keys if wanted else ()
+    return Sharing(queue.fair_by, priorities.interactive, priorities.batch, sessions)
+
+
+def allowance(usual: Configured, own: Configured) -> Allowance:
+    """How much a key may use that has some limits of its own."""
+
+    def of(limit: str) -> int | None:
+        most: int | None = getattr(own, limit)
+        most = getattr(usual, limit) if most is None else most
+        return None if most == -1 else most
+
+    return Allowance(*(of(each.name) for each in fields(Allowance)))
 
 
 def manage_settings(config: Config) -> ManageSettings:
@@ -542,6 +609,35 @@ def aliases(config: Config) -> Aliases:
     return Aliases(config.models.aliases, config.models.hide)
 
 
+def context_rules(config: Config) -> Rules:
+    """What becomes of the contexts and times in memory that calls ask for."""
+    models = config.models
+
+    def rule(num_ctx: NumCtx, keep_alive: KeepAlive) -> Rule:
+        policy = Policy(num_ctx.policy)
+        return Rule(policy, num_ctx.default, num_ctx.max, keep_alive.max_s)
+
+    others = [
+        (glob, rule(its.num_ctx or models.num_ctx, its.keep_alive or models.keep_alive))
+        for glob, its in models.overrides
+    ]
+    return Rules(rule(models.num_ctx, models.keep_alive), others)
+
+
+def pins(config: Config, contexts: Contexts) -> Pins:
+    """The models that are kept in memory; where nothing is said, as calls usually ask for them."""
+
+    def pin(spec: PinSpec) -> Pin:
+        model = names.parse(spec.model).canonical
+        exact = spec.num_ctx is not None
+        key = contexts.usual(model)
+        if spec.num_ctx is not None:
+            key = sized(key, spec.num_ctx)
+        return Pin(model, spec.backends, spec.copies, key, exact)
+
+    return Pins(map(pin, config.models.pin))
+
+
 def spool(config: Config, clock: Callable[[], float]) -> Spool | None:
     """Where uploads are kept for a while; None: nowhere."""
     manage = config.manage
@@ -553,7 +649,7 @@ def spool(config: Config, clock: Callable[[], float]) -> Spool | None:
 def queue_limits(config: Config) -> QueueLimits:
     """The bounds on waiting."""
     queue = config.queue
-    return QueueLimits(queue.max_depth, queue.max_depth_per_model, queue.max_wait_s)
+    return QueueLimits(queue.max_depth, queue.max_depth_per_model, queue.max_wait_s, queue.adaptive)
 
 
 def backends(config: Config) -> list[Backend]:
@@ -571,6 +667,10 @@ def backends(config: Config) -> list[Backend]:
             spec.store or "",
             spec.cloud,
             spec.provider,
+            spec.weight,
+            spec.priority,
+            spec.prefer,
+            spec.vram_bytes,
         )
         for spec in config.backends
     ]
@@ -612,12 +712,24 @@ def _tls(spec: BackendSpec) -> ssl.SSLContext | bool:
 
 def access(config: Config) -> Access:
     """The rules of who may do what."""
+    interactive = config.queue.priorities.interactive
     return Access(
         wall=_wall_s,
         keys=[
-            _Key(key.name, key.sha256, Role(key.role), key.models, key.expires_at)
+            _Key(
+                key.name,
+                key.sha256,
+                Role(key.role),
+                key.models,
+                key.expires_at,
+                interactive if key.priority is None else key.priority,
+                allowance(config.limits, key.limits),
+            )
             for key in config.auth.keys
         ],
+        user_header=config.auth.user_header or "",
+        priority=interactive,
+        allowance=allowance(config.limits, Configured()),
         accept=config.auth.accept,
         anonymous="always"
         if config.auth.anonymous == EVERYWHERE
@@ -644,6 +756,8 @@ class _Key:
     role: Role
     models: tuple[str, ...]
     expires_at: float | None
+    priority: int
+    allowance: Allowance
 
 
 def bind(address: Listen) -> socket.socket:

@@ -20,7 +20,11 @@ PACKAGE = ROOT / "balancer"
 # Third parties of one room or module alone.
 OWNERS: dict[str, str | tuple[str, ...]] = {
     "pybreaker": "balancer.core.breaker",
-    "msgspec": ("balancer.core.body", "balancer.core.framing"),  # the JSON of each side
+    "msgspec": (
+        "balancer.core.body",
+        "balancer.core.framing",  # the JSON of each side
+        "balancer.core.chains",  # what of it is prompt
+    ),
     "structlog": "balancer.ops.log",
     "prometheus_client": "balancer.ops.metrics",
     "jinja2": "balancer.ops.dashboard",
@@ -34,7 +38,14 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
 NEVER_IN_CORE = {"asyncio", "aiohttp", "structlog", "yaml", "pydantic", "logging", "socket", "time"}
 
 # What of the simulation may know the balancer: what runs both.
-RUNS_BOTH = {"balancer.sim.demo", "balancer.sim.storm"}
+RUNS_BOTH = {
+    "balancer.sim.demo",
+    "balancer.sim.laws",
+    "balancer.sim.probing",
+    "balancer.sim.shell",
+    "balancer.sim.storm",
+    "balancer.sim.world",
+}
 
 
 def homes(library: str) -> tuple[str, ...]:
@@ -111,9 +122,13 @@ UNTESTED = {
     "balancer.sim.catalogue": "held against recordings in tests/sim/test_golden.py",
     "balancer.sim.delivery": "tests/sim/test_ollama.py",
     "balancer.sim.inference": "held against recordings in tests/sim/test_golden.py",
+    "balancer.sim.jobs": "tests/sim/test_world.py",
+    "balancer.sim.probing": "tests/sim/test_world.py",
     "balancer.sim.responses": "held against recordings in tests/sim/test_golden.py",
     "balancer.sim.script": "tests/sim/test_ollama.py",
+    "balancer.sim.shell": "tests/sim/test_world.py",
     "balancer.sim.storm": "tests/faults/test_storm.py",
+    "balancer.sim.timeline": "tests/sim/test_machine.py",
     "balancer.sim.traffic": "tests/sim/test_demo.py",
 }
 

@@ -348,11 +348,7 @@ def aliases(facts: Facts) -> Iterator[Finding]:
     hosts = [host for host in facts.answering if not host.is_balancer]
     if facts.config is None or not hosts:
         return
-    where: dict[str, list[str]] = {}
-    for host in hosts:
-        for model in host.models:
-            with suppress(InvalidName):
-                where.setdefault(parse(model.name).canonical, []).append(host.name)
+    where = _holders(hosts)
     command = "ollama-balancer config show --origin"
     for alias in Aliases(facts.config.models.aliases):
         if alias.canonical in where:
@@ -364,6 +360,37 @@ def aliases(facts: Facts) -> Iterator[Finding]:
             why = "Calls for it are answered with 404."
             pull = f"OLLAMA_HOST={hosts[0].url} ollama pull {alias.models[0]}"
             yield _warning("alias-of-nothing", alias.name, told, why, pull)
+
+
+def _holders(hosts: Iterable[Host]) -> dict[str, list[str]]:
+    """Names of hosts by the canonical names of what they have."""
+    found: dict[str, list[str]] = {}
+    for host in hosts:
+        for model in host.models:
+            with suppress(InvalidName):
+                found.setdefault(parse(model.name).canonical, []).append(host.name)
+    return found
+
+
+def unmet(facts: Facts) -> Iterator[Finding]:
+    """Models that are to be kept in memory where they are not even on disk."""
+    hosts = {host.name: host for host in facts.answering if not host.is_balancer}
+    if facts.config is None or not hosts:
+        return
+    known, holders = {host.name for host in facts.hosts}, _holders(hosts.values())
+    for pin in facts.config.models.pin:
+        unknown = [name for name in pin.backends if name not in known]
+        if unknown:
+            told = f"It is pinned on {_few(unknown)}, and no backend is named so."
+            why = "Nothing is kept there until one of that name is found."
+            yield _warning("pin-unknown", pin.model, told, why, "ollama-balancer backends list")
+        have = holders.get(parse(pin.model).canonical, [])
+        lacking = [name for name in pin.backends or hosts if name in hosts and name not in have]
+        if lacking and (pin.backends or len(have) < pin.copies):
+            wanted = "each of these" if pin.backends else _count(pin.copies, "backend")
+            told = f"It is pinned on {wanted}, but {_few(lacking)} cannot load it."
+            command = f"OLLAMA_HOST={hosts[lacking[0]].url} ollama pull {pin.model}"
+            yield _warning("pin-of-nothing", pin.model, told, "It is not on disk there.", command)
 
 
 def single(facts: Facts) -> Iterator[Finding]:
@@ -452,11 +479,20 @@ def contexts(facts: Facts) -> Iterator[Finding]:
 def pins(facts: Facts) -> Iterator[Finding]:
     """Models that are never unloaded."""
     for host, model in _loaded(facts):
-        if model.left_s is not None and model.left_s > FOREVER_S:
+        if model.left_s is not None and model.left_s > FOREVER_S and not _is_meant(facts, model):
             told = "It is never unloaded (keep_alive -1)."
             why = "It holds its memory on the host that happened to get that call."
             command = f"OLLAMA_HOST={host.url} ollama stop {model.name}"
             yield _info("pinned", f"{host.name}: {model.name}", told, why, command)
+
+
+def _is_meant(facts: Facts, model: Loaded) -> bool:
+    """Whether it is pinned by the configuration."""
+    wanted = facts.config.models.pin if facts.config is not None else ()
+    with suppress(InvalidName):
+        canonical = parse(model.name).canonical
+        return any(parse(pin.model).canonical == canonical for pin in wanted)
+    return False
 
 
 def _loaded(facts: Facts) -> Iterator[tuple[Host, Loaded]]:
@@ -522,10 +558,10 @@ def tiers(facts: Facts) -> Iterator[Finding]:
     if facts.config is None:
         return
     up = {host.name for host in facts.answering}
-    of_tier: dict[float, list[str]] = defaultdict(list)
+    of_tier: dict[int, list[str]] = defaultdict(list)
     for spec in facts.config.backends:
         if spec.enabled:
-            of_tier[getattr(spec, "priority", 0)].append(spec.name)
+            of_tier[spec.priority].append(spec.name)
     first = of_tier[max(of_tier)] if of_tier else []
     if len(of_tier) > 1 and not up & set(first) and up:
         told = "No host of the highest priority answers: lower ones serve everything."
@@ -629,6 +665,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     not_reloaded,
     conflicts,
     aliases,
+    unmet,
     on_cpu,
     contexts,
     empty,

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,22 @@ def new(
     expires: Annotated[
         str | None, typer.Option(metavar="DATE", help="Its last day, or an instant.")
     ] = None,
+    priority: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="interactive, batch or a number: the most it may claim."),
+    ] = None,
+    rpm: Annotated[
+        str | None, typer.Option(metavar="N", help="Calls a minute; -1: no limit.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        str | None, typer.Option(metavar="N", help="Of prompts and answers.")
+    ] = None,
+    slots: Annotated[
+        str | None, typer.Option(metavar="N", help="Calls at once; more wait.")
+    ] = None,
+    max_num_predict: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens of one answer.")
+    ] = None,
     file: File = None,
     reload: Reload = False,
     admin: AdminUrl = None,
@@ -77,9 +93,18 @@ def new(
     place = _place(file, config)
     text = PREFIX + os.urandom(KEY_BYTES).hex()
     globs = ",".join(part.strip() for each in models or () for part in each.split(","))
-    line = f"{name} {role} sha256:{digest(text).hex()}"
-    line += (f" models={globs}" if globs else "") + (f" expires={expires}" if expires else "")
-    block = _check_new(name, role, globs, expires)
+    more = {
+        "models": globs or None,
+        "expires": expires,
+        "priority": priority,
+        "rpm": rpm,
+        "tokens_per_minute": tokens_per_minute,
+        "slots": slots,
+        "max_num_predict": max_num_predict,
+    }
+    given = {word: told for word, told in more.items() if told}
+    block = _check_new(name, role, given)
+    line = " ".join([name, role, f"sha256:{digest(text).hex()}", *map("=".join, given.items())])
     with _locked(place.path):
         lines = _read(place.path, missing=[])
         if name in (known := _named(lines, place.path)) or name in place.elsewhere:
@@ -96,7 +121,7 @@ def new(
 
 
 def listed(file: File = None, config: ConfigFile = None, as_json: AsJson = False) -> int:
-    """The keys of the keys file: name, role, models, expiry; never the keys."""
+    """The keys of the keys file: name, role, models, expiry, limits; never the keys."""
     from balancer.cli.screen import table
 
     place = _place(file, config)
@@ -105,10 +130,12 @@ def listed(file: File = None, config: ConfigFile = None, as_json: AsJson = False
     if as_json:
         print(json.dumps({"file": str(place.path), "keys": rows}, indent=2, ensure_ascii=False))
         return ExitCode.OK
-    told = [("NAME", "ROLE", "MODELS", "EXPIRES")]
+    told = [("NAME", "ROLE", "MODELS", "EXPIRES", "PRIORITY", "LIMITS")]
     for row in rows:
         end = (row["expires"] or "never") + (" (expired)" if row["expired"] else "")
-        told.append((row["name"], row["role"], ",".join(row["models"]), end))
+        limits = " ".join(f"{limit}={most}" for limit, most in row["limits"].items())
+        priority = "" if row["priority"] is None else str(row["priority"])
+        told.append((row["name"], row["role"], ",".join(row["models"]), end, priority, limits))
     print(*table(told, indent=""), sep="\n")
     return ExitCode.OK
 
@@ -206,24 +233,28 @@ def _place(file: str | None, config: str | None) -> _Place:
     return _Place(path, path == configured, elsewhere)
 
 
-def _check_new(name: str, role: str, globs: str, expires: str | None) -> KeyBlock:
+def _check_new(name: str, role: str, more: Mapping[str, str]) -> KeyBlock:
     """What the key will be, without the key itself."""
     from balancer.config.keys import describe
 
-    told = {"NAME": name, "--role": role, "--models": globs, "--expires": expires or ""}
+    told = {"NAME": name, "--role": role} | {_option(key): text for key, text in more.items()}
     for option, text in told.items():
         if " " in text or not text.isprintable():
             raise _usage(f"{option}: {text!r} has a space in it.")
     if name == NOBODY:
         raise _usage(f"NAME: no key may be named {name!r}.")
     try:
-        block = describe(name, role, globs, expires)
+        block = describe(name, role, **more)
     except ValueError as error:
         key, _, wrong = str(error).partition(": ")
-        raise _usage(f"{'NAME' if key == 'name' else f'--{key}'}: {wrong}") from None
+        raise _usage(f"{'NAME' if key == 'name' else _option(key)}: {wrong}") from None
     if _row(block)["expired"]:
-        raise _usage(f"--expires: {expires} has passed already.")
+        raise _usage(f"--expires: {more['expires']} has passed already.")
     return block
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def _named(lines: Sequence[str], path: Path) -> dict[str, KeyBlock]:
@@ -297,6 +328,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _row(block: KeyBlock) -> dict[str, Any]:
+    from balancer.config.keys import LIMITS
     from balancer.config.units import format_instant
 
     ends = block.expires
@@ -306,6 +338,8 @@ def _row(block: KeyBlock) -> dict[str, Any]:
         "models": list(block.models),
         "expires": None if ends is None else format_instant(ends),
         "expired": ends is not None and time.time() >= ends,  # noqa: TID251 - a person asks now
+        "priority": block.priority,
+        "limits": {limit: most for limit in LIMITS if (most := getattr(block, limit)) is not None},
     }
 
 

@@ -142,7 +142,10 @@ def listing(doc: Document) -> list[str]:
     """The backends alone: what each is, and what keeps it from serving."""
     if not doc["backends"]:
         return ["No backends."]
-    head = ("BACKEND", "ADDRESS", "STATE", "SWITCH", "BREAKER", "RUNNING", "SOURCE")
+    # An older balancer tells of no tiers, and where all are of one there is nothing to tell.
+    tiered = len({backend.get("priority") for backend in doc["backends"]}) > 1
+    tier = ("PRIORITY",) if tiered else ()
+    head = ("BACKEND", "ADDRESS", "STATE", "SWITCH", "BREAKER", "RUNNING", *tier, "SOURCE")
     rows = [
         (
             plain(backend["name"]),
@@ -151,6 +154,7 @@ def listing(doc: Document) -> list[str]:
             backend["switch"],
             breaker(backend["breaker"]),
             str(backend["in_flight"]),
+            *((str(backend["priority"]),) if tiered else ()),
             plain(backend["source"]),
         )
         for backend in doc["backends"]
@@ -172,6 +176,7 @@ def explained(doc: Document) -> list[str]:
     if doc.get("alias"):  # an older balancer knows of none
         name = f"{plain(doc['alias']['name'])}, an alias, now of {name}"
     lines = [f"{name}: {refused}{plain(outcome['text'])}{wait}"]
+    lines += _context_told(doc.get("num_ctx") or {})
     if doc["queued"]:
         lines.append(f"{doc['queued']} waiting for it already")
     if doc["backends"]:
@@ -181,6 +186,16 @@ def explained(doc: Document) -> list[str]:
     for digest, held in doc["conflicts"].items():
         lines.append(f"! another model by the same name: {plain(digest)[:12]} on {_names(held)}")
     return lines
+
+
+def _context_told(told: Document) -> Iterable[str]:
+    """What the policy makes of the context, where there is one."""
+    if told.get("policy", "passthrough") != "passthrough":
+        asked = f"{told['asked']} asked for" if told["asked"] is not None else "none asked for"
+        written = f"{told['gets']} written into the call" if told["rewritten"] else "left as it is"
+        yield f"num_ctx: {asked}, {written} (policy {plain(told['policy'])})"
+        for name, default in told["defaults"].items():
+            yield f"! {plain(name)} gives {default} to calls that cannot ask, such as those of /v1"
 
 
 def _explained_row(row: Document) -> tuple[str, ...]:

@@ -55,6 +55,10 @@ def plain_backend(name: str, url: str) -> tuple[BackendSpec, BackendBlock]:
         cloud=block.cloud or block.url.is_provider,
         provider=block.url.is_provider,
         reuse_connections=block.reuse_connections,
+        weight=block.weight,
+        priority=block.priority,
+        prefer=block.prefer,
+        vram_bytes=block.vram,
     )
     return spec, block
 
@@ -126,6 +130,10 @@ def _build(
         cloud=block.cloud or block.url.is_provider,
         provider=block.url.is_provider,
         reuse_connections=block.reuse_connections,
+        weight=block.weight,
+        priority=block.priority,
+        prefer=block.prefer,
+        vram_bytes=block.vram,
     )
 
 

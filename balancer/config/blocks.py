@@ -2,10 +2,13 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
+
+from balancer.core.domain import INTERACTIVE
+from balancer.core.sharing import BATCH, BATCH_BELOW
 
 from . import kinds
 from .addresses import LOOPBACK, parse_listen
@@ -20,6 +23,7 @@ _AUTH_TAKES = {
 }
 _EVERY_PAGE = ("*", "http://*", "https://*")
 _NULL_IS_EMPTY = BeforeValidator(lambda items: () if items is None else items)
+_BY_GLOB = BeforeValidator(kinds.by_glob)
 
 
 class Block(BaseModel):
@@ -74,6 +78,11 @@ class KeyBlock(Block):
     role: kinds.OneRole = "user"
     models: kinds.Globs = ("*",)
     expires: kinds.Expiry = None
+    priority: kinds.PriorityOrNull = None
+    rpm: kinds.KeyLimit = None
+    tokens_per_minute: kinds.KeyLimit = None
+    slots: kinds.KeyLimit = None
+    max_num_predict: kinds.KeyLimit = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -89,6 +98,7 @@ class AuthBlock(Block):
     keys_file: kinds.TextOrNull = None
     accept: kinds.KeyPlaces = ("bearer", "x-api-key")
     anonymous: kinds.Anonymous = LOOPBACK
+    user_header: kinds.HeaderNameOrNull = None
 
 
 class CorsBlock(Block):
@@ -195,6 +205,10 @@ class BackendBlock(Block):
     timeouts: TimeoutsBlock = TimeoutsBlock()
     store: kinds.TextOrNull = None
     reuse_connections: kinds.Flag = True
+    weight: kinds.Weight = 1.0
+    priority: kinds.Whole = 100
+    prefer: kinds.Words = ()
+    vram: kinds.MemoryOrNull = None
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -264,27 +278,135 @@ class RetryBlock(Block):
     budget: kinds.Ratio = 0.2
 
 
+class PrioritiesBlock(Block):
+    """The priorities that go by a name; below 50 calls give way to others."""
+
+    stands_whole = True
+    interactive: kinds.Whole = INTERACTIVE
+    batch: kinds.Whole = BATCH
+
+    @model_validator(mode="after")
+    def _on_either_side(self) -> Self:
+        if not self.batch < BATCH_BELOW <= self.interactive:
+            raise ValueError(
+                f"batch needs a number below {BATCH_BELOW}, interactive one of at least that."
+            )
+        return self
+
+
 class QueueBlock(Block):
-    """How many calls may wait, and how long."""
+    """How many calls may wait, how long, and who goes first."""
 
     max_wait: kinds.Wait = parse_duration("2m")
     max_depth: kinds.Whole = 512
     max_depth_per_model: kinds.Whole = 64
+    fair_by: kinds.OneFairBy = "key"
+    priorities: PrioritiesBlock = PrioritiesBlock()
+    adaptive: kinds.Flag = True
+
+
+class AffinityBlock(Block):
+    """What makes calls one conversation."""
+
+    enabled: kinds.Flag = True
+    ttl: kinds.Duration = parse_duration("10m")
+    keys: kinds.SessionPlaces = (
+        "header:X-Session-Id",
+        "header:X-Claude-Code-Session-Id",
+        "header:session-id",
+        "body:prompt_cache_key",
+        "header:X-OpenWebUI-Chat-Id",
+        "prefix",
+    )
 
 
 class RoutingBlock(Block):
     """How a backend is chosen."""
 
     strategy: kinds.OneStrategy = "least-loaded"
+    affinity: AffinityBlock = AffinityBlock()
+
+
+class NumCtxBlock(Block):
+    """What becomes of the context that calls ask for."""
+
+    stands_whole = True
+    policy: kinds.OneContextPolicy = "passthrough"
+    default: kinds.CountOrNull = None
+    max: kinds.CountOrNull = None
+
+    @model_validator(mode="after")
+    def _fits_policy(self) -> Self:
+        policy, default, most = self.policy, self.default, self.max
+        if policy == "pin" and default is None:
+            raise ValueError("policy pin needs default: the context that every call gets.")
+        if policy == "passthrough" and default is not None:
+            raise ValueError("default does not belong to policy passthrough, but to the others.")
+        if policy == "clamp" and most is None:
+            raise ValueError("policy clamp needs max: the most that a call may ask for.")
+        if policy != "clamp" and most is not None:
+            raise ValueError(f"max does not belong to policy {policy}, but to clamp.")
+        if most is not None and default is not None and default > most:
+            raise ValueError("default is more than max.")
+        return self
+
+
+class KeepAliveBlock(Block):
+    """What becomes of how long calls want their model kept in memory."""
+
+    stands_whole = True
+    policy: kinds.OneKeepAlivePolicy = "passthrough"
+    max: kinds.DurationOrNull = None
+
+    @model_validator(mode="after")
+    def _fits_policy(self) -> Self:
+        if self.policy == "clamp" and self.max is None:
+            raise ValueError("policy clamp needs max: the longest that a call may ask for.")
+        if self.policy != "clamp" and self.max is not None:
+            raise ValueError("max does not belong to policy passthrough, but to clamp.")
+        return self
+
+
+class ModelOverrideBlock(Block):
+    """What differs for some models; what is left out is as for all."""
+
+    num_ctx: NumCtxBlock | None = None
+    keep_alive: KeepAliveBlock | None = None
+
+
+class PinBlock(Block):
+    """A model that is kept in memory; a text alone is its name."""
+
+    stands_whole = True
+    model: kinds.ModelName
+    backends: kinds.Words = ()
+    copies: kinds.CountOrNull = None
+    num_ctx: kinds.ContextOrNull = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.copies is not None and self.backends:
+            raise ValueError("takes backends (on each of these) or copies (on any), not both.")
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core_schema)]}
 
 
 class ModelsBlock(Block):
-    """What clients are told about models."""
+    """What clients are told about models, and what of their calls is changed."""
 
     version: kinds.ModelVersion = "min"
     remember: kinds.Wait = parse_duration("24h")
     aliases: kinds.ModelAliases = ()
     hide: kinds.Words = ()
+    num_ctx: NumCtxBlock = NumCtxBlock()
+    keep_alive: KeepAliveBlock = KeepAliveBlock()
+    overrides: Annotated[dict[str, ModelOverrideBlock], _BY_GLOB] = {}
+    pin: Annotated[tuple[PinBlock, ...], BeforeValidator(kinds.spelt_pins)] = ()
 
 
 class RightBlock(Block):
@@ -314,6 +436,15 @@ with warnings.catch_warnings():
         auto_pull: kinds.Flag = False
         spool: kinds.TextOrNull = None
         spool_max: kinds.Size = parse_size("32GiB")
+
+
+class LimitsBlock(Block):
+    """How much each key may use, and each caller without one."""
+
+    rpm: kinds.CountOrNull = None
+    tokens_per_minute: kinds.CountOrNull = None
+    slots: kinds.CountOrNull = None
+    max_num_predict: kinds.CountOrNull = None
 
 
 class LoggingBlock(Block):
@@ -383,6 +514,7 @@ class File(Block):
     manage: ManageBlock = ManageBlock()
     timeouts: TimeoutsBlock = TimeoutsBlock()
     streaming: StreamingBlock = StreamingBlock()
+    limits: LimitsBlock = LimitsBlock()
     logging: LoggingBlock = LoggingBlock()
     metrics: MetricsBlock = MetricsBlock()
     systemd: SystemdBlock = SystemdBlock()
@@ -394,11 +526,15 @@ class File(Block):
 def block_at(path: Path) -> type[Block] | None:
     """Return the block that stands at *path*, or None where there is a plain value."""
     block: type[Block] | None = File
+    is_named = False  # the next step is a name that somebody gave it
     for step in path:
-        if isinstance(step, str):
+        if isinstance(step, str) and not is_named:
             info = block.model_fields.get(step) if block else None
             block = _block_in(info.annotation) if info else None
-    return block
+            is_named = info is not None and get_origin(info.annotation) is dict
+        else:
+            is_named = False
+    return None if is_named else block
 
 
 def leaf_paths(block: type[Block] = File) -> Iterator[tuple[str, ...]]:

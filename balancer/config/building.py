@@ -1,7 +1,7 @@
 """From a valid file to one `Config`, and the checks that concern several blocks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import blocks, settings
@@ -9,6 +9,7 @@ from .addresses import LOOPBACK, Network
 from .backends import build_backends, without_nulls, written_backend
 from .discovery import build_discovery
 from .keys import build_keys
+from .pins import build_pins
 from .sources import Sources
 
 if TYPE_CHECKING:
@@ -24,13 +25,20 @@ def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settin
     timeouts = freeze(settings.Timeouts, file.timeouts)
     listen = () if sources.was_refused("server", "listen") else file.server.listen
     backends = build_backends(file.backends, timeouts, listen, sources)
-    keys = build_keys(file.auth, sources)
+    priorities = freeze(settings.Priorities, file.queue.priorities)
+    keys = build_keys(file.auth, sources, priorities)
     _check_access(file, keys, sources)
     _check_admin(keys, file.auth.anonymous, sources)
     return settings.Config(
         server=freeze(settings.Server, file.server),
         admin=freeze(settings.Admin, file.admin),
-        auth=settings.Auth(keys, file.auth.keys_file, file.auth.accept, file.auth.anonymous),
+        auth=settings.Auth(
+            keys,
+            file.auth.keys_file,
+            file.auth.accept,
+            file.auth.anonymous,
+            file.auth.user_header,
+        ),
         cors=freeze(settings.Cors, file.cors),
         backends=backends,
         discovery=_discovery(file, sources, env),
@@ -40,9 +48,12 @@ def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settin
             model=freeze(settings.BreakerLimits, file.breaker.model),
         ),
         retry=freeze(settings.Retry, file.retry),
-        queue=freeze(settings.Queue, file.queue),
-        routing=freeze(settings.Routing, file.routing),
-        models=freeze(settings.Models, file.models),
+        queue=replace(freeze(settings.Queue, file.queue), priorities=priorities),
+        routing=replace(
+            freeze(settings.Routing, file.routing),
+            affinity=freeze(settings.Affinity, file.routing.affinity),
+        ),
+        models=_models(file.models, build_pins(file.models, backends, sources)),
         manage=settings.Manage(
             pull=freeze(settings.SpreadRight, file.manage.pull),
             create=freeze(settings.SpreadRight, file.manage.create),
@@ -56,6 +67,7 @@ def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settin
         ),
         timeouts=timeouts,
         streaming=freeze(settings.Streaming, file.streaming),
+        limits=freeze(settings.Limits, file.limits),
         logging=freeze(settings.Logging, file.logging),
         metrics=freeze(settings.Metrics, file.metrics),
         systemd=freeze(settings.Systemd, file.systemd),
@@ -73,6 +85,27 @@ def freeze(kind: type[S], block: blocks.Block) -> S:
         unit = next((unit for unit in _UNITS if field.name.endswith(unit)), "")
         values[field.name] = getattr(block, field.name.removesuffix(unit))
     return kind(**values)
+
+
+def _models(block: blocks.ModelsBlock, pins: tuple[settings.PinSpec, ...]) -> settings.Models:
+    return settings.Models(
+        version=block.version,
+        remember_s=block.remember,
+        aliases=block.aliases,
+        hide=block.hide,
+        num_ctx=freeze(settings.NumCtx, block.num_ctx),
+        keep_alive=freeze(settings.KeepAlive, block.keep_alive),
+        overrides=tuple((glob, _override(other)) for glob, other in block.overrides.items()),
+        pin=pins,
+    )
+
+
+def _override(block: blocks.ModelOverrideBlock) -> settings.ModelOverride:
+    num_ctx, keep_alive = block.num_ctx, block.keep_alive
+    return settings.ModelOverride(
+        None if num_ctx is None else freeze(settings.NumCtx, num_ctx),
+        None if keep_alive is None else freeze(settings.KeepAlive, keep_alive),
+    )
 
 
 def _discovery(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settings.Discovery:

@@ -11,26 +11,28 @@ from pydantic import ValidationError
 from .blocks import AuthBlock, KeyBlock
 from .layers import API_KEY, API_KEY_FILE, lay
 from .problems import Path, Problem
-from .settings import Key
+from .settings import Key, Limits, Priorities
 from .sources import Sources
 
 LINE = (
     "NAME ROLE KEY or NAME ROLE sha256:HEX, where ROLE is user or admin, "
-    "then models=GLOB,GLOB and expires=DATE if wanted"
+    "then models=GLOB,GLOB, expires=DATE, priority=N and limits such as rpm=N if wanted"
 )
+LIMITS = ("rpm", "tokens_per_minute", "slots", "max_num_predict")
+_MORE = {"models", "expires", "priority", *LIMITS}
 _GUESSABLE_CHARS = 16
 _KEY = re.compile("[!-~]+")
 
 
-def build_keys(auth: AuthBlock, sources: Sources) -> tuple[Key, ...]:
+def build_keys(auth: AuthBlock, sources: Sources, priorities: Priorities) -> tuple[Key, ...]:
     """
     Build the keys of ``auth.keys`` and of ``auth.keys_file``; all names and keys differ.
 
     That of the environment may be there again: it is also what our own commands send.
     """
-    found = list(_listed(auth.keys, sources))
+    found = list(_listed(auth.keys, sources, priorities))
     if auth.keys_file:
-        found += _in_file(auth.keys_file, sources)
+        found += _in_file(auth.keys_file, sources, priorities)
     found = [pair for pair in found if not _is_repeated(pair, found)]
     names: dict[str, Problem] = {}
     digests: dict[bytes, str] = {}
@@ -60,7 +62,7 @@ def read_line(line: str) -> KeyBlock | None:
         return None
     more = [word.partition("=") for word in words[3:]]
     given: dict[str, Any] = {name: text for name, _, text in more}
-    if len(words) < 3 or len(given) < len(more) or not given.keys() <= {"models", "expires"}:
+    if len(words) < 3 or len(given) < len(more) or not given.keys() <= _MORE:
         raise ValueError(LINE)
     given |= {"name": words[0], "role": words[1]}
     given["hash" if words[2].startswith("sha256:") else "key"] = words[2]
@@ -72,16 +74,16 @@ def read_line(line: str) -> KeyBlock | None:
         raise ValueError(LINE) from None
 
 
-def describe(name: str, role: str, models: str, expires: str | None) -> KeyBlock:
+def describe(name: str, role: str, **more: str | None) -> KeyBlock:
     """
-    Return what a key to be would be, its hash aside.
+    Return what a key to be would be, its hash aside; *more* as in a line of the keys file.
 
     Raises:
         ValueError: ``KEY: what is wrong with it``.
     """
-    given = {"name": name, "role": role, "hash": "0" * 64, "expires": expires}
+    given = {"name": name, "role": role, "hash": "0" * 64}
     try:
-        return KeyBlock.model_validate(given | ({"models": models} if models else {}))
+        return KeyBlock.model_validate(given | {key: text for key, text in more.items() if text})
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         raise ValueError(f"{fault['loc'][0]}: {fault['ctx']['error']}") from None
@@ -131,20 +133,22 @@ def _is_repeated(pair: tuple[Key, Problem], found: Sequence[tuple[Key, Problem]]
     return any((other.sha256, other.role) == (key.sha256, key.role) for other in others)
 
 
-def _listed(blocks: Sequence[KeyBlock], sources: Sources) -> Iterator[tuple[Key, Problem]]:
+def _listed(
+    blocks: Sequence[KeyBlock], sources: Sources, priorities: Priorities
+) -> Iterator[tuple[Key, Problem]]:
     for path, block in zip(sources.items("auth", "keys"), blocks, strict=False):
-        key = _key(path, block, sources)
+        key = _key(path, block, sources, priorities)
         if key:
             yield key, sources.place(path)
 
 
-def _in_file(file: str, sources: Sources) -> Iterator[tuple[Key, Problem]]:
+def _in_file(file: str, sources: Sources, priorities: Priorities) -> Iterator[tuple[Key, Problem]]:
     text = sources.read(("auth", "keys_file"), file) or ""
     for number, line in enumerate(text.splitlines(), 1):
         place = Problem(file, number, 1, "", "")
         try:
             block = read_line(line)
-            key = block and _key(("auth", "keys_file"), block, sources)
+            key = block and _key(("auth", "keys_file"), block, sources, priorities)
         except ValueError as error:
             sources.complain(replace(place, message=f"needs {error}."))
             continue
@@ -152,8 +156,11 @@ def _in_file(file: str, sources: Sources) -> Iterator[tuple[Key, Problem]]:
             yield key, place
 
 
-def _key(path: Path, block: KeyBlock, sources: Sources) -> Key | None:
-    about = (block.role, block.models, block.expires)
+def _key(path: Path, block: KeyBlock, sources: Sources, priorities: Priorities) -> Key | None:
+    limits = Limits(*(getattr(block, limit) for limit in LIMITS))
+    told = block.priority
+    priority = getattr(priorities, told) if isinstance(told, str) else told
+    about = (block.role, block.models, block.expires, priority, limits)
     if block.hash:
         return Key(block.name, block.hash, *about)
     text = sources.secret(path, "key", block)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import PlainSerializer, PlainValidator, SecretStr, WithJsonSchema
 
 from balancer.core.aliases import Aliases
+from balancer.core.names import InvalidName, parse
 
 from . import addresses, units
 from .problems import shown, suggestion
@@ -20,9 +21,12 @@ from .settings import (
     Allow,
     AuthType,
     ClientIp,
+    ContextPolicy,
     DiscoverySource,
+    FairBy,
     HeaderDetail,
     IfAsked,
+    KeepAlivePolicy,
     KeyPlace,
     LogFormat,
     LogLevel,
@@ -34,6 +38,7 @@ T = TypeVar("T")
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
+_FIELD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VERSION = re.compile(r"[0-9]+(\.[0-9A-Za-z-]+)*")
 _MOST_PORTS = 256  # all are asked at once
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -116,6 +121,36 @@ def _choice(kind: Any) -> Callable[[object], str]:
         raise ValueError(f"{shown(value)} is not one of {', '.join(known)}.{hint}")
 
     return read
+
+
+def _key_limit(value: object) -> int:
+    """A number, or -1."""
+    try:
+        return -1 if value in (-1, "-1") else _whole(1)(value)
+    except ValueError as error:
+        raise ValueError(f"{str(error)[:-1]}, nor -1 for no limit.") from None
+
+
+def _priority(value: object) -> int | str:
+    word = value.strip().lower() if isinstance(value, str) else value
+    if word in ("interactive", "batch"):
+        return str(word)
+    try:
+        return _whole(0)(value)
+    except ValueError:
+        raise ValueError(
+            f"{shown(value)} is neither interactive, batch, nor a number of at least 0."
+        ) from None
+
+
+def _session_place(word: str) -> str:
+    where, _, name = word.partition(":")
+    if word == "prefix" or (where == "body" and _FIELD.fullmatch(name)):
+        return word
+    if where == "header" and _TOKEN.fullmatch(name):
+        return word
+    hint = suggestion(word, ("prefix", "header:X-Session-Id", "body:prompt_cache_key"))
+    raise ValueError(f"{shown(word)} is not prefix, header:NAME or body:FIELD.{hint}")
 
 
 def _slots(value: object) -> int | None:
@@ -239,6 +274,30 @@ def _header_name(value: object) -> str:
     return name
 
 
+def _context(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 256:
+        raise ValueError(f"{value} is not a context: it counts tokens. 32k is 32768.")
+    return _whole(256)(value)
+
+
+def _model_name(value: object) -> str:
+    try:
+        name = parse(_text(value))
+    except InvalidName as error:
+        raise ValueError(f"{shown(value)} is not the name of a model: {error}.") from None
+    if name.cloud:
+        raise ValueError(f"{shown(value)} runs at ollama.com: no host of yours can keep it.")
+    return _text(value)
+
+
+def spelt_pins(value: object) -> object:
+    """What may stand for a list of pins, as one: nothing, names in one text, names alone."""
+    items = read_words(value) if value is None or isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return items
+    return [{"model": item} if isinstance(item, str) else item for item in items]
+
+
 def _nothing(value: object) -> None:
     if value is not None:
         raise ValueError("only null: the admin pages share server.listen.")
@@ -275,6 +334,22 @@ def _write_aliases(aliases: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str
     return {name: models[0] if len(models) == 1 else list(models) for name, models in aliases}
 
 
+def by_glob(value: object) -> object:
+    """
+    Read a block whose keys are globs over models' names.
+
+    Raises:
+        ValueError: It is none, or a key is not text.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError('needs a block of names, such as "qwen3*": {…}.')  # noqa: TRY004 - pydantic collects ValueError only
+    for glob in value:
+        _text(glob)
+    return value
+
+
 def _key_places(value: object) -> tuple[str, ...]:
     places = tuple(dict.fromkeys(map(_choice(KeyPlace), read_words(value))))
     if not places:
@@ -301,7 +376,33 @@ _LIST = WithJsonSchema(
 )
 Flag = Annotated[bool, PlainValidator(_flag), _schema("boolean")]
 Count = Annotated[int, PlainValidator(_whole(1)), _schema("integer", minimum=1)]
+CountOrNull = Annotated[
+    int | None, PlainValidator(_optional(_whole(1))), _schema("integer", null=True, minimum=1)
+]
 Whole = Annotated[int, PlainValidator(_whole(0)), _schema("integer", minimum=0)]
+KeyLimit = Annotated[
+    int | None,
+    PlainValidator(_optional(_key_limit)),
+    _schema("integer", null=True, minimum=-1),
+]
+PriorityOrNull = Annotated[
+    int | str | None,
+    PlainValidator(_optional(_priority)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["interactive", "batch", None]},
+                {"type": "integer", "minimum": 0},
+            ]
+        }
+    ),
+]
+SessionPlaces = Annotated[
+    tuple[str, ...],
+    PlainValidator(_each(_session_place)),
+    PlainSerializer(_write_each),
+    _LIST,
+]
 Text = Annotated[str, PlainValidator(_text), _schema("string")]
 TextOrNull = Annotated[str | None, PlainValidator(_optional(_text)), _schema("string", null=True)]
 SecretOrNull = Annotated[
@@ -327,6 +428,12 @@ Duration = Annotated[
     PlainValidator(units.parse_duration),
     PlainSerializer(units.format_duration),
     _or_number(units.DURATION_PATTERN),
+]
+DurationOrNull = Annotated[
+    float | None,
+    PlainValidator(_optional(units.parse_duration)),
+    PlainSerializer(lambda span: None if span is None else units.format_duration(span)),
+    WithJsonSchema({"type": ["string", "number", "null"]}),
 ]
 WaitOrNull = Annotated[
     float | None,
@@ -358,6 +465,22 @@ Ratio = Annotated[
     PlainSerializer(units.format_ratio),
     _or_number(r"^[0-9.]+ ?%$"),
 ]
+Weight = Annotated[
+    float,
+    PlainValidator(units.parse_weight),
+    PlainSerializer(units.format_weight),
+    _schema("number", exclusiveMinimum=0),
+]
+MemoryOrNull = Annotated[
+    int | None,
+    PlainValidator(_optional(units.parse_memory)),
+    PlainSerializer(lambda size: None if size is None else units.format_size(size)),
+    WithJsonSchema({"type": ["string", "integer", "null"]}),
+]
+ContextOrNull = Annotated[
+    int | None, PlainValidator(_optional(_context)), _schema("integer", null=True, minimum=256)
+]
+ModelName = Annotated[str, PlainValidator(_model_name), _schema("string")]
 Words = Annotated[
     tuple[str, ...], PlainValidator(_each(_text)), PlainSerializer(_write_each), _LIST
 ]
@@ -461,5 +584,12 @@ Ports = Annotated[
     PlainSerializer(port_ranges),
     WithJsonSchema({"type": "array", "items": {"type": ["integer", "string"]}}),
 ]
+OneContextPolicy = Annotated[
+    ContextPolicy, PlainValidator(_choice(ContextPolicy)), _one_of(ContextPolicy)
+]
+OneKeepAlivePolicy = Annotated[
+    KeepAlivePolicy, PlainValidator(_choice(KeepAlivePolicy)), _one_of(KeepAlivePolicy)
+]
 OneAllow = Annotated[Allow, PlainValidator(_choice(Allow)), _one_of(Allow)]
+OneFairBy = Annotated[FairBy, PlainValidator(_choice(FairBy)), _one_of(FairBy)]
 OneClientIp = Annotated[ClientIp, PlainValidator(_choice(ClientIp)), _one_of(ClientIp)]

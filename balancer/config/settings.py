@@ -14,13 +14,17 @@ from .addresses import Listen, Network
 Role = Literal["user", "admin"]
 KeyPlace = Literal["bearer", "x-api-key", "path"]
 HeaderDetail = Literal["full", "minimal"]
-Strategy = Literal["least-loaded", "warm-first", "round-robin"]
+# Those of `strategy.STRATEGIES`, which every command would have to import with all that they need.
+Strategy = Literal["plan", "least-loaded", "warm-first", "round-robin"]
 AuthType = Literal["none", "bearer", "basic", "header"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json", "logfmt"]
 Allow = Literal["never", "admin", "user"]
+ContextPolicy = Literal["passthrough", "reuse", "pin", "clamp"]
+KeepAlivePolicy = Literal["passthrough", "clamp"]
 ClientIp = Literal["full", "truncated", "none"]
 IfAsked = Literal["auto", "never"]
+FairBy = Literal["key", "user", "client_ip", "session", "none"]
 DiscoverySource = Literal["env", "local"]
 
 
@@ -63,11 +67,26 @@ class Admin:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """
+    How much a key may use; None is no limit.
+
+    Of a key None is what holds for every key, and -1 no limit.
+    """
+
+    rpm: int | None = None
+    tokens_per_minute: int | None = None
+    slots: int | None = None
+    max_num_predict: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     """
     An API key: only its SHA-256 is kept.
 
     *models* are globs over the models it is for; from *expires_at* on (Unix time) it is none.
+    *priority* is the most its calls may have, None: that of anybody.
     """
 
     name: str
@@ -75,6 +94,8 @@ class Key:
     role: Role
     models: tuple[str, ...] = ("*",)
     expires_at: float | None = None
+    priority: int | None = None
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +105,15 @@ class Auth:
 
     *accept* says where a key may stand. *anonymous* lists the networks whose
     callers need no key: none for ``never``, both loopback networks for
-    ``loopback``, all for ``always``.
+    ``loopback``, all for ``always``. In *user_header* trusted proxies name
+    their users.
     """
 
     keys: tuple[Key, ...]
     keys_file: str | None
     accept: tuple[KeyPlace, ...]
     anonymous: tuple[Network, ...]
+    user_header: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +181,10 @@ class BackendSpec:
     cloud: bool = False
     provider: bool = False
     reuse_connections: bool = True
+    weight: float = 1.0
+    priority: int = 100
+    prefer: tuple[str, ...] = ()
+    vram_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +246,40 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class Priorities:
+    """The priorities that go by a name."""
+
+    interactive: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Queue:
-    """How long and how many calls may wait."""
+    """
+    How long and how many calls may wait, and who has a share of his own.
+
+    *adaptive*: who would wait in vain is told at once.
+    """
 
     max_wait_s: float
     max_depth: int
     max_depth_per_model: int
+    fair_by: FairBy
+    priorities: Priorities
+    adaptive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity:
+    """
+    What makes calls one conversation, and how long it is remembered.
+
+    *keys*: ``header:NAME``, ``body:FIELD`` or ``prefix``; the first that is there counts.
+    """
+
+    enabled: bool
+    ttl_s: float
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,20 +287,65 @@ class Routing:
     """How a backend is chosen."""
 
     strategy: Strategy
+    affinity: Affinity
+
+
+@dataclass(frozen=True, slots=True)
+class NumCtx:
+    """What becomes of the context that calls ask for; tokens."""
+
+    policy: ContextPolicy
+    default: int | None
+    max: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAlive:
+    """What becomes of how long calls want their model kept; *max_s* is given with ``clamp``."""
+
+    policy: KeepAlivePolicy
+    max_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOverride:
+    """What differs for the models that a glob covers; None: nothing."""
+
+    num_ctx: NumCtx | None
+    keep_alive: KeepAlive | None
+
+
+@dataclass(frozen=True, slots=True)
+class PinSpec:
+    """
+    A model, as written, that is kept in memory: on each of *backends*, or if none is named on
+    any *copies* of them; with *num_ctx* tokens of context, None: what comes.
+    """
+
+    model: str
+    backends: tuple[str, ...]
+    copies: int
+    num_ctx: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
     """
-    What clients are told; *version* is ``min``, ``max`` or a version.
+    What clients are told, and what of their calls is changed.
 
-    *aliases* are pairs of a name and the models it stands for, *hide* globs of what is not listed.
+    *version* is ``min``, ``max`` or a version. *aliases* are pairs of a name and the models it
+    stands for, *hide* globs of what is not listed. Of *overrides*, each with its glob, the first
+    that covers a model counts.
     """
 
     version: str
     remember_s: float
     aliases: tuple[tuple[str, tuple[str, ...]], ...]
     hide: tuple[str, ...]
+    num_ctx: NumCtx
+    keep_alive: KeepAlive
+    overrides: tuple[tuple[str, ModelOverride], ...]
+    pin: tuple[PinSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +451,7 @@ class Config:
     manage: Manage
     timeouts: Timeouts
     streaming: Streaming
+    limits: Limits
     logging: Logging
     metrics: Metrics
     systemd: Systemd

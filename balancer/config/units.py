@@ -142,6 +142,37 @@ def parse_ratio(value: object) -> float:
     return ratio
 
 
+def parse_weight(value: object) -> float:
+    """
+    Read how much something counts beside others, whose weight is mostly 1.
+
+    Raises:
+        ValueError: Not a number between 0.01 and 100.
+    """
+    weight = _number(value)
+    if weight is None or not 0.01 <= weight <= 100:
+        raise ValueError(f"{shown(value)} is not a weight. Write a number from 0.01 to 100.")
+    return weight
+
+
+def format_weight(weight: float) -> int | float:
+    """Write a weight as people do."""
+    return int(weight) if weight.is_integer() else weight
+
+
+def parse_memory(value: object) -> int:
+    """
+    Read the memory of a host's accelerators in bytes.
+
+    Raises:
+        ValueError: Not a size, or one no host has: mostly a unit is missing.
+    """
+    size = parse_size(value)
+    if not 256 << 20 <= size <= 64 << 40:
+        raise ValueError(f"{shown(value)} is not the memory of a host. Write 24GiB, 80GB.")
+    return size
+
+
 def format_ratio(ratio: float) -> str:
     """Write a ratio as a percentage."""
     return f"{ratio * 100:g}%"

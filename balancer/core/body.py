@@ -12,9 +12,11 @@ import codecs
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl
@@ -50,6 +52,8 @@ class Body(Struct, frozen=True, gc=False):
         verbose: Of `show`.
         system: Of `show`: a system prompt is given.
         options_given: Any options are given.
+        inputs: Texts to embed, as near as may be.
+        session: What the first of the fields that were asked for names; empty: none of them does.
     """
 
     model: str
@@ -66,6 +70,8 @@ class Body(Struct, frozen=True, gc=False):
     verbose: bool
     system: bool
     options_given: bool
+    inputs: int = 1
+    session: str = ""
 
 
 # --- what each operation reads -----------------------------------------------------------------
@@ -204,13 +210,20 @@ _SHAPES: Final[Mapping[str, _Shape]] = MappingProxyType(
 _LOOSE: Final = _Shape("", dict.fromkeys(("model", "name"), _STRING) | {"stream": _ANY})
 
 
-def read(route: Route, body: bytes | bytearray, content_type: str = "", query: str = "") -> Body:
+def read(
+    route: Route,
+    body: bytes | bytearray,
+    content_type: str = "",
+    query: str = "",
+    session_in: Sequence[str] = (),
+) -> Body:
     """
     Read the body of an inference or show call.
 
     Args:
         body: Not to be changed meanwhile.
         content_type, query: Of the request; only a form needs them.
+        session_in: Fields that may name a session, the most important first.
 
     Raises:
         UnknownRoute: The route is optional and there is no model to route by.
@@ -224,7 +237,7 @@ def read(route: Route, body: bytes | bytearray, content_type: str = "", query: s
             raise BadRequest("the model must be named in the form, not in the query")
         return _named(multipart.field(body, content_type, "model"), streaming=False)
     try:
-        return _read(route, _SHAPES[route.operation], body)
+        return _read(route, _SHAPES[route.operation], body, session_in)
     except UnicodeDecodeError:
         raise BadRequest("invalid UTF-8 in request body") from None
     except RecursionError:
@@ -243,11 +256,7 @@ def renamed(route: Route, body: bytes | bytearray, content_type: str, model: str
     """
     if route.operation == "v1_transcriptions":
         return multipart.replaced(body, content_type, "model", model)
-    outline = _outline(body)
-    try:
-        spans = list(_spans(body, outline))
-    except msgspec.MsgspecError:
-        spans = list(_spans(_mended(body), None))  # as long, byte for byte
+    spans = _known_spans(body, _outline(body))
     places = {_fold(key): (start, end) for key, start, end in spans}  # the last counts
     for field in ("model", "name"):
         start, end = places.get(field, (0, 0))
@@ -256,6 +265,60 @@ def renamed(route: Route, body: bytes | bytearray, content_type: str, model: str
             view = memoryview(body)
             return b"".join((view[:start], b'"%b"' % model.encode(), view[start + len(value) :]))
     return bytes(body)
+
+
+def tuned(body: bytes | bytearray, num_ctx: int | None, keep_s: float | None) -> bytes:
+    """
+    A body that could be read, with other values in it; every other byte as it was.
+
+    It costs one copy.
+
+    Args:
+        num_ctx: Of its options, which are put in where there are none; None: they stay.
+        keep_s: In place of its ``keep_alive``, if it has one; None: that stays.
+    """
+    edits: list[_Edit] = []
+    for key, start, end in _known_spans(body, _outline(body)):
+        field = _fold(key)
+        if field == "keep_alive" and keep_s is not None:
+            edits.append(_edit(body, start, end, _seconds(keep_s)))
+        elif field == "options" and num_ctx is not None:
+            edits += _with_context(body, start, end, num_ctx)
+            num_ctx = None
+    if num_ctx is not None:
+        at = body.index(b"{") + 1
+        edits.insert(0, (at, at, b'"options":{"num_ctx":%d},' % num_ctx))
+    view, pieces, behind = memoryview(body), list[bytes | memoryview](), 0
+    for start, end, value in edits:
+        pieces += (view[behind:start], value)
+        behind = end
+    return b"".join((*pieces, view[behind:]))
+
+
+_Edit = tuple[int, int, bytes]  # from where to where, and what stands there instead
+
+
+def _edit(body: bytes | bytearray, start: int, end: int, value: bytes) -> _Edit:
+    """A value instead of the one in that span, the white space behind it left where it is."""
+    return start, start + len(bytes(body[start:end]).rstrip(b" \t\r\n")), value
+
+
+def _with_context(body: bytes | bytearray, start: int, end: int, num_ctx: int) -> Iterator[_Edit]:
+    """What makes the options in that span ask for so much context."""
+    options = bytes(body[start:end])
+    if options[0] == _NULL:
+        yield _edit(body, start, end, b'{"num_ctx":%d}' % num_ctx)
+        return
+    spans = [at for key, *at in _known_spans(options, None) if key == "num_ctx"]
+    for first, last in spans:  # whichever counts
+        yield _edit(body, start + first, start + last, b"%d" % num_ctx)
+    if not spans:
+        comma = b"" if _EMPTY.fullmatch(options) else b","
+        yield start + 1, start + 1, b'"num_ctx":%d%b' % (num_ctx, comma)
+
+
+def _seconds(seconds: float) -> bytes:
+    return repr(int(seconds) if seconds == int(seconds) else seconds).encode()
 
 
 def _read_loosely(route: Route, body: bytes | bytearray) -> Body:
@@ -288,17 +351,19 @@ def _named(model: str, *, streaming: bool) -> Body:
     )
 
 
-def _read(route: Route, shape: _Shape, body: bytes | bytearray) -> Body:
+def _read(route: Route, shape: _Shape, body: bytes | bytearray, session_in: Sequence[str]) -> Body:
     if body[:1] != b"{" and _BLANK.fullmatch(body):
         raise BadRequest("missing request body" if route.dialect is Dialect.OLLAMA else "EOF")
     outline = _outline(body)
-    fields = _known(shape, _members(shape, body, outline))
+    members = _members(shape, body, outline)
+    fields = _known(shape, members)
     keep_alive, at_once = _keep_alive(shape, fields.get("keep_alive"))
     include_usage = _include_usage(fields.get("stream_options"))
     _check_v1(route, fields)
     model = _text(fields.get("model")) or _text(fields.get("name"))
     name, key = _name(shape, model)
-    if route.operation in EMBEDDING:
+    is_embedding = route.operation in EMBEDDING
+    if is_embedding:
         _check_input(fields.get("input"))
     purpose = _purpose(route, shape, fields, at_once=at_once)
     options, num_predict = _options(shape, fields, name, purpose)
@@ -317,6 +382,8 @@ def _read(route: Route, shape: _Shape, body: bytes | bytearray) -> Body:
         verbose=_flag(fields.get("verbose")),
         system=not _is_empty(fields.get("system")),
         options_given=not _is_empty(fields.get("options")),
+        inputs=_inputs(fields["input"]) if "input" in fields and is_embedding else 1,
+        session=_session(members, session_in) if session_in else "",
     )
 
 
@@ -477,6 +544,14 @@ def _spans(text: bytes | bytearray, outline: _Outline | None) -> Iterable[tuple[
     return _spans_of(text)
 
 
+def _known_spans(text: bytes | bytearray, outline: _Outline | None) -> list[tuple[str, int, int]]:
+    """The same, of an object that could be read before."""
+    try:
+        return list(_spans(text, outline))
+    except msgspec.MsgspecError:
+        return list(_spans(_mended(text), None))  # as long, byte for byte
+
+
 def _spans_by(outline: _Outline) -> Iterator[tuple[str, int, int]]:
     """What `_spans_of` the body would find."""
     behind = 0
@@ -624,6 +699,9 @@ def _run_end(body: bytes | bytearray, start: int) -> int:
 _STRIDE = 1 << 12
 _MOST_IMAGES = 1000
 _LONGEST_STREAM_OPTIONS = 1 << 10
+_LONGEST_SESSION = 1 << 10
+_MOST_INPUTS = 1 << 16
+_BETWEEN = re.compile(rb'"[ \t\r\n]*+,[ \t\r\n]*+"')
 _LONGEST_CACHED = 400  # bytes of options, characters of a name; who sends more may wait
 
 _INTEGER = re.compile(rb"-?[0-9]{1,19}")
@@ -730,6 +808,24 @@ def _check_messages(fields: dict[str, Raw]) -> None:
 def _check_input(value: Raw | None) -> None:
     if value is not None and _start(value) not in b'"[':
         raise BadRequest("invalid input type")
+
+
+def _inputs(value: Raw) -> int:
+    """Looked for between strings: to take millions of them apart would cost more than they do."""
+    if _start(value) != ord("["):
+        return 1
+    return 1 + sum(1 for _ in islice(_BETWEEN.finditer(value), _MOST_INPUTS))
+
+
+def _session(members: dict[str, Raw], fields: Sequence[str]) -> str:
+    """A text that is no name of ours is none, however it is spelled; the backend may mind."""
+    for field in fields:
+        value = members.get(field)
+        if value is not None and _start(value) == ord('"') and len(value) <= _LONGEST_SESSION:
+            with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                if told := _text(value).strip():
+                    return told
+    return ""
 
 
 def _name(shape: _Shape, model: str) -> tuple[ModelName, PlacementKey]:

@@ -33,6 +33,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _INSTANT: Final = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))", re.ASCII
 )
+_PARAMETERS: Final = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*([KMBT])", re.ASCII | re.IGNORECASE)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _VERSION: Final = re.compile(
     r"\s*v?(\d{1,9})(?:\.(\d{1,9}))?(?:\.(\d{1,9}))?(?:\.\d+)*(?:[-+].*)?\s*", re.ASCII
@@ -72,6 +73,7 @@ _SINCE: Final = {
     "v1_transcriptions": (0, 20, 0),
 }
 _MOST_COPIES: Final = 8192  # options are clients' choice
+_RELOAD_S: Final = 600.0  # so long a runner that was there counts as pushed out by the next
 _MOST_UNSUPPORTED: Final = 256  # routes remembered per backend; their paths are clients' text
 _FROM_SOURCE: Final = (0, 0, 0)  # what a build without a release number says of itself
 
@@ -218,6 +220,15 @@ def _capabilities(model: dict[str, Any]) -> frozenset[str]:
     return frozenset(filter(_is_text, told)) if isinstance(told, list) else frozenset()
 
 
+def _parameters_b(told: Any) -> float | None:
+    """Of a text such as ``8.0B`` or ``137M``."""
+    match = _PARAMETERS.fullmatch(told) if isinstance(told, str) else None
+    if match is None:
+        return None
+    count = float(match[1]) * {"K": 1e-6, "M": 1e-3, "B": 1.0, "T": 1e3}[match[2].upper()]
+    return count if count > 0.0 else None
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -279,6 +290,22 @@ def _fits(resident: _Resident, key: PlacementKey, default: int | None, trained: 
     return bool(context == default)
 
 
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """
+    How a model is in memory on one backend.
+
+    Args:
+        context: Tokens, None: not known yet.
+        default: Tokens that a call gets there that asks for none, None: not known.
+        trained: Tokens that the model was made for, None: not known.
+    """
+
+    context: int | None
+    default: int | None
+    trained: int | None
+
+
 @dataclass(slots=True)
 class _Shelf:
     """What one backend has. Times are monotonic seconds."""
@@ -298,6 +325,7 @@ class _Shelf:
     residents: list[_Resident] = field(default_factory=list)
     contexts: dict[str, int] = field(default_factory=dict)  # by identity: last seen
     defaults: dict[str, int] = field(default_factory=dict)  # by identity: without num_ctx
+    latest: dict[str, _Resident] = field(default_factory=dict)  # by identity: of late in memory
 
     def identity(self, canonical: str) -> str:
         row = self.rows.get(canonical)
@@ -363,6 +391,26 @@ class Copy:
         if now - seen_at > self.believe_s:
             return Residency.UNKNOWN
         return self.here
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """
+    A runner on one backend.
+
+    Args:
+        key: The options it was loaded with; None: by somebody else, with options unknown.
+        size_bytes: It takes in all, 0: not told yet.
+        vram_bytes: Of these on GPUs.
+        expires_ns: When it will go unless it is used, as the backend told; 0: not told.
+    """
+
+    model: str
+    key: PlacementKey | None
+    context: int | None
+    size_bytes: int
+    vram_bytes: int
+    expires_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -611,6 +659,8 @@ class Catalog:
             if not any(_same(it, row) for it in newer)
         ]
         _learn_contexts(shelf)
+        recent = {k: old for k, old in shelf.latest.items() if now - old.seen_at <= _RELOAD_S}
+        shelf.latest = recent | {each.identity: each for each in shelf.residents}
         return _ps_change(before, shelf.residents)
 
     def note_version(self, backend: str, version: Any) -> None:
@@ -634,6 +684,7 @@ class Catalog:
         if shelf.away_since is None:
             shelf.away_since = self._clock()
         shelf.ps_at, shelf.ps_rows, shelf.residents = -math.inf, [], []
+        shelf.latest.clear()
         self._changed()
 
     def note_back(self, backend: str) -> None:
@@ -682,6 +733,7 @@ class Catalog:
             if shelf.residents[-1] is old:
                 return
         shelf.residents = [*(other for other in shelf.residents if other is not old), new]
+        shelf.latest[new.identity] = new
         if new is not old or shelf.has_twins:
             self._learned()
 
@@ -876,6 +928,26 @@ class Catalog:
             dict.fromkeys(resident.canonical for resident in self._shelf(backend).residents)
         )
 
+    def memory(self, backend: str) -> tuple[InMemory, ...]:
+        """The runners last known to be in its memory."""
+        shelf = self._shelf(backend)
+        found = []
+        for it in shelf.residents:
+            row = next((row for row in shelf.ps_rows if _same(it, row)), None)
+            size = vram = expires_ns = 0
+            if row is not None:
+                size, expires_ns = row.size, row.at_ns
+                vram = _number(row.data.get("size_vram")) or 0
+            found.append(InMemory(it.canonical, it.key, it.context, size, vram, expires_ns))
+        return tuple(found)
+
+    def parameters_b(self, canonical: str) -> float | None:
+        """Its parameters in thousands of millions, None: not told."""
+        entry = self._view().entries.get(canonical)
+        details = None if entry is None else entry.best.data.get("details")
+        told = details.get("parameter_size") if isinstance(details, dict) else None
+        return _parameters_b(told)
+
     def resident(self, backend: str, canonical: str) -> str | None:
         """The name it is in memory by there (a twin may have loaded it), None: it is not."""
         resident = self._shelf(backend).resident(canonical)
@@ -892,6 +964,37 @@ class Catalog:
         if resident is None or resident.key is None:
             return None
         return PlacementKey(canonical, resident.key.options)
+
+    def runner(self, backend: str, canonical: str) -> Runner | None:
+        """How the model is in memory there; None: it is not."""
+        shelf = self._shelf(backend)
+        resident, row = shelf.resident(canonical), shelf.rows.get(canonical)
+        if resident is None:
+            return None
+        default = shelf.defaults.get(shelf.identity(canonical))
+        held = dict(resident.key.options).get("num_ctx", default) if resident.key else default
+        return Runner(
+            held if resident.context is None else resident.context,
+            default,
+            None if row is None else row.trained,
+        )
+
+    def reloads(self, backend: str, key: PlacementKey) -> str:
+        """
+        Why a load of *key* there is a load once more: ``num_ctx``, or ``options``.
+
+        Empty: the model was not in memory there in the last ten minutes, or as it is to be now.
+        """
+        shelf = self._shelf(backend)
+        old = shelf.latest.get(shelf.identity(key.model))
+        if old is None or self._clock() - old.seen_at > _RELOAD_S or shelf.serves(old, key):
+            return ""
+        others = {name: value for name, value in key.options if name != "num_ctx"}
+        held = dict(old.key.options).get("num_ctx") if old.key else None
+        context = held if old.context is None else old.context
+        alike = others if context is None else others | {"num_ctx": context}
+        is_alike = shelf.serves(old, PlacementKey(key.model, tuple(sorted(alike.items()))))
+        return "num_ctx" if is_alike else "options"
 
     def context(self, backend: str, canonical: str) -> int | None:
         """Tokens of context of its runner there, else those last seen there."""

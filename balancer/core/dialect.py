@@ -17,7 +17,15 @@ import re
 from dataclasses import dataclass
 
 from balancer.core.domain import Call, Dialect, Framing
-from balancer.core.errors import BalancerError, CutStream, NoBackend, Unavailable, catalogue
+from balancer.core.errors import (
+    BalancerError,
+    CutStream,
+    NoBackend,
+    QueueFull,
+    RateLimited,
+    Unavailable,
+    catalogue,
+)
 from balancer.core.verdicts import error_text, line
 
 JSON = "application/json; charset=utf-8"
@@ -109,16 +117,25 @@ def retry_headers(error: BalancerError, late: float = 0.0) -> tuple[tuple[str, s
     headers: list[tuple[str, str]] = []
     if error.status == 401:
         headers.append(("WWW-Authenticate", "Bearer"))
-    if error.retry_after_s is not None or isinstance(error, Unavailable):
+    if error.retry_after_s is not None or isinstance(error, Unavailable | RateLimited):
         need_s = min(MAX_RETRY_S, max(1.0, error.retry_after_s or 1.0))
         wait_s = need_s * (1 + SPREAD * late)
         if wait_s > MAX_RETRY_S:
             wait_s = 2 * MAX_RETRY_S - wait_s  # spread to the other side
         headers.append(("Retry-After", str(math.ceil(wait_s))))
         headers.append(("retry-after-ms", str(int(wait_s * 1000))))
+        headers += _wait_header(error)
     elif not error.retryable and (error.status >= 500 or error.status in _CLIENTS_RETRY):
         headers.append(("x-should-retry", "false"))
     return tuple(headers)
+
+
+def _wait_header(error: BalancerError) -> list[tuple[str, str]]:
+    """How long the call would have waited, whole seconds."""
+    wait_s = error.wait_s if isinstance(error, QueueFull) else None
+    if wait_s is None or math.isinf(wait_s):
+        return []
+    return [("X-Balancer-Queue-Wait", str(math.ceil(wait_s)))]
 
 
 def render(

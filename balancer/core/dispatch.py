@@ -13,9 +13,9 @@ Laws:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from balancer.core.admission import Admission
 from balancer.core.domain import Attempt, Call, Candidate, Residency
@@ -28,12 +28,17 @@ from balancer.core.errors import (
     QueueTimeout,
     UnknownModel,
     UnknownRoute,
+    WaitTooLong,
 )
 from balancer.core.events import CallQueued, Emit, Hears, LeaseGranted, RetryGranted
+from balancer.core.limits import Limits
 from balancer.core.pool import Lease, Pool, Prospect, ProspectKind, discreet
 from balancer.core.scheduler import (
+    Began,
     Commit,
     CommitRefused,
+    Fact,
+    FirstByte,
     Load,
     LoadAnswered,
     LoadRefused,
@@ -44,6 +49,7 @@ from balancer.core.scheduler import (
     TicketState,
     Unload,
 )
+from balancer.core.tiers import highest
 
 MAX_PASSES: Final = 4
 # To look a member up in its enum takes longer than most of what is done with it here.
@@ -95,12 +101,21 @@ class Forecast:
     options: tuple[Option, ...]
 
 
+@runtime_checkable
+class Estimating(Protocol):
+    """A scheduler that can tell how long calls will wait."""
+
+    def wait_estimate(self, ticket: Ticket, now: float) -> float:
+        """Seconds until *ticket*, which may wait here or nowhere, gets a slot; inf: unknown."""
+
+
 class _Glance:
     """The pool through a window: what is asked about here does not count as asked for."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.loading = pool.loading
+        self.priorities = pool.priorities
 
     def candidates(self, call: Call, excluded: frozenset[str]) -> list[Candidate]:
         """Backends that may serve *call* now."""
@@ -125,6 +140,7 @@ class Dispatcher:
         on_load: Asks the shell to carry out a detached load whose token was taken.
         on_unload: Asks the shell to unload a model.
         hears: Whether first grants are to be told.
+        limits: What each key may use.
 
     Attributes:
         grants: Attempts begun so far, by the reason of each.
@@ -141,7 +157,9 @@ class Dispatcher:
         on_load: Callable[[Load], None],
         on_unload: Callable[[Unload], None],
         hears: Hears = lambda _: True,
+        limits: Limits | None = None,
     ) -> None:
+        self._limits = limits or Limits(clock)
         self.grants: dict[str, int] = {}
         self._hears = hears
         self._pool = pool
@@ -158,7 +176,8 @@ class Dispatcher:
         self._again = False
         self._seen_version = -1
         self._is_timed = False  # the shell was asked to call
-        pool.note = scheduler.note
+        self._due = math.inf  # then
+        pool.note = self._note
 
     @property
     def admission(self) -> Admission:
@@ -166,15 +185,38 @@ class Dispatcher:
         return self._admission
 
     def exchange(self, scheduler: Scheduler) -> None:
-        """Take another scheduler; waiting tickets move over."""
+        """Take another scheduler; waiting tickets move over, and what has been learned."""
+        now = self._clock()
+        scheduler.recall(self._scheduler.learned(now), now, 0.0)
+        for run in self._pool.runs():
+            scheduler.note(Began(run))
+            if run.first_at is not None:
+                scheduler.note(FirstByte(run, run.first_at))
         for ticket in self._scheduler.waiting():
             scheduler.enqueue(ticket)
         self._scheduler = scheduler
-        self._pool.note = scheduler.note
+
+    def learned(self) -> dict[str, Any]:
+        """What the scheduler has learned, as plain JSON."""
+        return self._scheduler.learned(self._clock())
+
+    def recall(self, learned: Mapping[str, Any], age_s: float) -> None:
+        """Give the scheduler what one had *learned* so long ago."""
+        self._scheduler.recall(learned, self._clock(), age_s)
 
     def waiting(self) -> list[Ticket]:
         """All tickets that wait, in order."""
         return list(self._scheduler.waiting())
+
+    def estimate_s(self, ticket: Ticket) -> float:
+        """How long *ticket* is still to wait for a slot; inf: nobody can tell."""
+        if not isinstance(self._scheduler, Estimating):
+            return math.inf
+        return self._scheduler.wait_estimate(ticket, self._clock())
+
+    def _note(self, fact: Fact) -> None:
+        self._limits.note(fact)
+        self._scheduler.note(fact)
 
     def submit(
         self,
@@ -220,11 +262,15 @@ class Dispatcher:
 
     def _begin(self, ticket: Ticket, on_grant: Callable[[Lease], None]) -> bool:
         """Grant at once what can start; False: it cannot, and nothing has changed."""
+        if not self._limits.may_start(ticket.call):
+            return False
         commit = self._scheduler.begin(ticket, ticket.queued_at)
         if commit is None:
             return False
         why = self._why(commit)
-        lease = self._pool.lease(ticket.call, commit.backend, 1, why, probe=commit.probe)
+        lease = self._pool.lease(
+            ticket.call, commit.backend, 1, why, probe=commit.probe, slots=commit.slots
+        )
         if lease is None:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             return False
@@ -238,6 +284,10 @@ class Dispatcher:
             self._planning = False
         if self._again:
             self._plan(MAX_PASSES - 1)
+        elif not self._is_timed:
+            at = self._scheduler.wake_at()
+            if at < math.inf:
+                self._wake(at)
         return True
 
     def _check(self, ticket: Ticket) -> None:
@@ -247,10 +297,23 @@ class Dispatcher:
         if not ticket.attempts:
             if not _can_wait(prospect, now, math.inf):
                 raise refusal(call.model, prospect)
-            if not self._pool.has_room(call):
+            has_room = self._pool.has_room(call)
+            if not has_room or not self._limits.may_start(call):
                 self._admission.check(call.key.model)
+            if not has_room:
+                self._check_wait(ticket)
         if not _can_wait(prospect, now, ticket.limit_at):
             raise refusal(call.model, prospect, ticket.attempts)
+
+    def _check_wait(self, ticket: Ticket) -> None:
+        """Raises what is told to a call for which no slot will come free in time."""
+        call, now = ticket.call, ticket.queued_at
+        if not self._admission.limits.adaptive or not self.is_warm_elsewhere(call, ticket.excluded):
+            return  # a load takes what it takes: the queue's limit rests meanwhile
+        wait_s = self.estimate_s(ticket)
+        if wait_s < math.inf:
+            left_s = math.inf if call.deadline is None else call.deadline - now
+            self._admission.check_wait(wait_s, left_s)
 
     def forecast(self, call: Call, excluded: frozenset[str] = frozenset()) -> Forecast:
         """What would become of *call*, were it submitted now; nothing comes of asking."""
@@ -281,7 +344,11 @@ class Dispatcher:
             text = "no slot is free, and queue.max_wait lets nobody wait"
             return Forecast("refused", QueueTimeout.status, "", math.inf, text, options)
         text = "waits in the queue for a slot"
-        if max_wait_s < plan.wait_s < math.inf:
+        is_long = max_wait_s < plan.wait_s < math.inf
+        if is_long and self._admission.limits.adaptive and self.estimate_s(ticket) < math.inf:
+            text = f"would wait about {plan.wait_s:.0f} s, longer than queue.max_wait"
+            return Forecast("refused", WaitTooLong.status, "", plan.wait_s, text, options)
+        if is_long:
             text += f"; after {max_wait_s:.0f} s (queue.max_wait) it is refused"
         return Forecast("queue", 200, "", plan.wait_s, text, options)
 
@@ -290,10 +357,10 @@ class Dispatcher:
         now, call = self._clock(), ticket.call
         if not _can_wait(prospect, now, math.inf):
             return refusal(call.model, prospect)
-        candidates = view.candidates(call, frozenset())
+        candidates = highest(view.candidates(call, frozenset()), view.priorities)
         if not any(c.residency is Residency.LOADED and c.in_flight < c.slots for c in candidates):
             try:
-                self._admission.check(call.key.model)
+                self._admission.check(call.key.model, asked=False)
             except BalancerError as error:
                 return error
         return None if _can_wait(prospect, now, ticket.limit_at) else refusal(call.model, prospect)
@@ -352,7 +419,7 @@ class Dispatcher:
         """Plan, and carry out what was planned; re-entrant calls are folded into one more pass."""
         if self._planning:
             self._again = True
-        elif self._owners or self._is_timed:
+        elif self._owners or (self._is_timed and self._clock() >= self._due):
             self._again = True
             self._plan(MAX_PASSES)
         else:
@@ -372,7 +439,7 @@ class Dispatcher:
             self._wake(self._clock())
 
     def _wake(self, at: float) -> None:
-        self._is_timed = at < math.inf
+        self._is_timed, self._due = at < math.inf, at
         self._wake_at(at)
 
     def refuse_all(self, error: BalancerError) -> None:
@@ -414,7 +481,11 @@ class Dispatcher:
         call = ticket.call
         why = self._why(commit)
         number = len(ticket.attempts) + 1
-        lease = self._pool.lease(call, commit.backend, number, why, probe=commit.probe)
+        lease = None
+        if self._limits.may_start(call):
+            lease = self._pool.lease(
+            call, commit.backend, number, why, probe=commit.probe, slots=commit.slots
+        )
         if lease is None:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             self._scheduler.enqueue(ticket)
@@ -480,6 +551,13 @@ class Dispatcher:
 
     def _overdue(self, ticket: Ticket) -> BalancerError:
         prospect = self._pool.prospect(ticket.call, ticket.excluded)
+        slots = ticket.call.principal.allowance.slots
+        if prospect.kind is ProspectKind.OPEN and not self._limits.may_start(ticket.call):
+            return QueueTimeout(
+                f"Its key had {slots} calls running, as many as it may (limits.slots), for "
+                f"{self._admission.limits.max_wait_s:.0f} s (queue.max_wait).",
+                retry_after_s=10.0,
+            )
         if prospect.kind is ProspectKind.OPEN:
             ahead = self._admission.depths().get(ticket.call.key.model, 1)
             return QueueTimeout(

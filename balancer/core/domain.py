@@ -113,6 +113,10 @@ class Backend:
         store: Where it keeps its models, by a name of the operator's; empty: not said.
         cloud: Cloud models go there, and what concerns the account.
         provider: It is ollama.com itself: no host of ours, and nothing to load.
+        weight: How fast it is beside others, as the operator sees it, until that was measured.
+        priority: Its tier: it serves only what backends of a higher one cannot.
+        prefer: Globs over model names that it is a little better for than others.
+        vram_bytes: What models may take up there; None: not said.
     """
 
     name: str
@@ -125,6 +129,10 @@ class Backend:
     store: str = ""
     cloud: bool = False
     provider: bool = False
+    weight: float = 1.0
+    priority: int = 100
+    prefer: tuple[str, ...] = ()
+    vram_bytes: int | None = None
 
 
 class Switch(Enum):
@@ -271,6 +279,11 @@ class Call:
     def let_go(self) -> None:
         """Forget the body, the one thing that changes: it will not be sent again."""
         object.__setattr__(self, "body", b"")
+
+    @property
+    def priority_class(self) -> str:
+        """``interactive``, or ``batch``, which gives way to it."""
+        return "batch" if self.batch else "interactive"
 
     @property
     def framing(self) -> Framing:

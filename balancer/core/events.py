@@ -73,6 +73,7 @@ class CallEnded(Event):
     `phase` (of a client_abort): queued, before_first_token, streaming.
     Times are seconds; `first_byte_s` and `duration_s` count from arrival.
     `alias`: the name under which the model was asked for, if it is not its own.
+    `num_ctx`: the context that was written into it; `num_ctx_asked`: what had stood there.
     """
 
     request_id: str
@@ -100,6 +101,8 @@ class CallEnded(Event):
     inference: bool = False
     streaming: bool = False
     alias: str = ""
+    num_ctx: int | None = None
+    num_ctx_asked: int | None = None
 
 
 @record
@@ -163,13 +166,19 @@ class LoadStarted(Event):
 
 @record
 class LoadEnded(Event):
-    """A detached load of ours ended."""
+    """
+    A detached load of ours ended.
+
+    `reloads`: the model had been in memory there not long ago, with another context (num_ctx) or
+    with other options (options); empty: it had not.
+    """
 
     backend: str
     model: str
     ok: bool
     load_s: float
     text: str
+    reloads: str = ""
 
 
 @record
@@ -230,6 +239,14 @@ class BreakersReset(Event):
 @record
 class SwitchesLost(Event):
     """The file that keeps the operator's switches could not be read, or not be written."""
+
+    path: str
+    error: str
+
+
+@record
+class LearnedLost(Event):
+    """The file that keeps what was learned could not be used, or not be written."""
 
     path: str
     error: str

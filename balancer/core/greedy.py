@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 from balancer.core.domain import Call, Candidate, PlacementKey, Residency, Verdict
 from balancer.core.scheduler import (
@@ -27,6 +27,7 @@ from balancer.core.scheduler import (
     WakeAt,
     split_by_context,
 )
+from balancer.core.tiers import highest
 
 LOADED: Final = Residency.LOADED  # looked up in the enum it takes longer than all of `_is_free`
 
@@ -93,6 +94,10 @@ def load_estimate_s(size_bytes: int) -> float:
     return 1.0 + size_bytes / 1e9
 
 
+def _anybody(_: Call, __: int) -> bool:
+    return True
+
+
 class Greedy:
     """
     The head of each queue goes to the best backend with a free slot.
@@ -101,14 +106,22 @@ class Greedy:
     would take, the head and those before it together: then waiting and loading have cost the same,
     whatever comes next (the ski-rental rule, at most twice the optimum). What was waited long ago
     counts for less and less.
+
+    Args:
+        may_start: Whether the owner of a call may have one more at a backend, besides so many
+            that are about to start.
     """
 
-    def __init__(self, policy: Policy, view: View) -> None:
+    def __init__(
+        self, policy: Policy, view: View, may_start: Callable[[Call, int], bool] = _anybody
+    ) -> None:
         self._policy = policy
         self._view = view
+        self._may_start = may_start
         self._queues: dict[PlacementKey, list[Ticket]] = {}
         self._last_used: dict[str, int] = {}
         self._uses = 0
+        self._kept: dict[str, Any] = {}
         self._busy_s: dict[str, float] = {}  # by model: smoothed seconds a call holds its slot
         self._load_s: dict[str, float] = {}  # by model: smoothed seconds of its loads
         self._waited: dict[str, _Waited] = {}  # by model
@@ -160,11 +173,19 @@ class Greedy:
                 self._waited.pop(effect.key.model, None)
         return run.effects
 
+    def wake_at(self) -> float:
+        """Never: only who waits is planned for."""
+        return math.inf
+
     def begin(self, ticket: Ticket, now: float) -> Commit | None:
         """As `plan`, as long as a copy is in memory where the context suffices, or none would."""
+        if not self._may_start(ticket.call, 0):
+            return None
         if self._just_loaded:
             self._date_loads(now)
         candidates = self._view.candidates(ticket.call, ticket.excluded)
+        if self._view.priorities:
+            candidates = highest(candidates, self._view.priorities)
         fits, short = split_by_context(ticket.call, candidates)
         free = [c for c in fits or short if c.residency is LOADED and c.in_flight < c.slots]
         if not free:
@@ -189,6 +210,8 @@ class Greedy:
         full: set[tuple[str, frozenset[str]]] = set()
         queue = list(self._queues[key])
         for ticket in queue:
+            if not self._may_start(ticket.call, run.started[ticket.call.owner]):
+                continue
             alike = (ticket.call.route.feature, ticket.excluded)
             if alike in full or self._start(ticket, run) or ticket is queue[-1]:
                 continue
@@ -223,6 +246,7 @@ class Greedy:
             return
         self._used(chosen.backend)
         run.taken[chosen.backend, ticket.call.key.model] += 1
+        run.started[ticket.call.owner] += 1
         run.effects.append(Commit(ticket, chosen.backend, why))
 
     def _consider_copy(self, ticket: Ticket, group: Sequence[Candidate], run: _Pass) -> None:
@@ -283,7 +307,7 @@ class Greedy:
     def _counted(self, call: Call, excluded: frozenset[str], run: _Pass) -> list[Candidate]:
         """The candidates with what this pass has committed."""
         counted = []
-        for c in self._view.candidates(call, excluded):
+        for c in _candidates(self._view, call, excluded):
             mine = run.taken[c.backend, call.key.model]
             counted.append(_busier(c, mine) if mine else c)
         return counted
@@ -298,9 +322,22 @@ class Greedy:
         self._uses += 1
         self._last_used[backend] = self._uses
 
+    def learned(self, now: float) -> dict[str, Any]:  # noqa: ARG002 - see `Scheduler`
+        """Nothing of our own: what others have learned, kept for whoever comes after us."""
+        return self._kept
+
+    def recall(
+        self,
+        learned: Mapping[str, Any],
+        now: float,  # noqa: ARG002 - see `Scheduler`
+        age_s: float,  # noqa: ARG002 - see `Scheduler`
+    ) -> None:
+        """Keep it; we have no use for it."""
+        self._kept = dict(learned)
+
     def rehearse(self, ticket: Ticket, view: View, now: float) -> Rehearsal:
         """Plan with a twin of ours that looks through *view*, and see what becomes of *ticket*."""
-        twin = Greedy(self._policy, view)
+        twin = Greedy(self._policy, view, self._may_start)
         twin._queues = {key: list(queue) for key, queue in self._queues.items()}
         twin._last_used, twin._uses = dict(self._last_used), self._uses
         twin._load_s, twin._loaded_at = self._load_s, dict(self._loaded_at)
@@ -310,17 +347,24 @@ class Greedy:
         twin.enqueue(ticket)
         for effect in twin.plan(now):
             if isinstance(effect, Commit | Load) and effect.ticket is ticket:
-                load_s = load_estimate_s(_size(view.candidates(ticket.call, ticket.excluded)))
+                load_s = load_estimate_s(_size(_candidates(view, ticket.call, ticket.excluded)))
                 return Rehearsal(options, effect, 0.0 if isinstance(effect, Commit) else load_s)
         return Rehearsal(options, None, wait_s)
+
+    def wait_estimate(self, ticket: Ticket, now: float) -> float:
+        """Seconds until *ticket*, which may wait here or nowhere, gets a slot; inf: unknown."""
+        if ticket.call.key.model not in self._busy_s:
+            return math.inf  # nothing has ended yet
+        return self._wait_s(ticket, self._view, now)
 
     def _wait_s(self, ticket: Ticket, view: View, now: float) -> float:
         """A load's remainder, or calls ahead times how long each holds a slot, over the slots."""
         call = ticket.call
-        candidates = view.candidates(call, ticket.excluded)
+        candidates = _candidates(view, call, ticket.excluded)
         slots = sum(c.slots for c in candidates if c.residency is LOADED)
         if slots:
-            ahead = len(self._queues.get(call.key, ()))
+            queue = self._queues.get(call.key, [])
+            ahead = bisect.bisect_left(queue, ticket.seq, key=lambda other: other.seq)
             return (ahead + 1) * self._busy_s.get(call.key.model, 5.0) / slots
         usable = {c.backend for c in candidates}
         since = [load.since for load in view.loading(call.key) if load.backend in usable]
@@ -335,7 +379,13 @@ class Greedy:
         too_short = {c.backend for c in short}
         equal = self._policy.cold_is_equal and not view.loading(ticket.call.key)
         ranked = sorted(
-            (self._place(c, is_short=c.backend in too_short, equal=equal), index)
+            (
+                (
+                    -view.priorities.get(c.backend, 0),
+                    *self._place(c, is_short=c.backend in too_short, equal=equal),
+                ),
+                index,
+            )
             for index, c in enumerate(candidates)
         )
         options = []
@@ -352,24 +402,25 @@ class Greedy:
 
     def _place(self, c: Candidate, *, is_short: bool, equal: bool) -> tuple[float, ...]:
         """What `_start` looks at, in its order: context, readiness, then the rank."""
-        tier = _tier(c)
+        stage = _stage(c)
         if equal:
-            return (is_short, 0 if tier is _Tier.COLD else tier, *self._rank(c))
-        return (is_short, tier, *(self._cold_rank(c) if tier >= _Tier.COLD else self._rank(c)))
+            return (is_short, 0 if stage is _Stage.COLD else stage, *self._rank(c))
+        rank = self._cold_rank(c) if stage >= _Stage.COLD else self._rank(c)
+        return (is_short, stage, *rank)
 
     def _difference(
         self, mine: tuple[float, ...], other: tuple[float, ...], than: str, *, equal: bool
     ) -> str:
         """The first part in which two places differ, for people; empty: none."""
-        cold = () if equal or mine[1] < _Tier.COLD else _COLD_TERMS
-        terms = (_CONTEXT, _READY, *cold, *self._policy.terms)
+        cold = () if equal or mine[2] < _Stage.COLD else _COLD_TERMS
+        terms = (_PRIORITY, _CONTEXT, _READY, *cold, *self._policy.terms)
         for value, others, (less, more) in zip(mine, other, terms, strict=False):
             if value != others:
                 return f"{less if value < others else more} than {than}"
         return ""
 
 
-class _Tier(IntEnum):
+class _Stage(IntEnum):
     """How soon a candidate could begin."""
 
     FREE = 0
@@ -379,27 +430,33 @@ class _Tier(IntEnum):
     BLOCKED = 4  # it loads something else
 
 
+_PRIORITY: Final = ("has a higher priority", "has a lower priority")
 _CONTEXT: Final = ("has more context", "has less context")
 _READY: Final = ("could begin sooner", "could begin later")
 _STATES: Final = {
-    _Tier.FREE: "in memory, a slot is free",
-    _Tier.FULL: "in memory, every slot is taken",
-    _Tier.LOADING: "being loaded",
-    _Tier.COLD: "not in memory",
-    _Tier.BLOCKED: "not in memory, another load is under way",
+    _Stage.FREE: "in memory, a slot is free",
+    _Stage.FULL: "in memory, every slot is taken",
+    _Stage.LOADING: "being loaded",
+    _Stage.COLD: "not in memory",
+    _Stage.BLOCKED: "not in memory, another load is under way",
 }
 
 
-def _tier(c: Candidate) -> _Tier:
+def _stage(c: Candidate) -> _Stage:
     if c.residency is LOADED:
-        return _Tier.FREE if c.in_flight < c.slots else _Tier.FULL
+        return _Stage.FREE if c.in_flight < c.slots else _Stage.FULL
     if c.residency is Residency.LOADING:
-        return _Tier.LOADING
-    return _Tier.COLD if c.load_token else _Tier.BLOCKED
+        return _Stage.LOADING
+    return _Stage.COLD if c.load_token else _Stage.BLOCKED
 
 
 def _state(c: Candidate, *, is_short: bool) -> str:
-    return f"{_STATES[_tier(c)]}{f', context of {c.context} is too short' if is_short else ''}"
+    return f"{_STATES[_stage(c)]}{f', context of {c.context} is too short' if is_short else ''}"
+
+
+def _candidates(view: View, call: Call, excluded: frozenset[str]) -> Sequence[Candidate]:
+    """Who is to be considered: of what may serve the call, the highest tier."""
+    return highest(view.candidates(call, excluded), view.priorities)
 
 
 def _size(candidates: Sequence[Candidate]) -> int:
@@ -434,6 +491,7 @@ class _Pass:
     now: float
     effects: list[Effect] = field(default_factory=list)
     taken: Counter[tuple[str, str]] = field(default_factory=Counter)
+    started: Counter[str] = field(default_factory=Counter)  # by owner
     loads: set[PlacementKey] = field(default_factory=set)
     loading_on: set[str] = field(default_factory=set)
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from balancer.core.slots import SlotBelief
+
 DEFAULT_SLOTS: Final = 2
 HALF_LIFE_S: Final = 10.0
 FADE_S: Final = 60.0  # in which half of what was believed of an unused backend is forgotten
@@ -84,7 +86,7 @@ class Load:
         *,
         half_life_s: float = HALF_LIFE_S,
     ) -> None:
-        self.configured = configured
+        self.belief = SlotBelief(configured)
         self._clock = clock
         self._half_life_s = half_life_s
         self._in_flight: dict[str, int] = {}
@@ -129,18 +131,28 @@ class Load:
         """Calls that run, by model."""
         return dict(self._in_flight)
 
-    def slots(self, model: str) -> int:  # noqa: ARG002 - one belief for all models, for now
+    @property
+    def configured(self) -> int | None:
+        """Slots per model, None: not known."""
+        return self.belief.configured
+
+    @configured.setter
+    def configured(self, slots: int | None) -> None:
+        self.belief.configured = slots
+
+    def slots(self, model: str) -> int:
         """Calls at once that *model* is believed to take; fewer while the backend warms up."""
         if self._ramp_from == -math.inf:
-            return DEFAULT_SLOTS if self.configured is None else self.configured
-        return self._ramped(self._clock() - self._ramp_from)
+            return self.belief.believed(model)
+        return self._ramped(self._clock() - self._ramp_from, self.belief.believed(model))
 
     def start_ramp(self) -> None:
         """It has just recovered: one slot now, all of them after half a minute, linearly."""
         self._ramp_from = self._clock()
 
-    def _ramped(self, passed_s: float) -> int:
-        full = DEFAULT_SLOTS if self.configured is None else self.configured
+    def _ramped(self, passed_s: float, full: int | None = None) -> int:
+        if full is None:
+            full = DEFAULT_SLOTS if self.configured is None else self.configured
         if passed_s >= RAMP_S - OVER_S:
             return full
         return 1 + math.floor((full - 1) * (passed_s + OVER_S) / RAMP_S)

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from balancer.core import names
 from balancer.core.breaker import Gate, Permit, Rule
-from balancer.core.catalog import Catalog, Copy
+from balancer.core.catalog import Catalog, Copy, InMemory
 from balancer.core.domain import (
     ALL,
     OTHER,
@@ -61,8 +61,11 @@ from balancer.core.events import (
 )
 from balancer.core.health import Health
 from balancer.core.load import Load as Load_
+from balancer.core.pins import Pins
 from balancer.core.running import Run
 from balancer.core.scheduler import Began, Changed, Ended, Fact, FirstByte, LoadingNow
+from balancer.core.slots import SlotBelief
+from balancer.core.tiers import highest, tiers
 from balancer.core.verdicts import HARMLESS, Facts, Judgement, is_cloud, marks
 from balancer.core.watchdog import Suspect, Watchdog
 
@@ -270,6 +273,7 @@ class Loading:
     since: float
     why: str
     permits: tuple[Permit, ...] | None
+    reloads: str = ""  # as `Catalog.reloads` says
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,9 +355,12 @@ class Pool:
     All members, by name.
 
     Args:
+        priorities: The tier of each backend; empty: all are of one.
+        pins: What is to be kept in memory.
         changed: Told after anything that may let a waiting call start; the dispatcher's kick.
         refresh: Told the name of a backend whose lists should be read again soon.
         abandon: Told the name of a backend that is dead: a load under way there ends.
+        usual: The key of calls for a model that ask for nothing.
         note: Told the scheduler's facts about leases.
         hears: Whether attempts that did not fail are to be told.
     """
@@ -375,10 +382,13 @@ class Pool:
         self._hears = hears
         self.changed: Callable[[], None] = lambda: None
         self.refresh: Callable[[str], None] = lambda _: None
+        self.usual: Callable[[str], PlacementKey] = PlacementKey
         self.abandon: Callable[[str], None] = lambda _: None
         self.note: Callable[[Fact], None] = lambda _: None
         self.version = 0
         self.members: dict[str, Member] = {}
+        self.priorities: Mapping[str, int] = {}
+        self.pins = Pins()
         self._known: dict[tuple[PlacementKey, str], _Places] = {}
         self._latest: tuple[PlacementKey | None, Route | None, _Places | None] = (None, None, None)
         self._edition = -1  # of the catalogue, by which they are known
@@ -423,6 +433,7 @@ class Pool:
                 self._emit(MemberJoined(self.now(), name, backend.url))
         for name in wanted:  # who comes first is who speaks for the account
             self.members[name] = self.members.pop(name)
+        self.priorities = tiers(backends)
         self._forget_places()
         self.note(Changed())
         self._touch()
@@ -855,11 +866,59 @@ class Pool:
         return unread and self.allows(member.backend, model)
 
     def has_room(self, call: Call) -> bool:
-        """Whether a copy in memory has a free slot."""
-        return any(
-            c.residency is LOADED and c.in_flight < c.slots
-            for c in self.candidates(call, frozenset())
-        )
+        """Whether a copy in memory has a free slot; of those of the highest tier."""
+        found = highest(self.candidates(call, frozenset()), self.priorities)
+        return any(c.residency is LOADED and c.in_flight < c.slots for c in found)
+
+    def backends(self) -> list[Backend]:
+        """All there are, those that are away included."""
+        return [member.backend for member in self.members.values()]
+
+    def places(
+        self, call: Call, excluded: frozenset[str], *, exists: bool = True
+    ) -> Sequence[_Place]:
+        """Where *call* may be served now; one that does not *exist* leaves no trace."""
+        return self._open(self._places(call), call, excluded, exists=exists)
+
+    def slots(self, backend: str, model: str) -> int:
+        """Calls at once that the loaded model may take there now."""
+        member = self.members.get(backend)
+        if member is None:
+            return 1
+        return 1 if member.gate.one_at_a_time else member.load.slots(model)
+
+    def belief(self, backend: str) -> SlotBelief | None:
+        """What is believed of slots there; None: it has left."""
+        member = self.members.get(backend)
+        return None if member is None else member.load.belief
+
+    def loading_on(self, backend: str) -> LoadingNow | None:
+        """The detached load under way there."""
+        member = self.members.get(backend)
+        if member is None or member.loading is None:
+            return None
+        return LoadingNow(backend, member.loading.since, member.loading.key)
+
+    def memory(self, backend: str) -> Sequence[InMemory]:
+        """What it has in memory."""
+        return self.catalog.memory(backend)
+
+    def usual_s(self, backend: str, model: str) -> float:
+        """Time to first byte of late; 0: not known."""
+        member = self.members.get(backend)
+        return 0.0 if member is None else member.load.first_byte_s(model)
+
+    def size(self, model: str) -> int:
+        """Bytes of its files, 0: not known."""
+        return self.catalog.size(model)
+
+    def parameters_b(self, model: str) -> float | None:
+        """Its parameters in thousands of millions, None: not told."""
+        return self.catalog.parameters_b(model)
+
+    def is_embedding_only(self, model: str) -> bool:
+        """Whether it cannot generate."""
+        return self.catalog.is_embedding_only(model)
 
     def loading(self, key: PlacementKey) -> list[LoadingNow]:
         """Detached loads of *key* under way."""
@@ -879,13 +938,21 @@ class Pool:
     # -- grants --------------------------------------------------------------------------------
 
     def lease(
-        self, call: Call, backend: str, number: int, why: str, *, probe: bool = False
+        self,
+        call: Call,
+        backend: str,
+        number: int,
+        why: str,
+        *,
+        probe: bool = False,
+        slots: int | None = None,
     ) -> Lease | None:
         """
         Take slot and permits in one step; None: one of them was not to be had.
 
         Args:
             probe: It may take one slot more than is believed in.
+            slots: So many are believed in for this call; None: what is believed of the model.
         """
         places = self._places(call)
         place = places.by_name.get(backend)
@@ -896,7 +963,9 @@ class Pool:
         is_open = places.moves == self._moves and place in places.open
         if not is_open and _hindrance(member, model):
             return None
-        is_full = load.in_flight(model) >= _slots(place, load.slots(model)) + probe
+        if slots is None:
+            slots = load.slots(model)
+        is_full = load.in_flight(model) >= _slots(place, slots) + probe
         permits = None if is_full else self._permits(member, None if remote else model)
         if permits is None:
             return None
@@ -1007,7 +1076,8 @@ class Pool:
         """Everything that follows from an outcome on this member."""
         model, verdict = key.model, outcome.verdict
         # A load that fails with options of a caller's choosing says nothing of the model.
-        own_options = outcome.caused_load and bool(key.options)
+        chosen = outcome.caused_load and bool(key.options)
+        own_options = chosen and key != self.usual(model)
         if verdict is OK and not outcome.blameless and not own_options:
             self._went_well(member, key, permits)
             return
@@ -1086,7 +1156,7 @@ class Pool:
         if permits is None and not trial:
             return False
         now = self.now()
-        member.loading = Loading(key, now, why, permits)
+        member.loading = Loading(key, now, why, permits, self.catalog.reloads(backend, key))
         self._emit(LoadStarted(now, backend, names.display(key.model), why))
         return True
 
@@ -1108,9 +1178,8 @@ class Pool:
         finally:
             self.changed = changed
         load_s = self.now() - loading.since
-        self._emit(
-            LoadEnded(self.now(), backend, names.display(key.model), ok, load_s, outcome.text)
-        )
+        told = (backend, names.display(key.model), ok, load_s, outcome.text, loading.reloads)
+        self._emit(LoadEnded(self.now(), *told))
         self._tell_drained(member)
         self.refresh(backend)
         self.version += 1
@@ -1335,6 +1404,10 @@ class Pool:
         return any_open
 
     # -- seeing --------------------------------------------------------------------------------
+
+    def runs(self) -> list[Run]:
+        """All that runs."""
+        return [lease.run for member in self.members.values() for lease in member.leases]
 
     @property
     def running(self) -> int:

@@ -13,10 +13,10 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from balancer.core.domain import (
     Attempt,
@@ -72,12 +72,14 @@ class Commit:
         why: ``warm``, ``cold``, or ``short-context``: too small a context, and no better one is
             there.
         probe: It may take one slot more than is believed in.
+        slots: Believed in for this call; None: what the pool believes.
     """
 
     ticket: Ticket
     backend: str
     why: str
     probe: bool = False
+    slots: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,10 @@ class LoadingNow:
 class View(Protocol):
     """What any scheduler may see of the pool."""
 
+    @property
+    def priorities(self) -> Mapping[str, int]:
+        """The tier of each backend; empty: all are of one."""
+
     def candidates(self, call: Call, excluded: frozenset[str]) -> Sequence[Candidate]:
         """Backends that may serve *call* now."""
 
@@ -262,6 +268,9 @@ class Scheduler(Protocol):
     def plan(self, now: float) -> list[Effect]:
         """Decide what can start now; asked while somebody waits, and at a `WakeAt`."""
 
+    def wake_at(self) -> float:
+        """When to plan though nothing happens; inf: never."""
+
     def begin(self, ticket: Ticket, now: float) -> Commit | None:
         """
         Decide for a new ticket that waits nowhere yet, while no other does.
@@ -274,6 +283,20 @@ class Scheduler(Protocol):
 
     def waiting(self) -> Sequence[Ticket]:
         """All tickets that wait, in order."""
+
+    def learned(self, now: float) -> dict[str, Any]:
+        """
+        What would be a pity to forget, as plain JSON that nothing changes any more.
+
+        What belongs to one backend stands, in any part of it, under that backend's name.
+        """
+
+    def recall(self, learned: Mapping[str, Any], now: float, age_s: float) -> None:
+        """
+        Take over what a scheduler had *learned* so long ago; what cannot be is left out.
+
+        Backends it tells of may be unknown as yet.
+        """
 
 
 def split_by_context(

@@ -87,8 +87,7 @@ class Sharing:
             user: Whom a proxy that we believe names; empty: nobody.
             header: A header of that name, if there is one.
         """
-        address = f"ip:{_network(client)}"
-        owner = address if principal.name == ANONYMOUS else f"key:{principal.name}"
+        owner, address = owner_of(principal, client), f"ip:{_network(client)}"
         scope = f"user:{_short(user)}" if user else owner
         session, before = "", []
         for place in self.sessions:
@@ -110,6 +109,12 @@ class Sharing:
         if wanted is None:
             wanted = int(word) if _NUMBER.fullmatch(word) else principal.priority
         return min(wanted, principal.priority)
+
+
+def owner_of(principal: Principal, client: str) -> str:
+    """Who answers for what a caller at that address uses up: its key, or else the address."""
+    named = principal.name != ANONYMOUS
+    return f"key:{principal.name}" if named else f"ip:{_network(client)}"
 
 
 def _short(name: str) -> str:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+from balancer.core.domain import Call
 from balancer.core.greedy import POLICIES, Greedy
-from balancer.core.scheduler import Scheduler, View
+from balancer.core.knobs import Knobs
+from balancer.core.plan import Plan, Sight
+from balancer.core.scheduler import Scheduler
 
-STRATEGIES: Final = tuple(POLICIES)
+STRATEGIES: Final = ("plan", *POLICIES)
 
 
-def build(name: str, view: View) -> Scheduler:
-    """The scheduler of that name. Raises KeyError for an unknown one."""
-    return Greedy(POLICIES[name], view)
+def build(
+    name: str,
+    view: Sight,
+    may_start: Callable[[Call, int], bool] = lambda *_: True,
+    knobs: Knobs | None = None,
+) -> Scheduler:
+    """
+    The scheduler of that name.
+
+    Args:
+        may_start: See `Limits.may_start`.
+        knobs: Of the plan.
+
+    Raises:
+        KeyError: There is none of that name.
+    """
+    if name == "plan":
+        return Plan(view, knobs, may_start=may_start)
+    return Greedy(POLICIES[name], view, may_start)

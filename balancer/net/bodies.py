@@ -116,7 +116,7 @@ async def read_body(
     if is_zstd:
         body = await _unpacked(body, max_bytes, hold)
     if hold is not None:
-        hold.settle(len(body))
+        hold.arrived(len(body))
     return body
 
 

@@ -497,7 +497,8 @@ class Connection(asyncio.Protocol):
         if self._status:
             return
         if len(name) == 17 and name.lower() == b"transfer-encoding":
-            if self._chunked or value.strip(b" \t").lower() != b"chunked":
+            # With a tab behind it the parser takes it for another coding.
+            if self._chunked or value.rstrip(b" ").lower() != b"chunked":
                 self._odd("an unknown transfer coding")
             self._chunked = True
         elif len(name) == 14 and name.lower() == b"content-length":

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Final
 
 from balancer.core.domain import Purpose
-from balancer.core.errors import BalancerError
+from balancer.core.errors import BalancerError, QueueFull
 from balancer.core.pool import Lease
 from balancer.net.attempt import Attempt
 from balancer.net.bodies import too_large
@@ -59,10 +59,15 @@ class Direct:
         ):
             hand_over(Handed(exchange, partial(proxy.answer, exchange, body)))
             return
-        course = proxy.course(exchange, call)
+        exchange.charge = proxy.limits.charge(call)
+        course = proxy.course(exchange, proxy.placed(exchange, call))
         proxy.budget.note_call()
         try:
             grant = proxy.submit(course)
+        except QueueFull as error:  # nothing follows; asked again it would count twice
+            course.error = error
+            hand_over(Handed(exchange, partial(proxy.go_on, exchange, course)))
+            return
         except BalancerError:  # what follows from it, if anything, is found out there
             go_on = partial(proxy.go_on, exchange, course)
             hand_over(Handed(exchange, go_on))

@@ -48,6 +48,7 @@ WITHHELD: Final = frozenset(
         "accept-encoding",
         "via",
         "x-request-id",
+        "x-balancer-priority",  # what it may claim is settled here
         "x-request-timeout",
         "request-timeout",
     }

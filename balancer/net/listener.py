@@ -27,6 +27,7 @@ from aiohttp.web_protocol import ERROR, RequestHandler
 from balancer.net.visitor import Visitor
 
 BACKLOG: Final = 4096
+HEAD_END: Final = b"\r\n\r\n"
 HEAD_LINES: Final = 4  # how many lines of the longest kind may make up a head
 MAX_FRAMING: Final = 64 * 1024  # bytes that frame a body in chunks,
 FRAMING_RATIO: Final = 16  # and so many for each byte of it; one chunk per byte takes six
@@ -154,6 +155,7 @@ class Connection(RequestHandler):
         "_framing_bytes",
         "_head_bytes",
         "_head_timer",
+        "_is_chunked",
         "_is_started",
         "_last_body",
         "_max_head",
@@ -182,6 +184,7 @@ class Connection(RequestHandler):
         self._head_bytes = 0
         self._body: StreamReader | None = None
         self._last_body: Any = None
+        self._is_chunked = False  # the last body
         self._coming: StreamReader | None = None  # a small body that is waited for
         self._framing_bytes = 0
         self._at_it = False
@@ -207,34 +210,56 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of it."""
-        request, queued = self._current_request, len(self._messages)
-        # The rest of a body that was answered early is no head.
-        drains = self._last_body is not None and not self._last_body.is_eof()
-        is_head = not queued and not drains
-        is_busy = request is not None or self.live is not None
+        request, queued, body = self._current_request, len(self._messages), self._last_body
+        drains = body is not None and not body.is_eof()  # what comes is no head
+        had = body.total_bytes if drains else 0
         waiter, self._waiter = self._waiter, None  # what is answered on the spot wakes nobody
         super().data_received(data)
         self._waiter = waiter
-        came = bool(self._messages)
+        came = len(self._messages) > queued
         if request is not None and not request.content.is_eof():
-            self._check_body(request.content, len(data), broken=len(self._messages) > queued)
-        if came:
-            if self._messages:
-                self._last_body = self._messages[-1][1]
-            self._answer()
-        if came:
+            self._check_body(request.content, len(data), broken=came)
+        if came and self._messages:
+            message, self._last_body = self._messages[-1]
+            self._is_chunked = isinstance(message, RawRequestMessage) and message.chunked
+        self._answer()
+        if came or drains:
             self._head_bytes = 0
             if not self._awaits_body:
                 self._disarm()
-        elif is_head:
-            self._head_bytes += len(data)
-            if self._head_bytes <= self._max_head:
-                if self._head_timer is None and not is_busy:
-                    self._arm()
-            elif not is_busy:
-                self._refuse_head()
-            elif self.transport is not None:
-                self.transport.abort()  # no answer fits into the one that is under way
+            if self._goes_on(data, 0 if came else had):
+                self._begin_head(1)
+        elif data and not self._holds_more:
+            self._begin_head(len(data))
+
+    @property
+    def _holds_more(self) -> bool:
+        """Whether what came has not been parsed, and may be more than a part of a head."""
+        return self._buffer_paused or self._upgraded
+
+    def _goes_on(self, data: bytes, had: int) -> bool:
+        """
+        Whether a read goes on behind the request that ended in it: with a part of a head.
+
+        Args:
+            had: Bytes of its body from before.
+        """
+        body = self._last_body
+        if body is None or not body.is_eof() or self._holds_more:
+            return False
+        size = 0 if self._is_chunked else body.total_bytes - had
+        return not HEAD_END.endswith(data[: len(data) - size][-len(HEAD_END) :])
+
+    def _begin_head(self, size: int) -> None:
+        """So many bytes more of a head that is not complete."""
+        self._head_bytes += size
+        if self._head_bytes <= self._max_head:
+            if self._head_timer is None:
+                self._arm()
+        elif not self._is_busy:
+            self._refuse_head()
+        elif self.transport is not None:
+            self.transport.abort()  # no answer fits into the one that is under way
 
     async def start(self) -> None:
         """aiohttp's loop: answers one request after the other."""
@@ -252,6 +277,11 @@ class Connection(RequestHandler):
         # aiohttp calls this for every body read and every body's end, paused or not.
         if self._reading_paused:
             super().resume_reading(resume_parser)
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether any request is not answered yet."""
+        return bool(self._messages) or self._current_request is not None
 
     @property
     def _is_idle(self) -> bool:
@@ -301,13 +331,9 @@ class Connection(RequestHandler):
         ):
             return False
         request = _request(message, body, self, None, None)
-        self._messages.popleft()
         if not self._answering.at_once(request):
-            self._messages.appendleft((message, body))
             self._request = request
             return False
-        if self._parser is not None:  # it stops at as many as wait, and what stops must go on
-            self._parser.message_consumed()
         self._request_in_progress = self.live is not None
         return True
 
@@ -316,12 +342,14 @@ class Connection(RequestHandler):
         self.live = self.reader = None
         self._request_in_progress = False
         self._request = request
-        self._messages.appendleft((request._message, request._payload))  # noqa: SLF001 - our own
         self._wake()
 
     def answered(self, *, keep_alive: bool) -> None:
         """A request that was taken on the spot has been answered."""
         self.live = self.reader = None
+        self._messages.popleft()
+        if self._parser is not None:  # it stops at as many as wait, and what stops must go on
+            self._parser.message_consumed()
         self._request_in_progress = False
         if self._handler_waiter is not None and not self._handler_waiter.done():
             self._handler_waiter.set_result(None)
@@ -331,8 +359,6 @@ class Connection(RequestHandler):
             self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
             if not self._at_it:
                 self._answer()
-            if self._head_bytes and self._head_timer is None and self.live is None:
-                self._arm()  # the next head has begun, and has as long as any
 
     def made(self, message: Any, payload: Any, writer: Any, task: Any) -> Request:
         """The request for aiohttp's loop: the one that was made before, if it was."""
@@ -386,8 +412,10 @@ class Connection(RequestHandler):
         self._head_timer = None
         if self._awaits_body:
             self._wake()
-        elif not self._messages and self._current_request is None and self.live is None:
+        elif not self._is_busy:
             self.force_close()
+        elif self._head_bytes:
+            self._arm()  # for when all before it is answered
 
     def _process_keepalive(self) -> None:
         if self.live is None and not self._awaits_body:

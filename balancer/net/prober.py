@@ -525,7 +525,7 @@ class Prober:
 
         Who stops waiting does not stop it. What went wrong, empty: nothing.
         """
-        key = PlacementKey(model)
+        key = self._pool.usual(model)
         if self._catalog.residency(name, key) is Residency.LOADED:
             return ""
         if not self._pool.take_token(name, key, "asked for"):

@@ -25,6 +25,7 @@ from aiohttp import web
 from balancer.core import names
 from balancer.core.aliases import Aliases
 from balancer.core.body import Body, read, renamed
+from balancer.core.contexts import Contexts, applied
 from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
 from balancer.core.domain import Attempt as Tried
 from balancer.core.domain import Call, Outcome, PlacementKey, Purpose, Role, Usage, Verdict
@@ -39,11 +40,13 @@ from balancer.core.errors import (
     Unavailable,
     UnknownModel,
 )
+from balancer.core.limits import Limits
 from balancer.core.memory import Memory
 from balancer.core.pool import Lease, discreet
 from balancer.core.retry import Budget, again, excluded
 from balancer.core.routes import EMBEDDING
 from balancer.core.scheduler import Ticket
+from balancer.core.sharing import MANY_INPUTS, Share, Sharing, owner_of
 from balancer.core.verdicts import Judgement
 from balancer.net.attempt import Attempt
 from balancer.net.bodies import read_body
@@ -78,6 +81,7 @@ class ProxySettings:
     heartbeat_after_s: float | None = 20.0
     heartbeat_s: float | None = 15.0
     aliases: Aliases = field(default_factory=Aliases)
+    sharing: Sharing = field(default_factory=Sharing)
 
 
 class Grant:
@@ -182,6 +186,7 @@ class Proxy:
         unload: Answers a call that unloads a model, which goes to every backend that has it.
         token: Ours in ``Via``.
         stamp: The wall time as Ollama writes it.
+        limits: What each key may use.
 
     Attributes:
         memory: Of which the bodies take their room.
@@ -190,6 +195,7 @@ class Proxy:
         fetch: Begins to pull what a call needs and nobody has; the future tells why it failed,
             empty if it did not. None: it may not be.
         forwarded: The headers of a request that go up.
+        contexts: The operator's rules about contexts and keep_alive; None: there are none.
     """
 
     def __init__(
@@ -202,8 +208,10 @@ class Proxy:
         unload: Callable[[Exchange, Call], object],
         token: str,
         stamp: Callable[[], str],
+        limits: Limits | None = None,
     ) -> None:
         self.settings = settings
+        self.limits = limits or Limits(clock)
         self.dispatcher = dispatcher
         self.upstream = upstream
         self.budget = budget
@@ -213,6 +221,7 @@ class Proxy:
         self.memory = Memory(settings.replay_memory)
         self.stopping = False
         self.forwarded = Forwarding(token)
+        self.contexts: Contexts | None = None
         self.explore: Callable[[Call], Awaitable[None]] = _nothing
         self.fetch: Callable[[Exchange, Call], asyncio.Future[str] | None] = lambda *_: None
 
@@ -220,7 +229,7 @@ class Proxy:
         """Answer one inference call."""
         if self.dispatcher.admission.is_full():
             self.dispatcher.admission.check("")  # before the body is read
-        exchange.hold = self.memory.hold()
+        exchange.hold = self.memory.hold(owner=owner_of(exchange.principal, exchange.client))
         most = self.settings.max_body
         return await self.answer(
             exchange, await read_body(exchange, most, self.clock, exchange.hold)
@@ -237,6 +246,7 @@ class Proxy:
             if exchange.principal.role is not Role.ADMIN:
                 raise Forbidden("Unloading a model needs a key with the role admin.")
             return await self._unload(exchange, call)  # type: ignore[no-any-return, misc]
+        exchange.charge = self.limits.charge(call)
         self.budget.note_call()
         course = self.course(exchange, call, others)
         del call, others
@@ -285,12 +295,15 @@ class Proxy:
         query = exchange.request.raw_path.partition("?")[2]
         visitor = exchange.visitor
         asked = None if visitor is None else visitor.asked
-        if asked is None:
+        if asked is None or asked.rules is not self.settings.sharing:
             kind = exchange.request.headers.get("Content-Type", "")
-            asked = Asked(self.forwarded.kept(exchange), kind, _wanted_s(exchange))
+            upward, limit_s = self.forwarded.kept(exchange), _wanted_s(exchange)
+            asked = Asked(upward, kind, limit_s, self._share(exchange), self.settings.sharing)
             if visitor is not None:
                 visitor.asked = asked
-        told: Body = read(route, body, asked.content_type, query)
+        share = asked.share
+        told: Body = read(route, body, asked.content_type, query, share.before)
+        session = share.session_for(told.session)
         exchange.streaming = told.streaming
         exchange.use(told.model, told.key.model)
         total_s, arrived_at = asked.limit_s, exchange.started_at
@@ -314,24 +327,44 @@ class Proxy:
             told.prompt_tokens,
             told.output_tokens,
             route.operation in EMBEDDING,
+            fair_key=share.key_for(session),
+            batch=share.batch or told.inputs > MANY_INPUTS,
+            inputs=told.inputs,
+            session=session,
+            owner=share.owner,
         )
+
+    def _share(self, exchange: Exchange) -> Share:
+        """Whose share of the pool the calls behind a head use up."""
+        header = exchange.request.headers.get
+        sharing, principal = self.settings.sharing, exchange.principal
+        return sharing.share(principal, exchange.client, exchange.user, header)
 
     def _meant(self, exchange: Exchange, call: Call) -> list[Call]:
         """The call; for an alias one for each of its models, from the one that is to serve on."""
         alias = self.settings.aliases.find(call.key.model)
         if alias is None:
-            return [call]
+            return [self.placed(exchange, call)]
         exchange.alias = call.model
         calls = [_for_model(call, model) for model in alias.models]
         first, *others = calls[self.dispatcher.choose(calls) :]
         return [self._named(exchange, first), *others]
 
-    @staticmethod
-    def _named(exchange: Exchange, call: Call) -> Call:
+    def _named(self, exchange: Exchange, call: Call) -> Call:
         """A call for an alias, its body naming the model that is to serve."""
         kind = exchange.request.headers.get("Content-Type", "")
         exchange.model = call.model
-        return replace(call, body=renamed(call.route, call.body, kind, call.model))
+        body = renamed(call.route, call.body, kind, call.model)
+        return self.placed(exchange, replace(call, body=body))
+
+    def placed(self, exchange: Exchange, call: Call) -> Call:
+        """The call as the operator's rules about contexts and keep_alive have it."""
+        if self.contexts is None or not self.contexts.rules.any:
+            return call
+        placed = self.contexts.place(call)
+        exchange.num_ctx = placed.num_ctx
+        exchange.num_ctx_asked = None if placed.num_ctx is None else placed.asked
+        return applied(call, placed)
 
     # -- the attempt loop ----------------------------------------------------------------------
 
@@ -456,6 +489,7 @@ class Proxy:
         """A lease's attempt; nothing has been sent."""
         exchange.backend, exchange.why = lease.backend.name, lease.why
         exchange.attempts = lease.number
+        exchange.run = lease.run
         exchange.phase = "before_first_token"
         return Attempt(course.call, lease, self.clock)
 

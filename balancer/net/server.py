@@ -39,8 +39,10 @@ from balancer.core.errors import (
     UnknownRoute,
 )
 from balancer.core.events import CallEnded, Emit, Mishap
+from balancer.core.limits import Charge
 from balancer.core.memory import Hold
 from balancer.core.routes import TABLE, dialect_of, other, split_key, without_key
+from balancer.core.running import Run
 from balancer.net.bodies import CONTINUE, body_at_hand, expected
 from balancer.net.listener import SMALL, Request
 from balancer.net.outlet import Outlet, Written
@@ -85,8 +87,13 @@ class Exchange:
         discreet: The caller is not told which backends there are.
         hold: What its body takes of the memory for bodies.
         visitor: Who asks, where it is known that what is found out of it is good for long.
+        user: Whom a proxy of ours says that it asks for; empty: nobody in particular.
+        charge: What its caller was charged, to be settled.
+        run: The attempt that was made last.
         reply: The answer that is under way, if it is one that wants to be looked after.
         watching: A page that only looks on: a stop does not wait for it.
+        num_ctx: The context that was written into its body, None: it is as it came.
+        num_ctx_asked: What it asked for before, None: nothing.
     """
 
     route: Route | None = None
@@ -94,6 +101,7 @@ class Exchange:
     principal: Principal = NOBODY
     discreet = False
     client = ""
+    user = ""
     cors: tuple[tuple[str, str], ...] = ()
     endpoint = "other"
     status = 0
@@ -114,8 +122,12 @@ class Exchange:
     streaming = False
     visitor: Visitor | None = None
     hold: Hold | None = None
+    charge: Charge | None = None
+    run: Run | None = None
     reply: Ticked | None = None
     watching = False
+    num_ctx: int | None = None
+    num_ctx_asked: int | None = None
 
     def __init__(
         self,
@@ -142,6 +154,8 @@ class Exchange:
         headers = {"X-Request-Id": self.id}
         if self.alias:
             headers["X-Balancer-Model"] = self.model
+        if self.num_ctx is not None:
+            headers["X-Balancer-Num-Ctx"] = str(self.num_ctx)
         if self.extra:
             headers.update(self.extra)
         if self.cors:
@@ -337,7 +351,9 @@ class Front:
             _check_framing(request)
             self._let_in(exchange, "")
             self._check_circle(request)
-            admitted = Admitted(exchange.principal, exchange.client, exchange.discreet)
+            admitted = Admitted(
+                exchange.principal, exchange.client, exchange.discreet, exchange.user
+            )
             until = now + REMEMBERED_S
             visitor = Visitor(raw, request.method, rules, until, admitted, exchange.cors)
             exchange.visitor, connection.visitor = visitor, visitor if visitor.is_small else None
@@ -496,6 +512,7 @@ class Front:
     @staticmethod
     def _admitted(exchange: Exchange, admitted: Admitted) -> None:
         exchange.principal, exchange.client = admitted.principal, admitted.client
+        exchange.user = admitted.user
         exchange.discreet = admitted.discreet
         if admitted.discreet:
             exchange.request.hidden = TELLING
@@ -651,6 +668,9 @@ class Front:
     def _tell(self, exchange: Exchange) -> None:
         if exchange.hold is not None:
             exchange.hold.give_back()
+        if exchange.charge is not None:
+            run = exchange.run if exchange.status < 400 else None
+            exchange.charge.settle(exchange.usage, 0 if run is None else run.records)
         exchange.reply = exchange.request.handed = None  # what is over must not stay in a circle
         now = self._clock()
         route = exchange.route
@@ -683,6 +703,8 @@ class Front:
                 error=exchange.error,
                 inference=route is not None and route.kind is Kind.ONE,
                 streaming=exchange.streaming,
+                num_ctx=exchange.num_ctx,
+                num_ctx_asked=exchange.num_ctx_asked,
             )
         )
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from balancer.core.domain import Admitted
+from balancer.core.sharing import Share, Sharing
 
 REMEMBERED_S: Final = 1.0
 REMEMBERED_BYTES: Final = 8 * 1024  # of a head; a connection at rest must not hold a large one
@@ -34,11 +35,14 @@ class Asked:
     Args:
         upward: The headers that go up.
         limit_s: The client's own time limit, seconds; None: none.
+        share: Whose share of the pool they use up, and in which class, by these rules.
     """
 
     upward: tuple[tuple[str, str], ...]
     content_type: str
     limit_s: float | None
+    share: Share
+    rules: Sharing
 
 
 @dataclass(slots=True, eq=False)

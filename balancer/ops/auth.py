@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from multidict import istr
 
-from balancer.core.domain import Principal, Role
+from balancer.core.domain import INTERACTIVE, Allowance, Principal, Role
 from balancer.core.errors import BadRequest, Forbidden, Unauthorized
 from balancer.ops.cors import is_foreign
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Anonymous = Literal["never", "loopback", "always"] | Sequence[str]
 
 ANONYMOUS: Final = "anonymous"
+NO_LIMITS: Final = Allowance()
 # Looked up with every request: as `istr` they need not be made lower case each time.
 AUTHORIZATION, X_API_KEY = istr("Authorization"), istr("x-api-key")
 FORWARDED_FOR, FORWARDED, REAL_IP = istr("X-Forwarded-For"), istr("Forwarded"), istr("X-Real-IP")
@@ -71,6 +72,14 @@ class Key(Protocol):
     @property
     def expires_at(self) -> float | None:
         """Unix time from which it is no key any more; None: never."""
+
+    @property
+    def priority(self) -> int:
+        """The most that its calls may have."""
+
+    @property
+    def allowance(self) -> Allowance:
+        """How much it may use."""
 
 
 # -- addresses ------------------------------------------------------------------------------
@@ -303,6 +312,8 @@ class Access:
         admin_hosts: Host names allowed there beside IP literals.
         listener_loopback: We listen on loopback only.
         local_names: This machine's names and addresses.
+        user_header: In which trusted proxies name who asks; empty: nowhere.
+        priority, allowance: Of anonymous callers.
 
     Raises:
         ValueError: A bad CIDR, or a key named like the anonymous caller.
@@ -321,12 +332,23 @@ class Access:
         admin_hosts: Sequence[str] = ("localhost",),
         listener_loopback: bool = True,
         local_names: Sequence[str] = (),
+        user_header: str = "",
+        priority: int = INTERACTIVE,
+        allowance: Allowance = NO_LIMITS,
     ) -> None:
         if any(key.name == ANONYMOUS for key in keys):
             raise ValueError(f'a key may not be named "{ANONYMOUS}"')
         self._wall = wall
         self._keys = {key.sha256: key for key in keys}
-        self._owners = {key.sha256: Principal(key.name, key.role, key.models) for key in keys}
+        self._owners = {
+            key.sha256: Principal(key.name, key.role, key.models, key.priority, key.allowance)
+            for key in keys
+        }
+        self._nobody = {
+            role: Principal(ANONYMOUS, role, priority=priority, allowance=allowance)
+            for role in Role
+        }
+        self._user_header = istr(user_header)
         self._anonymous = anonymous if isinstance(anonymous, str) else _networks(anonymous)
         self._accept = frozenset(accept)
         self._trusted = _networks(trusted_proxies)
@@ -357,6 +379,13 @@ class Access:
             believed = False  # a proxy on another machine that saw "loopback" saw its own, not ours
         return Caller(address, client, hidden=not believed)
 
+    def user(self, peer: str, headers: Headers) -> str:
+        """Whom a proxy that we trust says that it asks for; empty: nobody in particular."""
+        if not self._user_header or not _is_within(_ip(peer), self._trusted):
+            return ""
+        lines = headers.getall(self._user_header, ())
+        return lines[0].strip() if len(lines) == 1 else ""  # of two the client sent one
+
     @property
     def takes_path(self) -> bool:
         """Whether a key may stand in front of the path."""
@@ -385,7 +414,7 @@ class Access:
                 return self._owners[key.sha256]
             expired = key or expired
         if self._is_welcome(caller):
-            return Principal(ANONYMOUS, Role.ADMIN if caller.is_loopback else Role.USER)
+            return self._nobody[Role.ADMIN if caller.is_loopback else Role.USER]
         if expired is not None:
             raise Unauthorized(f"The API key {expired.name!r} has expired. {_GET_ONE}")
         if tokens:

@@ -38,8 +38,9 @@ _HEADERS: Final = (
 _FAMILY = re.compile(r"x-(balancer|stainless)-[a-z0-9-]{1,64}")
 _EXPOSED: Final = (
     "X-Request-Id,X-Balancer-Backend,X-Balancer-Attempts,X-Balancer-Route,X-Balancer-Queue-Ms,"
-    "X-Balancer-Model,X-Balancer-Skipped,X-Balancer-Version,X-Balancer-Demo,Retry-After,Retry-After-Ms,"
-    "X-Should-Retry,Server-Timing"
+    "X-Balancer-Queue-Wait,"
+    "X-Balancer-Model,X-Balancer-Num-Ctx,X-Balancer-Skipped,X-Balancer-Version,X-Balancer-Demo,"
+    "Retry-After,Retry-After-Ms,X-Should-Retry,Server-Timing"
 )
 _METHODS: Final = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
 _VARY: Final = (

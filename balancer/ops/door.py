@@ -60,14 +60,16 @@ class Door:
             key: What stood in front of it as a key.
         """
         headers = request.headers
-        caller = self.access.caller(_peer(request), headers)
+        peer = _peer(request)
+        caller = self.access.caller(peer, headers)
         if path == METRICS:
             return Admitted(NOBODY, caller.address)
         principal = self.access.authenticate(headers, caller, now, key)
         self.access.check_host(headers.get("Host", ""), principal)
         check_asked(request.method, headers)
         discreet = self.discreet and principal.role is not Role.ADMIN
-        return Admitted(principal, caller.address, discreet)
+        user = self.access.user(peer, headers)
+        return Admitted(principal, caller.address, discreet, user)
 
     def require(self, principal: Principal, role: Role) -> None:
         """Check the role."""

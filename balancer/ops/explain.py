@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from balancer.core import names, routes
 from balancer.core.body import read
 from balancer.core.catalog import Catalog
+from balancer.core.contexts import Contexts, Placed, context_of
 from balancer.core.dispatch import Dispatcher
 from balancer.core.domain import Call, Principal, Residency, Role
 from balancer.core.errors import BadRequest
@@ -47,7 +49,9 @@ class Explain:
         dispatcher: Dispatcher,
         clock: Callable[[], float],
         strategy: Callable[[], str],
+        contexts: Contexts,
     ) -> None:
+        self._contexts = contexts
         self._pool = pool
         self._dispatcher = dispatcher
         self._clock = clock
@@ -66,6 +70,9 @@ class Explain:
             calls = [self._call(query, model) for model in alias.models]
             call = calls[self._dispatcher.choose(calls, exists=False)]
         excluded = frozenset(query.getall("exclude", []))
+        open_to = [s.candidate for s in self._pool.standings(call, frozenset()) if s.bar is None]
+        placed = self._contexts.place(call, open_to)
+        call = replace(call, key=placed.key)
         told = self._dispatcher.forecast(call, excluded)
         standings = {each.backend: each for each in self._pool.standings(call, excluded)}
         rows = [
@@ -80,6 +87,7 @@ class Explain:
             "model": catalog.shown(call.key.model),
             "alias": None if alias is None else {"name": alias.name, "models": alias.models},
             "options": dict(call.key.options),
+            "num_ctx": self._context(call, placed),
             "prompt_tokens": call.prompt_tokens,
             "strategy": self._strategy(),
             "outcome": {
@@ -123,6 +131,22 @@ class Explain:
             embedding=route.operation in routes.EMBEDDING,
         )
 
+    def _context(self, call: Call, placed: Placed) -> dict[str, Any]:
+        """What the rules make of the context, and where calls that cannot ask get another one."""
+        gets, model = context_of(placed.key), call.key.model
+        runners = {name: self._pool.catalog.runner(name, model) for name in self._pool.members}
+        return {
+            "policy": self._contexts.rules.of(model).policy.value,
+            "asked": placed.asked,
+            "gets": gets,
+            "rewritten": placed.num_ctx is not None,
+            "defaults": {
+                name: runner.default
+                for name, runner in runners.items()
+                if gets is not None and runner is not None and runner.default not in (None, gets)
+            },
+        }
+
     def _embeds(self, model: str) -> bool:
         try:
             return self._pool.catalog.is_embedding_only(names.parse(model).canonical)
@@ -142,6 +166,7 @@ class Explain:
             "reason": bar.text if bar is not None else "" if option is None else option.why,
             "returns_in_s": _finite(standing.returns_in_s),
             "residency": c.residency.value,
+            "priority": self._pool.members[standing.backend].backend.priority,
             "in_flight": c.in_flight,
             "slots": c.slots,
             "in_flight_all": c.host_in_flight,

@@ -39,6 +39,7 @@ from balancer.core.events import (
     Event,
     HealthFlipped,
     HostPassedOver,
+    LearnedLost,
     LeaseGranted,
     LoadEnded,
     LoadStarted,
@@ -340,6 +341,8 @@ def quick_request(start: str, e: CallEnded, client: str, *, slow: bool) -> str:
             _quoted("backend.name", e.backend),
             f',"attempt.count":{e.attempts}' if e.attempts else "",
             _quoted("route.reason", e.why),
+            "" if e.num_ctx is None else f',"num_ctx":{e.num_ctx}',
+            "" if e.num_ctx_asked is None else f',"num_ctx_asked":{e.num_ctx_asked}',
             f',"queue_ms":{_ms(e.queue_s)}' if e.inference else "",
             "" if e.first_byte_s is None else f',"ttft_ms":{_ms(e.first_byte_s)}',
             f',"duration_ms":{_ms(e.duration_s)},"bytes_in":{e.bytes_in},"bytes_out":{e.bytes_out}',
@@ -444,6 +447,7 @@ class LogWriter:
                 return INFO, "load_started", {**_place(backend, model), "reason": why}
             case LoadEnded(backend=backend, model=model, ok=ok, load_s=load_s, text=text):
                 fields = {**_place(backend, model), "duration_ms": _ms(load_s)}
+                fields["reloads"] = event.reloads
                 if ok:
                     return INFO, "load_ended", fields
                 return WARNING, "load_failed", fields | {"error.message": text}
@@ -464,6 +468,8 @@ class LogWriter:
                 return INFO, "breaker_reset", {**_place(backend), "key.name": by}
             case OrderEnded():
                 return _order(event)
+            case LearnedLost(path=path, error=error):
+                return WARNING, "learned_lost", {"path": path, "error.message": error}
             case SwitchesLost(path=path, error=error):
                 return WARNING, "switches_lost", {"path": path, "error.message": error}
             case ConfigApplied(changed=changed, needs_restart=restart):
@@ -498,6 +504,8 @@ class LogWriter:
             "backend.name": e.backend,
             "attempt.count": e.attempts or None,
             "route.reason": e.why,
+            "num_ctx": e.num_ctx,
+            "num_ctx_asked": e.num_ctx_asked,
             "queue_ms": _ms(e.queue_s) if e.inference else None,
             "ttft_ms": None if e.first_byte_s is None else _ms(e.first_byte_s),
             "duration_ms": _ms(e.duration_s),

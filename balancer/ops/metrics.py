@@ -124,6 +124,18 @@ METRICS: Final = (
     _scraped(
         "gauge", "queue_oldest_seconds", "model", "priority", help="Age of the oldest waiting call."
     ),
+    _scraped(
+        "counter",
+        *("queue_refused_total", "reason"),
+        help="Calls refused on arrival. reason: max_depth, max_depth_per_model, or wait (it would"
+        " be longer than queue.max_wait).",
+    ),
+    _scraped(
+        "counter",
+        *("limited_total", "reason"),
+        help="Calls beyond what their keys may use. reason: rpm, tokens_per_minute,"
+        " max_num_predict.",
+    ),
     _scraped("gauge", "requests_in_flight", "backend", "model", help="Calls running now."),
     _counter(
         "tokens_total",
@@ -136,6 +148,12 @@ METRICS: Final = (
         ("model", "backend"),
         "Loads of a model that succeeded.",
         _LONG,
+    ),
+    _counter(
+        "model_reloads_total",
+        "reason",
+        help="Loads of a model that was in memory there, other than it is now, in the ten minutes"
+        " before. reason: num_ctx, options. See models.num_ctx.",
     ),
     _scraped("gauge", "backend_up", "backend", help="1: health checks succeed."),
     _scraped("info", "backend_info", "backend", "version", help="The Ollama version there."),
@@ -346,6 +364,8 @@ class Snapshot:
     Args:
         attempts: Begun since the start, by reason.
         retry_refused: Failovers the budget has forbidden since the start, by verdict.
+        limited: Calls beyond the limits of their keys since the start, by limit.
+        queue_refused: Calls that could not wait since the start, by why.
         idle_connections: At rest, by backend.
         stale_connections: Requests that met a closed one since the start, by backend.
     """
@@ -354,6 +374,8 @@ class Snapshot:
     queues: Sequence[QueueRow] = ()
     attempts: Mapping[str, int] = field(default_factory=dict)
     retry_refused: Mapping[str, int] = field(default_factory=dict)
+    limited: Mapping[str, int] = field(default_factory=dict)
+    queue_refused: Mapping[str, int] = field(default_factory=dict)
     idle_connections: Mapping[str, int] = field(default_factory=dict)
     stale_connections: Mapping[str, int] = field(default_factory=dict)
 
@@ -642,6 +664,8 @@ class Metrics:
         if e.ok:
             labels = self._model(e.model), e.backend
             self._observe(e.load_s, "model_load_duration_seconds", *labels)
+            if e.reloads:
+                self._count(1, "model_reloads_total", e.reloads)
 
     def _reloaded(self) -> None:
         self._set(1, "config_last_reload_successful")
@@ -704,6 +728,10 @@ class _Gauges:
             yield "attempts_total", (reason,), count
         for verdict, count in snapshot.retry_refused.items():
             yield "retry_budget_exhausted_total", (verdict,), count
+        for limit, count in snapshot.limited.items():
+            yield "limited_total", (limit,), count
+        for why, count in snapshot.queue_refused.items():
+            yield "queue_refused_total", (why,), count
         for name, count in snapshot.idle_connections.items():
             yield "backend_idle_connections", (name,), count
         for name, count in snapshot.stale_connections.items():

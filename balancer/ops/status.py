@@ -6,17 +6,22 @@ Its shape has version 1: fields may be added, none changes its meaning.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from balancer.core.catalog import Catalog
 from balancer.core.dispatch import Dispatcher
 from balancer.core.domain import Switch
+from balancer.core.limits import Limits
 from balancer.core.pool import BackendView, BreakerView, Pool
+from balancer.core.scheduler import Ticket
 from balancer.ops.recent import Recent
 from balancer.ops.reload import Reload
+
+MOST_CALLS: Final = 100  # that wait are told one by one
 
 
 class Status:
@@ -27,6 +32,7 @@ class Status:
         is_draining: Whether the balancer is stopping.
         started_at: Unix seconds, for people.
         config_file: As its reader wrote it, None: there is none.
+        limits: What each key uses.
     """
 
     def __init__(
@@ -40,7 +46,9 @@ class Status:
         version: str,
         started_at: float,
         config_file: str | None,
+        limits: Limits | None = None,
     ) -> None:
+        self._limits = limits or Limits(clock)
         self._pool = pool
         self._dispatcher = dispatcher
         self._reload = reload
@@ -76,11 +84,53 @@ class Status:
                 "depth": len(waiting),
                 "oldest_s": round(max((now - t.queued_at for t in waiting), default=0.0), 1),
                 "per_model": dict(sorted(Counter(t.call.model for t in waiting).items())),
+                "per_class": dict(Counter(t.call.priority_class for t in waiting)),
+                "calls": self._calls(waiting, now),
             },
+            "keys": self._keys(waiting),
             "backends": [self._backend(view, conflicts) for view in self._pool.snapshot()],
             "conflicts": conflicts,
             "recent": [asdict(row) for row in self._recent.rows()],
         }
+
+    def _calls(self, waiting: Sequence[Ticket], now: float) -> list[dict[str, Any]]:
+        """Those that are next, each with its place among the calls for its model."""
+        places: Counter[str] = Counter()
+        rows = []
+        for ticket in waiting[:MOST_CALLS]:
+            call = ticket.call
+            places[call.key.model] += 1
+            wait_s = self._dispatcher.estimate_s(ticket)
+            rows.append(
+                {
+                    "id": call.id,
+                    "model": call.model,
+                    "position": places[call.key.model],
+                    "who": call.fair_key or call.owner,
+                    "class": call.priority_class,
+                    "waited_s": round(now - ticket.queued_at, 1),
+                    "estimate_s": None if math.isinf(wait_s) else round(wait_s, 1),
+                }
+            )
+        return rows
+
+    def _keys(self, waiting: Sequence[Ticket]) -> list[dict[str, Any]]:
+        """Who has calls running or waiting, the busiest first, and what is left of its limits."""
+        running = self._limits.all_running()
+        queued = Counter(ticket.call.owner for ticket in waiting if ticket.call.owner)
+        busy = sorted(running.keys() | queued.keys(), key=lambda o: (-running.get(o, 0), o))
+        return [
+            {
+                "who": owner,
+                "in_flight": running.get(owner, 0),
+                "waiting": queued[owner],
+                "limits": {
+                    limit: {"left": left, "of": most}
+                    for limit, (left, most) in self._limits.standing(owner).items()
+                },
+            }
+            for owner in busy[:MOST_CALLS]
+        ]
 
     def backend(self, name: str) -> dict[str, Any]:
         """What the document says of one backend. Raises KeyError for an unknown name."""
@@ -111,6 +161,10 @@ class Status:
             "vram_bytes": view.vram_bytes,
             "rules": {"allow": list(backend.allow), "deny": list(backend.deny)},
             "provider": backend.provider,
+            "priority": backend.priority,
+            "weight": backend.weight,
+            "prefer": list(backend.prefer),
+            "vram_limit_bytes": backend.vram_bytes,
             "trouble": view.trouble,
             "conflicts": [
                 model

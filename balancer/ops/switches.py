@@ -7,15 +7,14 @@ What is kept belongs to a backend's identity, its name and url: another url is a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from balancer.core.domain import Switch
 from balancer.core.events import Emit, Event, MemberJoined, SwitchesLost, SwitchMoved
 from balancer.core.pool import Pool
+from balancer.ops.files import reason, replace
 
 VERSION: Final = 1
 LIMIT_BYTES: Final = 1024 * 1024
@@ -72,13 +71,12 @@ class Switches:
         else:
             self._kept[identity] = switch
         try:
-            _replace(self._path, _text(self._kept))
+            replace(self._path, _text(self._kept))
         except OSError as error:
             self._lost(error)
 
     def _lost(self, error: Exception) -> None:
-        told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        self._emit(SwitchesLost(self._clock(), str(self._path), told))
+        self._emit(SwitchesLost(self._clock(), str(self._path), reason(error)))
 
 
 def _text(kept: Mapping[Identity, Switch]) -> bytes:
@@ -107,23 +105,3 @@ def _row(row: Any) -> tuple[Identity, Switch]:
     if not isinstance(name, str) or not isinstance(url, str):
         raise ValueError("a switch has no name or url")  # noqa: TRY004 - as above
     return (name, url), Switch(row.get("switch"))
-
-
-def _replace(path: Path, text: bytes) -> None:
-    """Write all of it or nothing: whoever reads sees the old file or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with new.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

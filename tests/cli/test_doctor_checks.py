@@ -18,6 +18,7 @@ CLOSED = {"state": "closed", "reason": "", "retry_in_s": 0.0, "trips": 0}
 OPEN = {"state": "open", "reason": "3 failures in a row", "retry_in_s": 12.0, "trips": 1}
 
 
+PINNED = "{{backends: [gpu1, gpu2], models: {{pin: [{}]}}}}"
 ALIASED = "{{backends: [gpu1, gpu2], models: {{aliases: {{{}}}}}}}"
 
 
@@ -282,6 +283,24 @@ def test_a_host_that_only_the_balancer_reaches_is_no_error() -> None:
             "OLLAMA_CONTEXT_LENGTH",
         ),
         (
+            healthy(config=config(PINNED.format("{model: m, backends: [gpu1, gpu9]}"))),
+            "pin-unknown",
+            Severity.WARNING,
+            "backends list",
+        ),
+        (
+            healthy(config=config(PINNED.format("{model: n, backends: [gpu2]}"))),
+            "pin-of-nothing",
+            Severity.WARNING,
+            "OLLAMA_HOST=http://gpu2:11434 ollama pull n",
+        ),
+        (
+            healthy(config=config(PINNED.format("n"))),
+            "pin-of-nothing",
+            Severity.WARNING,
+            "OLLAMA_HOST=http://gpu1:11434 ollama pull n",
+        ),
+        (
             with_host(loaded=(Loaded("m:latest", context=65536, left_s=9e9),)),
             "pinned",
             Severity.INFO,
@@ -413,6 +432,13 @@ def test_what_is_found(facts: Facts, id_: str, severity: Severity, words: str) -
                 hosts=(host(1, loaded=()), host(2, models=host(1).models, loaded=())), status=None
             ),
             id="one model of one time proves nothing",
+        ),
+        pytest.param(
+            healthy(
+                hosts=(host(1, loaded=(Loaded("m", context=65536, left_s=9e9),)), host(2)),
+                config=config(PINNED.format("{model: M:latest, copies: 2}")),
+            ),
+            id="what is pinned is there, and stays",
         ),
         pytest.param(Facts(problems=()), id="nothing is known"),
     ],

@@ -129,6 +129,13 @@ def explanation(**more: Any) -> dict[str, Any]:
     }
 
 
+RESIZED = {
+    "policy": "reuse",
+    "asked": 3000,
+    "gets": 4096,
+    "rewritten": True,
+    "defaults": {"b": 32768},
+}
 REFUSED = {"kind": "refused", "status": 404, "backend": None, "wait_s": None, "text": "not found"}
 QUEUED = {"kind": "queue", "status": 200, "backend": None, "wait_s": 90.0, "text": "waits"}
 
@@ -138,6 +145,19 @@ QUEUED = {"kind": "queue", "status": 200, "backend": None, "wait_s": 90.0, "text
     [
         ({}, ExitCode.OK, ["m:latest: goes to a now\n", "1.  a", "–   b", "1 of 2", "draining\n"]),
         ({"options": {"num_ctx": 8}}, ExitCode.OK, ["m:latest (num_ctx=8): goes to a now"]),
+        (
+            {"num_ctx": RESIZED},
+            ExitCode.OK,
+            [
+                "num_ctx: 3000 asked for, 4096 written into the call (policy reuse)\n",
+                "! b gives 32768 to calls that cannot ask, such as those of /v1\n",
+            ],
+        ),
+        (
+            {"num_ctx": RESIZED | {"asked": None, "gets": None, "rewritten": False}},
+            ExitCode.OK,
+            ["num_ctx: none asked for, left as it is (policy reuse)\n"],
+        ),
         (
             {"outcome": QUEUED, "queued": 3},
             ExitCode.OK,

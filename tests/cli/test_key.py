@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from balancer.cli import app, key
 from balancer.cli.exits import CommandError, ExitCode
-from balancer.config import Key, load
+from balancer.config import Key, Limits, load
 from tests.cli.stub import serving
 
 from .conftest import Command
@@ -74,6 +74,8 @@ def test_what_a_key_may_is_written_too(command: Command, file: Path) -> None:
         "models": ["llama3.2*", "e", "m"],
         "expires": "2100-01-01T00:00:00Z",
         "expired": False,
+        "priority": None,
+        "limits": {},
         "key": made["key"],
         "file": str(file),
     }
@@ -145,7 +147,7 @@ def test_keys_are_listed_without_their_hashes(command: Command, file: Path) -> N
     )
     told = command("key", "list")
     assert [line.split() for line in told.stdout.splitlines()] == [
-        ["NAME", "ROLE", "MODELS", "EXPIRES"],
+        ["NAME", "ROLE", "MODELS", "EXPIRES", "PRIORITY", "LIMITS"],
         ["ops", "admin", "*", "never"],
         ["old", "user", "*", "2020-01-02T00:00:00Z", "(expired)"],
         ["guest", "user", "a,b*", "2099-12-31T12:00:00Z"],
@@ -246,3 +248,37 @@ def test_a_key_of_ones_own_can_be_hashed(place: Path) -> None:
     for bad in ("", "\n", "two words\n", "schlüssel-schlüssel\n"):
         refused = run.invoke(app, ["key", "hash"], input=bad)
         assert (refused.exit_code, refused.stdout) == (ExitCode.USAGE, "")
+
+
+def test_a_key_may_have_limits(command: Command, file: Path) -> None:
+    """Written as the balancer reads them, and listed."""
+    told = command(
+        "key", "new", "jobs", "--priority", "batch", "--rpm", "60", "--slots", "2",
+        "--tokens-per-minute", "-1", "--max-num-predict", "512",
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    (key,) = keys_of(file).values()
+    assert key.priority == 10
+    assert key.limits == Limits(60, -1, 2, 512)
+    listed = command("key", "list").stdout.splitlines()[1].split()
+    assert listed[4:] == [
+        "batch",
+        "rpm=60",
+        "tokens_per_minute=-1",
+        "slots=2",
+        "max_num_predict=512",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--rpm", "0"), ("--slots", "x"), ("--priority", "urgent"), ("--tokens-per-minute", "1 2")],
+)
+def test_a_bad_limit_is_told_by_its_option(
+    command: Command, file: Path, option: str, value: str
+) -> None:
+    """And no key is made."""
+    told = command("key", "new", "jobs", option, value)
+    assert told.exit_code == ExitCode.USAGE
+    assert f"{option}: " in told.output
+    assert not file.exists()

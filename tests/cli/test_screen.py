@@ -45,6 +45,19 @@ async def test_status_of_a_fleet(start: Start) -> None:
     assert screen.is_healthy(doc)
 
 
+async def test_the_backends_list_tells_of_tiers(start: Start) -> None:
+    """Where there are any; an older balancer knows of none."""
+    rig = await start(2)
+    doc = document(rig)
+    assert "PRIORITY" not in screen.listing(doc)[0]
+    doc["backends"][1]["priority"] = 50
+    head, *rows = (line.split() for line in screen.listing(doc))
+    assert [row[head.index("PRIORITY")] for row in rows] == ["100", "50"]
+    for backend in doc["backends"]:
+        del backend["priority"]
+    assert "PRIORITY" not in screen.listing(doc)[0]
+
+
 async def test_status_tells_of_models_that_differ(start: Start) -> None:
     """The name, each digest, and who has it; below everything else."""
     rig = await start(2)

@@ -46,6 +46,34 @@ def test_everything_written_arrives() -> None:
     )
 
 
+def test_what_the_scheduler_goes_by_arrives() -> None:
+    """Weight, tier, soft rule, memory; and without them none has an effect."""
+    (spec,) = backends(
+        "- {url: a, weight: 0.5, priority: 50, prefer: ['q*', 'nomic*'], vram: 24GiB}\n"
+    )
+    assert (spec.weight, spec.priority) == (0.5, 50)
+    assert (spec.prefer, spec.vram_bytes) == (("q*", "nomic*"), 24 << 30)
+    (plain,) = backends("- a\n")
+    told = (plain.weight, plain.priority, plain.prefer, plain.vram_bytes)
+    assert told == (1.0, 100, (), None)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("weight: 0", "0 is not a weight. Write a number from 0.01 to 100."),
+        ("priority: -1", "-1 is not a whole number of at least 0."),
+        ("priority: 1.5", "1.5 is not a whole number of at least 0."),
+        ("prefer: {a: b}", "needs a list, such as [a, b]."),
+        ("vram: 24", "24 is not the memory of a host. Write 24GiB, 80GB."),
+    ],
+)
+def test_what_the_scheduler_could_not_go_by_is_refused(faults: Faults, key: str, told: str) -> None:
+    """With what to write instead."""
+    (fault,) = faults(f"backends: [{{url: a, {key}}}]")
+    assert fault.endswith(f"backends[0].{key.partition(':')[0]}: {told}")
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [

@@ -78,20 +78,24 @@ def test_blocks_are_found_by_path() -> None:
     assert blocks.block_at(("auth", "keys", 0)) is blocks.KeyBlock
     assert blocks.block_at(("server", "listen")) is None
     assert blocks.block_at(("nothing", "here")) is None
+    assert blocks.block_at(("models", "overrides")) is None
+    assert blocks.block_at(("models", "overrides", "num_ctx")) is blocks.ModelOverrideBlock
+    assert blocks.block_at(("models", "overrides", "m", "num_ctx")) is blocks.NumCtxBlock
 
 
 def test_leaf_paths_stop_at_lists_of_blocks() -> None:
     """Each leaf is one setting with one place in the environment."""
     leaves = set(blocks.leaf_paths())
     assert {("backends",), ("auth", "keys"), ("breaker", "host", "backoff")} <= leaves
+    assert {("models", "overrides"), ("models", "num_ctx", "policy")} <= leaves
     assert ("breaker", "host") not in leaves
 
 
 def test_keys_of_later_features_do_not_exist() -> None:
     """A key that does nothing would promise something."""
     assert {"tls", "workers"}.isdisjoint(blocks.ServerBlock.model_fields)
-    assert {"weight", "priority", "labels"}.isdisjoint(blocks.BackendBlock.model_fields)
-    assert {"limits", "tracing"}.isdisjoint(blocks.File.model_fields)
+    assert {"labels", "proxy", "wake"}.isdisjoint(blocks.BackendBlock.model_fields)
+    assert {"tracing"}.isdisjoint(blocks.File.model_fields)
 
 
 def test_the_json_schema_speaks_as_the_file_does() -> None:

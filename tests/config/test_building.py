@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from balancer.config import load
+from balancer.config import KeepAlive, NumCtx, load, to_yaml
+from balancer.config.settings import ModelOverride
 
 Faults = Callable[..., list[str]]
 
@@ -158,3 +159,126 @@ def test_every_page_with_credentials_is_a_fault(faults: Faults, origin: str) -> 
     assert f"cors: allow_credentials does not go with '{origin}'" in told
     named = load("cors: {allow_credentials: true, allow_origins: ['https://a.example']}", {})
     assert named.cors.allow_credentials
+
+
+OVERRIDES = """
+models:
+  num_ctx: {policy: reuse, default: 8192}
+  keep_alive: {policy: clamp, max: 30m}
+  overrides:
+    "qwen3*":
+      num_ctx: {policy: pin, default: 32768}
+    llama3.2:
+      keep_alive:
+        policy: passthrough
+    m:
+"""
+
+
+def test_rules_about_contexts_arrive() -> None:
+    """Those for all, and those for some in the order written; what is left out is None there."""
+    models = load(OVERRIDES, {}).models
+    assert models.num_ctx == NumCtx("reuse", 8192, None)
+    assert models.keep_alive == KeepAlive("clamp", 1800.0)
+    assert models.overrides == (
+        ("qwen3*", ModelOverride(NumCtx("pin", 32768, None), None)),
+        ("llama3.2", ModelOverride(None, KeepAlive("passthrough", None))),
+        ("m", ModelOverride(None, None)),
+    )
+
+
+def test_rules_about_contexts_can_be_written_out_again() -> None:
+    """What `config show` prints is the same configuration."""
+    config = load(OVERRIDES, {})
+    assert load(to_yaml(config), {}) == config
+    assert config.origins["models.overrides.qwen3*.num_ctx.default"] == "file:7"
+
+
+def test_rules_about_contexts_from_the_environment() -> None:
+    """Each but for the overrides."""
+    env = {"BALANCER_MODELS__NUM_CTX__POLICY": "pin", "BALANCER_MODELS__NUM_CTX__DEFAULT": "4096"}
+    assert load("", env).models.num_ctx == NumCtx("pin", 4096, None)
+
+
+@pytest.mark.parametrize(
+    ("num_ctx", "text"),
+    [
+        ("policy: pin", "policy pin needs default: the context that every call gets."),
+        ("policy: clamp", "policy clamp needs max: the most that a call may ask for."),
+        ("default: 4096", "default does not belong to policy passthrough, but to the others."),
+        ("policy: reuse, max: 9", "max does not belong to policy reuse, but to clamp."),
+        ("policy: pin, default: 9, max: 9", "max does not belong to policy pin, but to clamp."),
+        ("policy: clamp, default: 9, max: 8", "default is more than max."),
+    ],
+)
+@pytest.mark.parametrize("under", ["", "overrides: {m: {"])
+def test_a_context_rule_that_makes_no_sense(
+    faults: Faults, num_ctx: str, text: str, under: str
+) -> None:
+    """Told when the file is read, where it stands, for all models as for some."""
+    path = "models.overrides.m.num_ctx" if under else "models.num_ctx"
+    (fault,) = faults(f"models: {{{under}num_ctx: {{{num_ctx}}}{'}}' if under else ''}}}")
+    assert fault.endswith(f"{path}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("models", "text"),
+    [
+        ("num_ctx: {policy: pine}", 'models.num_ctx.policy: "pine" is not one of passthrough'),
+        ("num_ctx: {policy: pin, default: 0}", "is not a whole number of at least 1."),
+        ("num_ctx: 4096", "models.num_ctx: needs a block of keys."),
+        ("keep_alive: {policy: clamp}", "policy clamp needs max: the longest"),
+        ("keep_alive: {max: 5m}", "max does not belong to policy passthrough, but to clamp."),
+        ("keep_alive: {policy: clamp, max: 0}", "must be more than 0."),
+        ("keep_alive: {policy: clamp, max: -1}", "out of range"),
+        ("overrides: [m]", "models.overrides: needs a block of names"),
+        ('overrides: {"": {}}', "models.overrides: is empty."),
+        ("overrides: {m: 5}", "models.overrides.m: needs a block of keys."),
+        ("overrides: {m: {numctx: {}}}", 'unknown key. Did you mean "num_ctx"?'),
+        ("overrides: {m: {num_ctx: {x: 1}}}", "unknown key. Known here: policy, default, max."),
+    ],
+)
+def test_what_is_no_rule_about_contexts(faults: Faults, models: str, text: str) -> None:
+    """One fault, where it stands, with advice."""
+    (fault,) = faults(f"models: {{{models}}}")
+    assert text in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("queue: {fair_by: keys}", '"keys" is not one of key, user, client_ip, session, none.'),
+        ("queue: {priorities: {batch: 50}}", "batch needs a number below 50, interactive one"),
+        ("queue: {priorities: {interactive: 49}}", "batch needs a number below 50, interactive"),
+        ("queue: {priorities: {batch: -1}}", "is not a whole number of at least 0"),
+        ("queue: {adaptive: maybe}", '"maybe" is not true or false.'),
+        ("limits: {rpm: 0}", "0 is not a whole number of at least 1."),
+        ("limits: {slots: -1}", "-1 is not a whole number of at least 1."),
+        ("routing: {affinity: {ttl: 0}}", "must be more than 0"),
+        ("routing: {affinity: {keys: [header]}}", '"header" is not prefix, header:NAME or body'),
+        ("routing: {affinity: {keys: ['header:a b']}}", "is not prefix, header:NAME or body:FIEL"),
+        ("routing: {affinity: {keys: ['body:a.b']}}", "is not prefix, header:NAME or body:FIELD"),
+        ("auth: {user_header: 'a b'}", "is not a header name."),
+    ],
+)
+def test_what_is_no_rule_about_callers(faults: Faults, text: str, wrong: str) -> None:
+    """One fault, where it stands, with advice."""
+    (told,) = faults(text)
+    assert wrong in told
+
+
+def test_limits_and_shares_are_built() -> None:
+    """As they are written, in our units."""
+    config = load(
+        "limits: {rpm: 9, slots: 2}\n"
+        "queue: {fair_by: session, priorities: {batch: 1}, adaptive: no}\n"
+        "routing: {affinity: {ttl: 1m, keys: 'body:thread, prefix'}}\n"
+        "auth: {user_header: X-User}",
+        {},
+    )
+    assert (config.limits.rpm, config.limits.slots, config.limits.tokens_per_minute) == (9, 2, None)
+    assert (config.queue.fair_by, config.queue.adaptive) == ("session", False)
+    assert (config.queue.priorities.interactive, config.queue.priorities.batch) == (100, 1)
+    assert config.routing.affinity.keys == ("body:thread", "prefix")
+    assert config.routing.affinity.ttl_s == 60.0
+    assert config.auth.user_header == "X-User"

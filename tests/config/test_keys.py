@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
-from balancer.config import Config, Key, load
+from balancer.config import Config, Key, Limits, load
 from balancer.config.keys import key_places
 
 Faults = Callable[..., list[str]]
@@ -64,7 +64,10 @@ def test_a_bad_line_is_named_but_not_shown(faults: Faults, line: str) -> None:
     """Any of its words may be the key."""
     file = f"# keys\n{line}\n"
     told = faults("auth: {keys_file: /k}", read_file=lambda _: file)
-    where = "where ROLE is user or admin, then models=GLOB,GLOB and expires=DATE if wanted."
+    where = (
+        "where ROLE is user or admin, then models=GLOB,GLOB, expires=DATE, priority=N and limits "
+        "such as rpm=N if wanted."
+    )
     assert told == [f"/k:2:1 needs NAME ROLE KEY or NAME ROLE sha256:HEX, {where}"]
 
 
@@ -174,3 +177,38 @@ def test_the_environments_key_may_be_a_known_one(faults: Faults) -> None:
     assert told == '/k:1:1 the same key as "env".'
     again = f"auth: {{keys: [{{name: a, key: {LONG}}}, {{name: b, key: {LONG}}}]}}"
     assert len(faults(again)) == 1
+
+
+def test_a_key_may_have_a_priority_and_limits() -> None:
+    """In the configuration or in a line of the file; a word is the number behind it."""
+    more = "priority: batch, rpm: 60, tokens_per_minute: -1, slots: 2"
+    text = f"auth: {{keys_file: /k, keys: [{{name: a, key: {LONG}, {more}}}]}}\n"
+    text += "queue: {priorities: {batch: 7}}"
+    config = loaded(text, k=f"b user {LONG}x priority=60 max_num_predict=100 rpm=-1\n")
+    assert [(key.name, key.priority, key.limits) for key in config.auth.keys] == [
+        ("a", 7, Limits(rpm=60, tokens_per_minute=-1, slots=2)),
+        ("b", 60, Limits(rpm=-1, max_num_predict=100)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ("rpm: 0", "0 is not a whole number of at least 1, nor -1 for no limit."),
+        ("slots: many", '"many" is not a whole number of at least 1, nor -1 for no limit.'),
+        ("priority: urgent", '"urgent" is neither interactive, batch, nor a number of at least 0.'),
+        ("priority: -3", "-3 is neither interactive, batch, nor a number of at least 0."),
+    ],
+)
+def test_what_is_no_limit_or_priority(faults: Faults, more: str, text: str) -> None:
+    """One fault, where it stands."""
+    (told,) = faults(f"auth: {{keys: [{{name: a, key: {LONG}, {more}}}]}}")
+    assert told.endswith(text)
+
+
+@pytest.mark.parametrize("more", ["rpm=0", "priority=urgent", "slots=1 slots=2", "weight=3"])
+def test_a_line_with_a_bad_limit_is_no_line(faults: Faults, more: str) -> None:
+    """Told without its words, of which one is the key."""
+    (told,) = faults("auth: {keys_file: /k}", read_file=lambda _: f"a user {LONG} {more}\n")
+    assert told.startswith("/k:1:1 needs NAME ROLE KEY")
+    assert LONG not in told

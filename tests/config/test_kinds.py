@@ -84,7 +84,7 @@ def test_lists_are_lists(value: object) -> None:
 def test_choices_suggest_the_nearest() -> None:
     """All choices are listed as well."""
     assert refusal(kinds.OneStrategy, "least-load") == (
-        '"least-load" is not one of least-loaded, warm-first, round-robin. '
+        '"least-load" is not one of plan, least-loaded, warm-first, round-robin. '
         'Did you mean "least-loaded"?'
     )
     assert read(kinds.OneLogLevel, "WARN") == read(kinds.OneLogLevel, "warning") == "warning"

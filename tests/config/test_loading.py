@@ -67,7 +67,7 @@ def test_all_problems_come_in_one_run(faults: Faults) -> None:
             "config.yaml:20:1 nope: unknown key. Known here: version, server, admin, auth, "
             "cors, backends, discovery, health, breaker, retry, queue, routing, models, manage, "
             "timeouts, "
-            "streaming, logging, metrics, systemd, state, dashboard, demo."
+            "streaming, limits, logging, metrics, systemd, state, dashboard, demo."
         ),
         'BALANCER_RETRY__BUDGET retry.budget: "20" is not a share. Write 20% or 0.2.',
         'command line queue.max_depth: "x" is not a whole number of at least 0.',
@@ -103,7 +103,7 @@ def test_wrong_shapes_are_told_in_plain_words(faults: Faults, text: str, message
 
 def test_a_key_of_a_later_feature_is_unknown(faults: Faults) -> None:
     """It is refused, not ignored."""
-    assert len(faults("limits: {}\nserver: {tls: {}}\nbackends: [{url: a, weight: 2}]")) == 3
+    assert len(faults("tracing: {}\nserver: {tls: {}}\nbackends: [{url: a, labels: {}}]")) == 3
 
 
 def test_flags_are_paths_of_settings(faults: Faults) -> None:

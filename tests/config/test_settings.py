@@ -1,9 +1,11 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
 import pytest
 
 from balancer.config import Config, Key, Secret, load, settings
+from balancer.core.strategy import STRATEGIES
 
 
 def test_a_secret_shows_only_when_asked() -> None:
@@ -24,6 +26,11 @@ def test_settings_cannot_be_changed(name: str) -> None:
     """A reload swaps the whole."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(load("", {}), name, None)
+
+
+def test_the_strategies_are_those_there_are() -> None:
+    """They are written twice, so that reading a file does not import every one of them."""
+    assert get_args(settings.Strategy) == STRATEGIES
 
 
 def test_all_settings_have_slots() -> None:

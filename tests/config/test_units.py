@@ -144,6 +144,33 @@ def test_shares_are_written_as_percent() -> None:
     assert units.format_ratio(0.2) == "20%"
 
 
+@pytest.mark.parametrize(("text", "weight"), [(1, 1), ("0.5", 0.5), (100, 100), (0.01, 0.01)])
+def test_a_weight_is_a_factor(text: object, weight: float) -> None:
+    """And written as it was."""
+    assert units.parse_weight(text) == weight
+    assert str(units.format_weight(units.parse_weight(text))) == str(weight)
+
+
+@pytest.mark.parametrize("text", [0, -1, "0", 0.001, 101, "10%", True, None, "fast", math.inf])
+def test_what_is_no_weight_is_refused(text: object) -> None:
+    """Nought would mean never, which is said otherwise."""
+    with pytest.raises(ValueError, match="is not a weight"):
+        units.parse_weight(text)
+
+
+@pytest.mark.parametrize("text", [24, "24", "24KiB", "1PB", "100TiB", 0, "a lot"])
+def test_what_no_host_has_as_memory_is_refused(text: object) -> None:
+    """Mostly the unit is missing: nothing would fit 24 bytes, and nobody would see why."""
+    with pytest.raises(ValueError):
+        units.parse_memory(text)
+
+
+def test_memory_is_a_size() -> None:
+    """As others."""
+    assert units.parse_memory("24GiB") == 24 << 30
+    assert units.parse_memory("80 GB") == 80 * 10**9
+
+
 @settings(deadline=None)
 @given(ANYTHING)
 def test_nothing_but_a_value_error_ever_comes_out(value: object) -> None:
@@ -153,6 +180,8 @@ def test_nothing_but_a_value_error_ever_comes_out(value: object) -> None:
         units.parse_limit,
         units.parse_size,
         units.parse_ratio,
+        units.parse_weight,
+        units.parse_memory,
         units.parse_expiry,
     ):
         try:

@@ -26,6 +26,7 @@ from balancer.core.domain import (
 )
 from balancer.core.errors import BalancerError
 from balancer.core.events import Event
+from balancer.core.limits import Limits
 from balancer.core.pool import Lease, Member, Pool, PoolSettings
 from balancer.core.scheduler import Load, Scheduler, Ticket, Unload
 from balancer.core.strategy import build
@@ -239,7 +240,8 @@ class Bench(PoolBench):
         self.unloads: list[Unload] = []
         self.wake_at = math.inf
         self.admission = Admission(limits or QueueLimits(), self.clock)
-        self.scheduler: Scheduler = build(policy, self.pool)
+        self.limits = Limits(self.clock)
+        self.scheduler: Scheduler = build(policy, self.pool, self.limits.may_start)
         self.dispatcher = Dispatcher(
             self.pool,
             self.scheduler,
@@ -249,6 +251,7 @@ class Bench(PoolBench):
             self._wake_at,
             self.loads.append,
             self.unloads.append,
+            limits=self.limits,
         )
         self.pool.changed = self.dispatcher.kick
 

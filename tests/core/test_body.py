@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer.core import body as subject
-from balancer.core.body import Body, duration_ns, read, renamed
+from balancer.core.body import Body, duration_ns, read, renamed, tuned
 from balancer.core.domain import Kind, PlacementKey, Purpose
 from balancer.core.errors import BadRequest, BalancerError, OptionError, UnknownModel, UnknownRoute
 from balancer.core.routes import TABLE, other
@@ -914,6 +914,70 @@ def test_only_the_models_name_is_rewritten(operation: str, body: bytes, wanted: 
     assert renamed(ROUTES[operation], body, "", "real:1") == wanted
 
 
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        (b'{"model":"m"}', b'{"options":{"num_ctx":4096},"model":"m"}'),
+        (b' {\n "model" : "m" }!', b' {"options":{"num_ctx":4096},\n "model" : "m" }!'),
+        (b'{"options":null,"model":"m"}', b'{"options":{"num_ctx":4096},"model":"m"}'),
+        (b'{"options":null ,"model":"m"}', b'{"options":{"num_ctx":4096} ,"model":"m"}'),
+        (b'{"model":"m","options":{}}', b'{"model":"m","options":{"num_ctx":4096}}'),
+        (b'{"model":"m","options":{ } }', b'{"model":"m","options":{"num_ctx":4096 } }'),
+        (
+            b'{"model":"m","options":{ "top_p":1e-1}}',
+            b'{"model":"m","options":{"num_ctx":4096, "top_p":1e-1}}',
+        ),
+        (
+            b'{"OPTIONS":{"x":1.50,"num_ctx" : 3e3\t,"num_Ctx":5},"model":"m"}',
+            b'{"OPTIONS":{"x":1.50,"num_ctx" : 4096\t,"num_Ctx":5},"model":"m"}',
+        ),
+        (
+            b'{"options":{"num\\u005fctx":null},"model":"m"}',
+            b'{"options":{"num\\u005fctx":4096},"model":"m"}',
+        ),
+        (
+            b'{"options":{"num_ctx":1,"num_ctx":2},"model":"m"}',
+            b'{"options":{"num_ctx":4096,"num_ctx":4096},"model":"m"}',
+        ),
+        (
+            b'{"options":{"stop":["\\ud800"],"num_ctx":1},"model":"m"}',
+            b'{"options":{"stop":["\\ud800"],"num_ctx":4096},"model":"m"}',
+        ),
+        (
+            b'{"format":{"options":{"num_ctx":1}},"model":"m"}',
+            b'{"options":{"num_ctx":4096},"format":{"options":{"num_ctx":1}},"model":"m"}',
+        ),
+    ],
+)
+def test_only_the_context_is_rewritten(body: bytes, wanted: bytes) -> None:
+    """In place, or put in where there is none; numbers, gaps and unknown fields stay as written."""
+    assert tuned(body, 4096, None) == wanted
+    assert parsed("chat", wanted.rstrip(b"!")).num_ctx == 4096
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        (b'{"keep_alive":-1,"model":"m"}', b'{"keep_alive":300,"model":"m"}'),
+        (b'{"model":"m","keep_alive" : "24h" }', b'{"model":"m","keep_alive" : 300 }'),
+        (b'{"Keep_Alive":1e9,"model":"m"}', b'{"Keep_Alive":300,"model":"m"}'),
+        (b'{"model":"m"}', b'{"model":"m"}'),
+    ],
+)
+def test_only_the_time_in_memory_is_rewritten(body: bytes, wanted: bytes) -> None:
+    """In place, whatever it was written as; never added."""
+    assert tuned(body, None, 300.0) == wanted
+
+
+def test_both_are_rewritten_at_once() -> None:
+    """In whichever order they stand; parts of a second are kept."""
+    body = b'{"keep_alive":-1,"model":"m","options":{"num_ctx":1}}'
+    assert tuned(body, 8, 1.5) == b'{"keep_alive":1.5,"model":"m","options":{"num_ctx":8}}'
+    body = b'{"options":{"num_ctx":1},"model":"m","keep_alive":-1}'
+    assert tuned(body, 8, 60.0) == b'{"options":{"num_ctx":8},"model":"m","keep_alive":60}'
+    assert tuned(body, None, None) == body
+
+
 def test_a_forms_model_is_rewritten() -> None:
     """The field's value, nothing else; the delimiters stay where they are."""
     body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nfast\r\n'
@@ -987,6 +1051,30 @@ def test_what_was_read_can_be_renamed(body: bytes) -> None:
         assert (other_told.streaming, other_told.purpose) == (told.streaming, told.purpose)
 
 
+TUNED_BITS = st.sampled_from(
+    [
+        *(b'"model":"m",', b'"options":{"num_ctx":1},', b'"options":null,', b'"options":{ },'),
+        *(b'"keep_alive":-1,', b'"Keep_alive":"5m" ,', b'"y":"\\ud800",', b'"x":{"options":{}},'),
+        *(b'"Options":{"num_ctx":1,"a":[1.0],"num_ctx":2},', b"\n", b'"z":[]}', b"}", b'{"', b"5"),
+    ]
+)
+
+
+@given(st.lists(TUNED_BITS, max_size=8).map(b"".join))
+def test_what_was_read_can_be_tuned(body: bytes) -> None:
+    """Any body that can be read, then asks for that context, and is otherwise what it was."""
+    body = b"{" + body + b'"stream":false}'
+    try:
+        told = read(ROUTES["chat"], body)
+    except BalancerError:
+        return
+    for variant in (body, bytearray(body)):
+        other_told = read(ROUTES["chat"], tuned(variant, 777, 60.0))
+        assert other_told.num_ctx == 777
+        assert other_told.keep_alive == (None if told.keep_alive is None else 60)
+        assert (other_told.model, other_told.streaming) == (told.model, told.streaming)
+
+
 # --- large bodies ------------------------------------------------------------------------------
 
 RUN = "".join(map(chr, [*range(65, 91), *range(97, 123), *range(48, 58), 43, 47])) * 8
@@ -1013,7 +1101,8 @@ def all_told(operation: str, body: bytes | bytearray) -> object:
         told = read(ROUTES[operation], body)
     except BalancerError as error:
         return type(error), error.text
-    return told, renamed(ROUTES[operation], body, "", "real:1")
+    other = tuned(body, 8, 60.0) if operation in NATIVE and told.purpose is Purpose.RUN else b""
+    return told, renamed(ROUTES[operation], body, "", "real:1"), other
 
 
 def compare(operation: str, body: bytes) -> None:
@@ -1151,6 +1240,7 @@ def test_an_image_is_hopped_over(operation: str, is_last: bool) -> None:
     assert size < 200 if operation != "generate" else size > len(IMAGE) - 4
     wanted = body.replace(b'"model": "m"', b'"model": "real:1"')
     assert renamed(ROUTES[operation], body, "", "real:1") == wanted
+    assert tuned(body, 8, None) == body.replace(b"{", b'{"options":{"num_ctx":8},', 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject, "_outline", lambda _: None)
         assert parsed(operation, body) == told
@@ -1200,3 +1290,59 @@ def test_the_search_for_images_ends_soon(text: str) -> None:
         subject._outline(body)
     assert len(looks) <= len(body) // subject._LEAST_RUN
     assert sum(pieces) <= len(body)
+
+
+# --- inputs and sessions ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["embed", "v1_embeddings"])
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ("x", 1),
+        (["x"], 1),
+        (["x", "y", "z"], 3),
+        (["", '",', "\\", "a, b"], 4),
+        (["x"] * 5000, 5000),
+        ('["x", "y"]', 1),
+    ],
+)
+@pytest.mark.parametrize("separators", [(",", ":"), (" ,\n\t", ": ")])
+def test_texts_to_embed_are_counted(
+    operation: str, given: Any, count: int, separators: tuple[str, str]
+) -> None:
+    """However the list is written."""
+    text = json.dumps({"model": "m", "input": given}, separators=separators).encode()
+    assert read(ROUTES[operation], text).inputs == count
+
+
+def test_a_prompt_is_one_input() -> None:
+    """Only what embeds has several."""
+    given = {"model": "m", "input": ["x"] * 20}
+    assert read(ROUTES["v1_responses"], json.dumps(given).encode()).inputs == 1
+
+
+@pytest.mark.parametrize("operation", ["chat", "v1_chat", "v1_responses", "v1_messages"])
+def test_a_field_may_name_the_session(operation: str) -> None:
+    """The first of those asked for that is a text; nothing is looked for that nobody asks for."""
+    given = RUNNABLE[operation] | {"prompt_cache_key": " a ", "thread": "b"}
+    text = json.dumps(given).encode()
+    assert read(ROUTES[operation], text).session == ""
+    for fields, session in (
+        (("prompt_cache_key", "thread"), "a"),
+        (("thread", "prompt_cache_key"), "b"),
+        (("gone", "thread"), "b"),
+        (("gone",), ""),
+    ):
+        assert read(ROUTES[operation], text, session_in=fields).session == session
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "7", "[]", '{"a":1}', "true", '""', '"  "', f'"{"x" * 5000}"', r'"\ud800"']
+)
+def test_what_is_no_session_is_no_fault(value: str) -> None:
+    """Ollama does not read the field, so the call is as good as without."""
+    text = f'{{"model":"m","messages":[{{}}],"prompt_cache_key":{value}}}'.encode()
+    told = read(ROUTES["chat"], text, session_in=("prompt_cache_key",))
+    assert told.model == "m"
+    assert len(told.session) <= 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from balancer.core import names
 from balancer.core.aliases import Aliases
-from balancer.core.catalog import Catalog, PsChange, instant_ns
+from balancer.core.catalog import Catalog, PsChange, Runner, instant_ns
 from balancer.core.domain import PlacementKey, Residency
 
 LOADED, ON_DISK = Residency.LOADED, Residency.ON_DISK
@@ -772,6 +772,46 @@ def test_default_context_is_learned_from_a_load_without_one(warm: Catalog, clock
     warm.note_loaded("one", key("m", num_ctx=4096))
     warm.note_ps("one", [run("m", context=4096)])
     assert where(warm, "m") is LOADED
+
+
+def test_how_a_model_is_in_memory(catalog: Catalog) -> None:
+    """Context, what the host gives by itself, what it was made for; None where not known."""
+    catalog.note_tags("one", [tag("m"), tag("plain", B, details=None)])
+    assert catalog.runner("one", c("m")) is None
+    catalog.note_loaded("one", key("m"))
+    assert catalog.runner("one", c("m")) == Runner(None, None, 32768)
+    catalog.note_ps("one", [run("m", context=8192)])
+    assert catalog.runner("one", c("m")) == Runner(8192, 8192, 32768)
+    catalog.note_loaded("one", key("m", num_ctx=16384))
+    assert catalog.runner("one", c("m")) == Runner(16384, 8192, 32768)
+    catalog.note_ps("one", [run("plain", B, context=4096)])
+    assert catalog.runner("one", c("plain")) == Runner(4096, None, None)
+
+
+def test_why_a_load_is_a_load_once_more(warm: Catalog, clock: Clock) -> None:
+    """It was there with another context, or with other options; not if it was not, or long ago."""
+    assert warm.reloads("one", key("m")) == ""
+    assert warm.reloads("one", key("n", num_ctx=8)) == ""
+    assert warm.reloads("one", key("m", num_ctx=8192)) == "num_ctx"
+    assert warm.reloads("one", key("t", num_ctx=8192)) == "num_ctx"  # the same file
+    assert warm.reloads("one", key("m", num_thread=4)) == "options"
+    assert warm.reloads("one", key("m", num_ctx=8192, num_thread=4)) == "options"
+    warm.note_loaded("one", key("m", num_ctx=8192, num_thread=4))
+    assert warm.reloads("one", key("m", num_ctx=4096, num_thread=4)) == "num_ctx"
+    assert warm.reloads("one", key("m")) == "options"
+    clock.now += 600.0
+    warm.note_ps("one", [run("n", B)])
+    assert warm.reloads("one", key("m", num_thread=4)) == "num_ctx"  # it was pushed out
+    assert warm.reloads("one", key("m", num_ctx=8192, num_thread=4)) == ""
+    clock.now += 1.0
+    assert warm.reloads("one", key("m", num_thread=4)) == ""
+
+
+def test_a_load_after_a_restart_is_none_once_more(warm: Catalog) -> None:
+    """Whatever a host had in memory, it went by itself."""
+    warm.note_away("one")
+    warm.note_back("one")
+    assert warm.reloads("one", key("m", num_ctx=8192)) == ""
 
 
 def test_automatic_runner_fits_no_context_whatever_it_has(catalog: Catalog) -> None:

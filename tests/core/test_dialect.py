@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 from dataclasses import replace
 from typing import Any
@@ -364,3 +365,27 @@ def test_any_other_error_is_told_by_its_text(dialect: Dialect, body: bytes, text
     error = read_back(record, dialect)["error"]
     assert (error if dialect is OLLAMA else error["message"]) == text
     assert splitter(framing).read(record.strip()).error_text == text
+
+
+def test_how_long_the_queue_is_stands_in_a_header() -> None:
+    """Of those whom it keeps out, whole seconds; nobody is told what nobody knows."""
+    error = QueueFull("full", retry_after_s=3.0)
+    assert "X-Balancer-Queue-Wait" not in dict(retry_headers(error))
+    error.wait_s = 94.2
+    assert dict(retry_headers(error))["X-Balancer-Queue-Wait"] == "95"
+    error.wait_s = math.inf
+    assert "X-Balancer-Queue-Wait" not in dict(retry_headers(error))
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+def test_a_used_up_minute_is_a_429_in_every_dialect(dialect: Dialect) -> None:
+    """With when to come back, which the libraries heed."""
+    told = render(errors.RateLimited("used up", retry_after_s=7.2), dialect, "r1")
+    assert told.status == 429
+    assert dict(told.headers)["Retry-After"] == "8"
+    assert "x-should-retry" not in dict(told.headers)
+    assert b"used up" in told.body
+    if dialect is Dialect.ANTHROPIC:
+        assert b'"rate_limit_error"' in told.body
+    elif dialect is not Dialect.OLLAMA:
+        assert b'"code":"rate_limit_exceeded"' in told.body

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from balancer.core import errors
 from balancer.core.admission import QueueLimits
 from balancer.core.dispatch import MAX_PASSES, LoadFailed
-from balancer.core.domain import Call, Mark, Principal, Residency, Role, Switch, Verdict
+from balancer.core.domain import Allowance, Call, Mark, Principal, Residency, Role, Switch, Verdict
 from balancer.core.errors import BalancerError, Draining
 from balancer.core.events import AttemptEnded, CallQueued, LeaseGranted, RetryGranted
 from balancer.core.greedy import (
@@ -774,6 +775,33 @@ def test_schedulers_can_be_exchanged_under_load(bench: Bench) -> None:
     assert bench.scheduler.waiting() != []  # the old one is not asked any more
 
 
+def test_what_was_learned_goes_on_with_another_scheduler(bench: Bench) -> None:
+    """By a reload; and from a file, with its age."""
+    told = {"speeds": {"a": {}}}
+    bench.dispatcher.recall(told, 60.0)
+    bench.dispatcher.exchange(Greedy(POLICIES["round-robin"], bench.pool))
+    assert bench.dispatcher.learned() == told
+
+
+def test_a_free_slot_in_a_lower_tier_is_no_room(bench: Bench) -> None:
+    """Nobody is sent there while a higher one can serve, so the queue's bounds hold."""
+    bench.shape(backend("a", slots=1), backend("b", slots=1, priority=50))
+    assert bench.pool.priorities == {"a": 100, "b": 50}
+    running = bench.submit()
+    assert running.lease.backend.name == "a"
+    waiting = [bench.submit() for _ in range(3)]
+    assert all(client.waits for client in waiting)
+    assert isinstance(bench.submit().error, errors.QueueFull)
+    assert bench.dispatcher.forecast(call()).kind == "refused"
+    bench.check("a", ok=False, count=3)
+    assert [client.lease.backend.name for client in waiting if client.leases] == ["b"]
+    settle(bench, running)
+    for client in waiting:
+        settle(bench, client)
+    bench.shape(backend("a"), backend("b"))
+    assert bench.pool.priorities == {}
+
+
 class Scripted(Greedy):
     """A scheduler that says what the test says."""
 
@@ -1094,3 +1122,181 @@ def test_a_call_that_leaves_its_weights_is_marked(bench: Bench) -> None:
     other = bench.submit(excluded=frozenset("b"), attempts=(tried("b"),), seq=1)
     assert (other.lease.backend.name, other.lease.why) == ("a", "other-weights")
     settle(bench, other)
+
+
+# -- what a key may use ------------------------------------------------------------------------
+
+
+def limited(slots: int, owner: str = "key:few") -> dict[str, Any]:
+    """Of a call whose key may have so many at once."""
+    allowed = Allowance(slots=slots)
+    return {"owner": owner, "principal": Principal("few", Role.USER, allowance=allowed)}
+
+
+def leave(bench: Bench, client: Client) -> None:
+    """It does not wait any longer."""
+    assert client.ticket is not None
+    bench.dispatcher.withdraw(client.ticket)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "plan"])
+def test_what_is_beyond_the_slots_of_a_key_waits(policy: str) -> None:
+    """While others go on, before and behind it; then it is its turn, and nothing is lost."""
+    bench = Bench(policy)
+    bench.shape(backend("a", slots=4))
+    bench.up("a", "m:1", loaded=["m:1"])
+    mine = [bench.submit(**limited(1)) for _ in range(3)]
+    others = [bench.submit(owner="key:other") for _ in range(2)]
+    assert [client.waits for client in mine] == [False, True, True]
+    assert [client.waits for client in others] == [False, False]
+    for number in range(3):
+        settle(bench, mine[number])
+        assert [client.waits for client in mine[number + 1 :]] == [False, True][: 2 - number]
+    for client in others:
+        settle(bench, client)
+    assert at_rest(bench)
+    assert bench.limits.all_running() == {}
+
+
+def test_one_pass_keeps_to_the_slots_of_a_key() -> None:
+    """Also where several come free at once."""
+    bench = Bench()
+    bench.shape(backend("a", slots=4))
+    bench.up("a", "m:1")
+    mine = [bench.submit(**limited(2)) for _ in range(4)]
+    assert all(client.waits for client in mine)
+    bench.holds("a", "m:1")
+    bench.loaded()
+    assert [client.waits for client in mine] == [False, False, True, True]
+    for client in mine:
+        settle(bench, client)
+    assert at_rest(bench)
+
+
+def test_a_key_at_its_slots_loads_nothing() -> None:
+    """A call that may not start needs no copy."""
+    bench = Bench()
+    bench.shape(backend("a", slots=4))
+    bench.up("a", "m:1", "n:1", loaded=["m:1"])
+    running = bench.submit(**limited(1))
+    waiting = bench.submit("n:1", **limited(1))
+    assert bench.loads == []
+    settle(bench, running)
+    assert [load.key.model for load in bench.loads] == [canon("n:1")]
+    leave(bench, waiting)
+    bench.close()
+
+
+def test_who_waits_for_his_own_slots_hears_so() -> None:
+    """The pool is not to blame; and the queue's bounds hold for him, too."""
+    bench = Bench(limits=LIMITS)
+    bench.shape(backend("a", slots=9))
+    bench.up("a", "m:1", loaded=["m:1"])
+    first = bench.submit(**limited(1))
+    late = [bench.submit(**limited(1)) for _ in range(4)]
+    assert isinstance(late.pop().error, errors.QueueFull)
+    bench.sleep(20.0)
+    for client in late:
+        assert isinstance(client.error, errors.QueueTimeout)
+        assert "1 calls running, as many as it may (limits.slots)" in client.error.text
+    settle(bench, first)
+    assert at_rest(bench)
+
+
+# -- who would wait in vain --------------------------------------------------------------------
+
+
+def busy(bench: Bench, seconds: float) -> list[Client]:
+    """Every slot is taken by calls like one that took so long."""
+    first = bench.submit()
+    bench.clock.advance(seconds)
+    for name in "ab":
+        bench.holds(name, "m:1")
+    settle(bench, first)
+    return fill(bench)
+
+
+def test_who_would_wait_in_vain_is_refused_on_arrival(bench: Bench) -> None:
+    """By how long calls hold their slots, and how many are before it."""
+    running = busy(bench, 30.0)
+    waiting = bench.submit()  # two slots for its 30 s: 15
+    assert waiting.waits
+    refused = bench.submit()
+    assert isinstance(refused.error, errors.WaitTooLong)
+    assert refused.error.wait_s == pytest.approx(30.0)
+    assert "about 30 s, and this call may wait only 20 s" in refused.error.text
+    for client in (*running, waiting):
+        settle(bench, client)
+    assert at_rest(bench)
+
+
+def test_a_call_with_little_time_is_refused_sooner(bench: Bench) -> None:
+    """By its own deadline; who has time enough waits."""
+    running = busy(bench, 30.0)
+    refused = bench.submit(deadline=bench.clock() + 10.0)
+    assert isinstance(refused.error, errors.WaitTooLong)
+    assert "its own time limit" in refused.error.text
+    waiting = bench.submit(deadline=bench.clock() + 16.0)
+    assert waiting.waits
+    for client in (*running, waiting):
+        settle(bench, client)
+
+
+def test_before_anything_is_known_nobody_is_refused(bench: Bench) -> None:
+    """A guess is no estimate."""
+    running = fill(bench)
+    waiting = [bench.submit(deadline=bench.clock() + 1.0) for _ in range(3)]
+    assert all(client.waits for client in waiting)
+    ticket = waiting[0].ticket
+    assert ticket is not None
+    assert bench.dispatcher.estimate_s(ticket) == math.inf
+    for client in (*running, *waiting):
+        settle(bench, client)
+
+
+def test_a_free_slot_is_never_refused(bench: Bench) -> None:
+    """However long calls have taken."""
+    settle(bench, busy(bench, 300.0)[0])
+    assert not bench.submit().errors
+    bench.close()
+
+
+def test_who_waits_for_a_load_is_not_refused(bench: Bench) -> None:
+    """A load takes what it takes; without it the model would never be there."""
+    settle(bench, bench.submit())
+    waiting = bench.submit("n:1", deadline=bench.clock() + 1.0)
+    assert waiting.waits
+    leave(bench, waiting)
+
+
+def test_who_has_been_let_in_is_not_refused_later(bench: Bench) -> None:
+    """A call that is tried again keeps its place, whatever the estimate is now."""
+    running = busy(bench, 300.0)
+    again = bench.submit(attempts=(tried("a"),), seq=1)
+    assert again.waits
+    for client in (*running, again):
+        settle(bench, client)
+
+
+def test_the_operator_may_let_them_wait() -> None:
+    """`queue.adaptive: false`."""
+    bench = Bench(limits=QueueLimits(max_wait_s=20.0, adaptive=False))
+    bench.shape(backend("a", slots=1), backend("b", slots=1))
+    for name in "ab":
+        bench.up(name, "m:1", loaded=["m:1"])
+    busy(bench, 300.0)
+    assert bench.submit().waits
+    bench.dispatcher.refuse_all(Draining("over"))
+    bench.close()
+
+
+def test_a_forecast_knows_of_early_refusals(bench: Bench) -> None:
+    """As a call would hear it; to wonder counts as no refusal."""
+    running = busy(bench, 60.0)
+    told = bench.dispatcher.forecast(call())
+    assert (told.kind, told.status, told.wait_s) == ("refused", 503, pytest.approx(30.0))
+    assert told.text == "would wait about 30 s, longer than queue.max_wait"
+    assert isinstance(bench.submit().error, errors.WaitTooLong)
+    assert bench.admission.refused == {"wait": 1}
+    for client in running:
+        settle(bench, client)

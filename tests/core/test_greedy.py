@@ -68,6 +68,7 @@ class World:
         self.all = list(candidates)
         self.loads: dict[PlacementKey, list[LoadingNow]] = {}
         self.routes: dict[str, set[str]] = {}
+        self.priorities: dict[str, int] = {}
 
     def candidates(self, call: Call, excluded: frozenset[str]) -> list[Candidate]:
         lacks = self.routes.get(call.route.operation, set())
@@ -657,3 +658,58 @@ def test_a_queue_of_one_is_looked_at_once() -> None:
         bench.ticket(options={"num_ctx": 4096 + context})
     assert bench.committed() == []
     assert len(looked) == 5
+
+
+# -- tiers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_lower_tier_serves_what_no_higher_one_can(policy: str) -> None:
+    """A busy backend of a higher one sends no call down; that there is none does."""
+    bench = Bench(candidate("a", slots=1), candidate("b"), policy=policy)
+    bench.world.priorities = {"a": 100, "b": 50}
+    ticket = bench.ticket()
+    at_once = bench.scheduler.begin(ticket, NOW)
+    assert at_once is not None
+    assert at_once.backend == "a"
+    bench.world.set("a", in_flight=1, host_in_flight=1)
+    assert bench.committed() == []
+    assert bench.scheduler.begin(ticket, NOW) is None
+    bench.ticket(excluded="a")
+    assert bench.committed() == ["b"]
+    bench.world.all = bench.world.all[1:]
+    assert bench.committed() == ["b"]
+
+
+def test_a_cold_backend_is_loaded_before_a_lower_tier_serves() -> None:
+    """The lower one is for what the others cannot, not for what they must load."""
+    bench = Bench(candidate("a", ON_DISK), candidate("b"))
+    bench.world.priorities = {"a": 100, "b": 50}
+    bench.ticket()
+    (load,) = of(Load, bench.plan())
+    assert load.backend == "a"
+
+
+def test_a_rehearsal_tells_of_tiers() -> None:
+    """Before all else; and the wait is that for the higher one."""
+    bench = Bench(candidate("a"), candidate("b", in_flight=2))
+    bench.world.priorities = {"a": 50, "b": 100}
+    told = bench.rehearse()
+    assert told.effect is None
+    assert told.wait_s == 5.0 / 2
+    assert [(option.backend, option.why) for option in told.options] == [
+        ("b", "has a higher priority than a"),
+        ("a", "has a lower priority than b"),
+    ]
+
+
+# -- what is learned ---------------------------------------------------------------------------
+
+
+def test_what_others_have_learned_is_kept_for_them() -> None:
+    """A spell of another strategy costs nothing; there is nothing of its own to keep."""
+    scheduler = Bench().scheduler
+    assert scheduler.learned(NOW) == {}
+    told = {"speeds": {"a": {"prompt_rate": 900.0}}}
+    scheduler.recall(told, NOW, 60.0)
+    assert scheduler.learned(NOW) == told

@@ -196,3 +196,69 @@ def test_nothing_is_lost_and_nobody_is_forgotten(steps: list[tuple[str, int]]) -
         assert hold not in waits
         hold.give_back()
     assert (memory.held, memory.waiting) == (0, 0)
+
+
+def test_one_owner_leaves_room_for_others() -> None:
+    """Bodies that are declared and do not come take half of it; another's large one gets in."""
+    bodies = Bodies(8 * MB)
+    slow = [bodies.memory.hold(owner="slow") for _ in range(4)]
+    for number, hold in enumerate(slow):
+        bodies.take(f"slow{number}", 2 * MB, hold)
+    assert bodies.ready == ["slow0", "slow1"]
+    other = bodies.take("other", 4 * MB, bodies.memory.hold(owner="other"))
+    assert bodies.ready == ["slow0", "slow1", "other"]
+    other.arrived(4 * MB)
+    slow[0].arrived(2 * MB)  # what has come counts no more, but there is no room
+    assert bodies.memory.waiting == 2
+    other.give_back()
+    assert bodies.ready == ["slow0", "slow1", "other", "slow2"]
+    for hold in slow:
+        hold.give_back()
+    assert (bodies.memory.held, bodies.memory.waiting, bodies.memory._coming) == (0, 0, {})
+
+
+def test_one_body_may_be_as_large_as_it_is() -> None:
+    """The share of its owner holds for what comes beside it."""
+    bodies = Bodies(4 * MB)
+    hold = bodies.take("large", 4 * MB, bodies.memory.hold(owner="o"))
+    hold.give_back()
+    bodies.take("huge", 9 * MB, bodies.memory.hold(owner="o"))
+    assert bodies.ready == ["large", "huge"]
+
+
+def test_bodies_of_one_owner_do_not_wait_for_each_other_for_ever() -> None:
+    """Two that grow, each with a part there: the older goes on."""
+    bodies = Bodies(4 * MB)
+    first, second = (bodies.memory.hold(owner="o") for _ in range(2))
+    bodies.take("first", MB, first)
+    bodies.take("second", MB, second)
+    bodies.take("second grown", 3 * MB, second)
+    bodies.take("first grown", 4 * MB, first)
+    assert bodies.ready == ["first", "second", "first grown"]
+    first.arrived(4 * MB)
+    first.give_back()
+    assert bodies.ready[-1] == "second grown"
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 6), st.booleans()), min_size=1, max_size=12
+    )
+)
+def test_everybody_gets_in_whoever_sends(sent: list[tuple[str, int, bool]]) -> None:
+    """As long as those that are in come to an end, in whatever order they were sent."""
+    bodies = Bodies(4 * MB)
+    holds = {}
+    for number, (owner, size, grows) in enumerate(sent):
+        hold = bodies.memory.hold(owner=owner)
+        holds[f"{number}"] = hold
+        hold.take(size * MB, lambda name=f"{number}": bodies.ready.append(name))  # type: ignore[misc]
+        if grows and hold.size:
+            hold.take(2 * size * MB, lambda name=f"{number}": bodies.ready.append(name))  # type: ignore[misc]
+    done: set[str] = set()
+    while len(done) < len(sent):
+        name = next(n for n in bodies.ready if n not in done and holds[n].size >= holds[n].wanted)
+        done.add(name)
+        holds[name].arrived(holds[name].size)
+        holds[name].give_back()
+    assert (bodies.memory.held, bodies.memory.waiting, bodies.memory._coming) == (0, 0, {})

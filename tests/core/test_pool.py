@@ -890,6 +890,29 @@ def test_a_failed_load_counts_like_a_call(bench: PoolBench) -> None:
     assert not bench.of(LoadEnded)[0].ok
 
 
+def test_a_load_of_what_was_there_with_other_options_is_told(bench: PoolBench) -> None:
+    """By what was in memory when it began, even if that is gone by its end."""
+    bench.holds("a", "n:1", context=4096)
+    assert bench.pool.take_token("a", key("n:1", num_ctx=8192), "test")
+    bench.holds("a")
+    bench.pool.end_load("a", key("n:1", num_ctx=8192), outcome())
+    assert bench.pool.take_token("a", key("n:1", num_ctx=8192, num_thread=4), "test")
+    bench.pool.end_load("a", key("n:1", num_ctx=8192, num_thread=4), outcome())
+    assert bench.pool.take_token("b", key("n:1", num_ctx=8192), "test")
+    bench.pool.end_load("b", key("n:1", num_ctx=8192), outcome())
+    assert [ended.reloads for ended in bench.of(LoadEnded)] == ["num_ctx", "options", ""]
+
+
+def test_a_load_that_fails_with_the_usual_options_counts(bench: PoolBench) -> None:
+    """Those that the operator pinned are no caller's choice; any others say nothing."""
+    pinned, other = key("n:1", num_ctx=8192), key("n:1", num_ctx=4096)
+    bench.pool.usual = lambda _: pinned
+    for wanted, names in ((other, "ab"), (pinned, "b")):
+        assert bench.pool.take_token("a", wanted, "test")
+        bench.pool.end_load("a", wanted, outcome(V.UNFIT, weight=2, caused_load=True))
+        assert usable(bench, "n:1") == names
+
+
 def test_nothing_is_planned_between_a_loads_end_and_its_news(bench: PoolBench) -> None:
     """The pool keeps still, breakers that open included; after a trial's load nobody follows."""
     assert bench.pool.take_token("a", key("n:1"), "test")

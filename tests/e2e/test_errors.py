@@ -146,6 +146,30 @@ async def queue_timeout(dialect: Dialect) -> Reply:
     return await crowded(dialect, {"queue.max_wait": "2s"}, 1)
 
 
+async def in_vain(dialect: Dialect) -> Reply:
+    """One runs, as long as the one before it; the next has not so much time."""
+    config = {"routing.strategy": "least-loaded"}
+    async with running(
+        1, models=models(0.0), settings=ONE_SLOT, backend={"slots": 1}, config=config
+    ) as rig:
+        await rig.warm("a", "m")
+        rig.fleet["a"].faults.slow(3.0)
+        assert (await call(rig, Dialect.OLLAMA)).status == 200
+        path, body = PLACES[Dialect.OLLAMA]
+        other = await Asking.of(rig, path, body)
+        await rig.events.until(lambda: rig.balancer.pool.running == 1)
+        reply = await call(rig, dialect, X_Request_Timeout="0.5")
+        other.hang_up()
+        return reply
+
+
+async def used_up(dialect: Dialect) -> Reply:
+    """One call a minute, and this is the second."""
+    async with running(1, models=models(0.0), config={"limits.rpm": 1}) as rig:
+        assert (await call(rig, Dialect.OLLAMA)).status == 200
+        return await call(rig, dialect)
+
+
 async def memory_full(dialect: Dialect) -> Reply:
     """A large request is kept for as long as nobody answers it; another finds no room."""
     async with running(1, models=models(0.0), config={"server.replay_memory": "1MiB"}) as rig:
@@ -217,6 +241,8 @@ HOW: dict[str, tuple[Callable[[Dialect], Awaitable[Reply]], frozenset[Dialect]]]
     "not_served": (unserved, NOT_ASKED),
     "unavailable": (no_version, NOT_ASKED),
     "queue_full": (queue_full, frozenset()),
+    "wait_too_long": (in_vain, frozenset()),
+    "rate_limit_exceeded": (used_up, frozenset()),
     "queue_timeout": (queue_timeout, frozenset()),
     "memory_full": (memory_full, frozenset()),
     "no_backend": (no_backend, frozenset()),
@@ -272,7 +298,7 @@ def last_record(reply: Reply) -> Any:
 def compare_retry(reply: Reply, kind: type[BalancerError]) -> None:
     """A 503 says when, what cannot help says so where SDKs would try again by themselves."""
     after = reply.get("retry-after")
-    if kind.status == 503:
+    if kind.status in (429, 503):
         assert after is not None
         assert 1 <= int(after) <= 60
         assert 0 <= int(after) * 1000 - int(reply.get("retry-after-ms") or 0) < 1000

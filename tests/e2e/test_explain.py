@@ -182,3 +182,23 @@ async def test_a_model_that_embeds() -> None:
     async with running(1, models=models(0.0)) as rig:
         await rig.warm("a", "e")
         assert (await explain(rig, model="e"))["outcome"]["kind"] == "now"
+
+
+@virtual
+async def test_a_lower_tier_comes_last() -> None:
+    """Whatever speaks for it; and it is told which tier each is of."""
+    async with running(2, models=models(0.0)) as rig:
+        rig.config["backends"][0]["priority"] = 50  # type: ignore[index]
+        rig.config["routing.strategy"] = "least-loaded"
+        assert rig.balancer.reload_now().problems == ()
+        await rig.warm("a", "m")
+        told = await explain(rig)
+        assert (told["outcome"]["kind"], told["outcome"]["backend"]) == ("load", "b")
+        assert [(row["name"], row["priority"], row["reason"]) for row in told["backends"]] == [
+            ("b", 100, "has a higher priority than a"),
+            ("a", 50, "has a lower priority than b"),
+        ]
+        for goes_to in ("b", "a"):
+            reply = await rig.ask("POST", "/api/chat", CHAT)
+            assert (reply.status, reply.get("x-balancer-backend")) == (200, goes_to)
+            rig.fleet["b"].faults.refuse()

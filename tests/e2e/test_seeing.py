@@ -262,7 +262,17 @@ async def test_status_tells_what_is_going_on() -> None:
         await asyncio.sleep(9.0)
         _, told = await status(rig)
         assert (told["ready"], told["draining"], told["running"]) == (True, False, 0)
-        assert told["queue"] == {"depth": 2, "oldest_s": 10.0, "per_model": {"m": 1, "other": 1}}
+        waiting = told["queue"].pop("calls")
+        assert told["queue"] == {
+            "depth": 2,
+            "oldest_s": 10.0,
+            "per_model": {"m": 1, "other": 1},
+            "per_class": {"interactive": 2},
+        }
+        assert [(row["model"], row["position"], row["waited_s"]) for row in waiting] == [
+            ("m", 1, 10.0),
+            ("other", 1, 9.0),
+        ]
         a, b, c = told["backends"]
         assert [each["state"] for each in (a, b, c)] == ["up", "up", "down"]
         assert (c["up"], c["error"]) == (False, "cannot connect: connection refused")

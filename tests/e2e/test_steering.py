@@ -235,6 +235,26 @@ async def test_a_broken_state_file_is_told_and_nothing_else(tmp_path: Path) -> N
 
 
 @virtual
+async def test_what_was_learned_survives_restarts_and_reloads(tmp_path: Path) -> None:
+    """Kept beside the switches; a strategy that has no use for it keeps it for one that has."""
+    config = {"state.path": str(tmp_path / "state.json"), "routing.strategy": "round-robin"}
+    told = {"speeds": {"a": {"prompt_rate": 900.0}}}
+    async with running(1, models=models(0.0), config=config) as rig:
+        rig.balancer.dispatcher.recall(told, 0.0)
+        rig.config["routing.strategy"] = "least-loaded"
+        assert rig.balancer.reload_now().changed == ("routing.strategy",)
+        assert rig.balancer.dispatcher.learned() == told
+        url = rig.fleet["a"].url
+        await rig.balancer.close()
+        file = tmp_path / "state.learned.json"
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        assert (kept["backends"], kept["learned"]) == ({"a": url}, told)
+        second = await _second(rig)
+        assert second.dispatcher.learned() == told
+        await second.close()
+
+
+@virtual
 async def test_a_backend_that_leaves_while_it_is_checked() -> None:
     """A reload in between: it is unknown by then."""
     async with running(2, models=models(0.0)) as rig:

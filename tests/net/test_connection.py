@@ -373,6 +373,7 @@ ODD = {
     "identity": OK + b"Transfer-Encoding: identity\r\n\r\nok",
     "chunked twice": OK + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
     "chunked, twice": OK + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n",
+    "chunked and a tab": OK + b"Transfer-Encoding: chunked\t\r\n\r\n2\r\nok\r\n0\r\n\r\n",
     "chunks in 1.0": b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a folded header": OK + b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n",
     "a blank in a name": OK + b"X : a\r\nContent-Length: 0\r\n\r\n",

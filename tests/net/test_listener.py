@@ -849,6 +849,7 @@ PRIVATE = (
     "_parser",
     "_reading_paused",
     "_request_in_progress",
+    "_upgraded",
     "_waiter",
 )
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from balancer.core.domain import Principal, Role
+from balancer.core.domain import INTERACTIVE, Allowance, Principal, Role
 from balancer.core.errors import BadRequest, Forbidden, Unauthorized
 from balancer.ops import auth
 from balancer.ops.auth import (
@@ -38,6 +38,8 @@ class Key:
     role: Role = Role.USER
     models: tuple[str, ...] = ("*",)
     expires_at: float | None = None
+    priority: int = INTERACTIVE
+    allowance: Allowance = Allowance()  # noqa: RUF009 - frozen
 
 
 KEYS = (
@@ -647,3 +649,37 @@ def test_nothing_shows_a_key() -> None:
     """Not even the rules themselves print what they were given."""
     rules = access()
     assert SECRET not in repr(rules) + json.dumps(repr(vars(rules)))
+
+
+# -- whom a proxy names ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("peer", "lines", "user"),
+    [
+        ("10.0.0.1", ["ann"], "ann"),
+        ("10.0.0.1", [" ann "], "ann"),
+        ("10.0.0.1", ["ann", "bob"], ""),
+        ("10.0.0.1", [], ""),
+        (OUTSIDER, ["ann"], ""),
+        ("", ["ann"], ""),
+    ],
+)
+def test_only_a_trusted_proxy_names_the_user(peer: str, lines: list[str], user: str) -> None:
+    """And only one; whoever comes past it could call himself anything."""
+    rules = access(trusted_proxies=["10.0.0.0/8"], user_header="X-User")
+    sent = CIMultiDict([("x-user", line) for line in lines])
+    assert rules.user(peer, sent) == user
+    assert access(trusted_proxies=["10.0.0.0/8"]).user(peer, sent) == ""
+
+
+def test_what_a_key_may_comes_with_its_owner() -> None:
+    """Its priority and limits; anonymous callers have those of nobody in particular."""
+    few = Allowance(rpm=1)
+    digest = hashlib.sha256(SECRET.encode()).digest()
+    lab = Key("lab", digest, priority=10, allowance=few)
+    rules = access(keys=(lab,), anonymous="always", priority=60, allowance=Allowance(slots=2))
+    owner = ask(rules, bearer(SECRET))
+    assert (owner.priority, owner.allowance) == (10, few)
+    nobody = ask(rules, headers())
+    assert (nobody.priority, nobody.allowance) == (60, Allowance(slots=2))

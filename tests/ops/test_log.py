@@ -36,6 +36,7 @@ from balancer.core.events import (
     Event,
     HealthFlipped,
     HostPassedOver,
+    LearnedLost,
     LeaseGranted,
     LoadEnded,
     LoadStarted,
@@ -148,6 +149,7 @@ TOLD: list[tuple[Event, str, str]] = [
     (OrderEnded(1.0, "pull", "m", "ops", ("a",), (), finished=True), "info", "order_ended"),
     (OrderEnded(1.0, "pull", "m", "ops", (), ("a: x",), finished=True), "warning", "order_ended"),
     (OrderEnded(1.0, "pull", "m", "", (), (), finished=False), "warning", "order_broken_off"),
+    (LearnedLost(1.0, "/var/lib/b/state.learned.json", "old"), "warning", "learned_lost"),
     (SwitchesLost(1.0, "/var/lib/b/state.json", "not JSON"), "warning", "switches_lost"),
     (ConfigApplied(1.0, ("health.fall",), ()), "info", "config_reloaded"),
     (ConfigApplied(1.0, (), ("server.listen",)), "warning", "config_reloaded"),
@@ -254,6 +256,8 @@ CALLS = st.builds(
     error=TEXTS,
     inference=st.booleans(),
     alias=TEXTS,
+    num_ctx=st.none() | AMOUNTS,
+    num_ctx_asked=st.none() | AMOUNTS,
 )
 
 
@@ -289,6 +293,21 @@ def test_the_quick_way_to_a_time_is_the_same(at: float) -> None:
     for each in (5.5, at, at, 5.6):
         shown = datetime.fromtimestamp(each, UTC).isoformat(timespec="milliseconds")
         assert stamp("info", each) == f'{{"timestamp":"{shown[:-6]}Z","level":"info"'
+
+
+def test_a_rewritten_context_is_told_beside_the_one_asked_for() -> None:
+    """Where a client's call was changed the log says so; who asked for none, asked for none."""
+    (line,) = lines(replace(CALL, num_ctx=8192, num_ctx_asked=3000))
+    assert (line["num_ctx"], line["num_ctx_asked"]) == (8192, 3000)
+    assert "num_ctx_asked" not in lines(replace(CALL, num_ctx=8192))[0]
+    assert "num_ctx" not in lines(CALL)[0]
+
+
+def test_a_load_once_more_says_why() -> None:
+    """Whoever looks for what pushes models out finds it here."""
+    (line,) = lines(LoadEnded(1.0, "gpu0", "m", True, 12.0, "", "num_ctx"))
+    assert line["reloads"] == "num_ctx"
+    assert "reloads" not in lines(LoadEnded(1.0, "gpu0", "m", True, 12.0, ""))[0]
 
 
 def test_an_alias_is_told_beside_the_model() -> None:

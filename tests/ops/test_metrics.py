@@ -260,6 +260,11 @@ def test_no_first_token_without_a_stream() -> None:
             "model_load_duration_seconds_count",
             {"backend": "gpu0", "model": "llama3.2:latest"},
         ),
+        (
+            LoadEnded(1.0, "gpu0", "llama3.2", True, 7.0, "", "num_ctx"),
+            "model_reloads_total",
+            {"reason": "num_ctx"},
+        ),
         (CheckEnded(1.0, "gpu0", True, 0.1), "check_duration_seconds_count", {"backend": "gpu0"}),
         (Mishap(1.0, "bus", "KeyError"), "mishaps_total", {}),
     ],
@@ -285,8 +290,9 @@ def test_an_unfinished_answer_is_no_error() -> None:
 
 def test_a_failed_load_is_not_timed() -> None:
     """The time of a load that failed says nothing about loads."""
-    bench = Bench("m:latest").tell(LoadEnded(1.0, "gpu0", "m", False, 7.0, "no memory"))
+    bench = Bench("m:latest").tell(LoadEnded(1.0, "gpu0", "m", False, 7.0, "no memory", "options"))
     assert bench.labels("model_load_duration_seconds_count", "model") == set()
+    assert bench.labels("model_reloads_total", "reason") == set()
 
 
 def test_the_same_backend_again_is_no_failover() -> None:
@@ -487,8 +493,10 @@ def test_a_snapshot() -> None:
             ),
             Row("gpu1", up=None, version=None, slots=None),
         ),
-        queues=(QueueRow("a", 4, 1.5),),
+        queues=(QueueRow("a", 4, 1.5), QueueRow("a", 9, 70.0, "batch")),
         retry_refused={"fault": 6},
+        limited={"rpm": 3},
+        queue_refused={"wait": 5},
         idle_connections={"gpu0": 7},
         stale_connections={"gpu0": 8},
     )
@@ -516,7 +524,10 @@ def test_a_snapshot() -> None:
     assert value("breaker_stale_settlements_total", backend="gpu0") == 5
     assert value("queue_depth", model="a:latest", priority="interactive") == 4
     assert value("queue_oldest_seconds", model="a:latest", priority="interactive") == 1.5
+    assert value("queue_depth", model="a:latest", priority="batch") == 9
     assert value("retry_budget_exhausted_total", reason="fault") == 6
+    assert value("limited_total", reason="rpm") == 3
+    assert value("queue_refused_total", reason="wait") == 5
 
 
 def test_what_runs_has_labels_before_what_merely_exists() -> None:
