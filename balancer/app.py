@@ -56,6 +56,7 @@ from balancer.core.limits import Limits
 from balancer.core.pins import Pin, Pins
 from balancer.core.pool import GateSettings, Pool, PoolSettings
 from balancer.core.retry import Budget
+from balancer.core.scheduler import Scheduler
 from balancer.core.sharing import Sharing
 from balancer.net.account import Account
 from balancer.net.direct import Direct
@@ -177,6 +178,15 @@ class Balancer:
         if self.metrics is not None:
             self.bus.subscribe(self.metrics, self.metrics.kinds)
 
+    def _scheduler(self, config: Config) -> Scheduler:
+        affinity = config.routing.affinity
+        return strategy.build(
+            config.routing.strategy,
+            self.pool,
+            self.limits.may_start,
+            session_s=affinity.ttl_s if affinity.enabled else -1.0,
+        )
+
     def _wire(self, config_file: str | None, extra_headers: Mapping[str, str]) -> None:
         config, clock, emit = self.config, self._clock, self.bus
         token = f"ollama-balancer-{self._rng.getrandbits(48):012x}"
@@ -194,7 +204,7 @@ class Balancer:
         )
         self.dispatcher = Dispatcher(
             self.pool,
-            strategy.build(config.routing.strategy, self.pool, self.limits.may_start),
+            self._scheduler(config),
             Admission(queue_limits(config), clock, self._rng.random),
             clock,
             emit,
@@ -463,6 +473,7 @@ class Balancer:
         Calls that run keep the settings they began with.
         """
         written, config = config, join(config, self.discovery.found)
+        routing = self.config.routing
         # These may fail, on a bad certificate or key: then nothing has changed.
         reached, rules = targets(config), access(config)
         self.config = config
@@ -473,8 +484,8 @@ class Balancer:
         self.contexts.rules = context_rules(config)
         self.pool.pins = pins(config, self.contexts)
         self.pool.reshape(backends(config))
-        name, may_start = config.routing.strategy, self.limits.may_start
-        self.dispatcher.exchange(strategy.build(name, self.pool, may_start))
+        if config.routing != routing:  # another has to learn anew what is cached where
+            self.dispatcher.exchange(self._scheduler(config))
         self.dispatcher.admission.limits = queue_limits(config)
         self.prober.settings = prober_settings(config)
         self.prober.follow()
@@ -562,7 +573,14 @@ def proxy_settings(config: Config) -> ProxySettings:
         streaming.heartbeat_s,
         aliases(config),
         sharing(config),
+        _is_by_prefix(config),
     )
+
+
+def _is_by_prefix(config: Config) -> bool:
+    """Whether anybody wants to know how prompts begin."""
+    affinity = config.routing.affinity
+    return config.routing.strategy == "plan" and affinity.enabled and "prefix" in affinity.keys
 
 
 def sharing(config: Config) -> Sharing:

@@ -26,6 +26,7 @@ import machine
 from routing_tables import ratios_table, targets_table, workload_table
 from routing_targets import BASELINES
 
+from balancer.core.admission import QueueLimits
 from balancer.core.knobs import Knobs
 from balancer.sim.figures import figures, medians, prediction_ratios
 from balancer.sim.traces import Traces
@@ -33,6 +34,7 @@ from balancer.sim.workloads import AFTER_S, Workload, workloads
 from balancer.sim.world import World
 
 TRACES: Final = Path(__file__).resolve().parents[2] / "shared" / "traces"
+FOREVER_S: Final = 1e9
 SEEDS: Final = (1, 2, 3, 4, 5)
 POLICIES: Final = ("plan", *BASELINES, "central-warm")
 USUAL: Final = tuple(name for name in workloads(Traces()) if not name.startswith("big-"))
@@ -49,6 +51,7 @@ class Task:
     traces: str
     knobs: tuple[tuple[str, float], ...]
     slots_known: bool
+    queue: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ def run(task: Task) -> Ran:
         seed=task.seed,
         warm=workload.warm,
         slots_known=task.slots_known,
+        queue=None if task.queue is None else QueueLimits(task.queue, task.queue, FOREVER_S),
         mishaps=mishaps,
         knobs=_knobs(knobs) if knobs and policy == "plan" else None,
     )
@@ -128,6 +132,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--traces", metavar="DIR", default=str(TRACES))
     parser.add_argument("--knobs", metavar="NAME=VALUE", nargs="*", type=_knob, default=[])
     parser.add_argument("--slots-known", action="store_true", help="hosts' slots are configured")
+    parser.add_argument(
+        "--queue", metavar="DEPTH", type=int, help="calls that may wait; default: nearly any number"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every run there")
@@ -145,6 +152,7 @@ def measure(options: argparse.Namespace) -> list[Ran]:
             *(workload, policy, seed, options.calls, options.traces),
             knobs=tuple(options.knobs),
             slots_known=options.slots_known,
+            queue=options.queue,
         )
         for seed, workload, policy in itertools.product(
             map(int, options.seeds.split(",")),
@@ -152,11 +160,16 @@ def measure(options: argparse.Namespace) -> list[Ran]:
             options.policies.split(","),
         )
     ]
+    options.runs = len(tasks)
     done: list[Ran] = []
     with ProcessPoolExecutor(options.processes) as pool:
-        waiting = [pool.submit(run, task) for task in tasks]
+        waiting = {pool.submit(run, task): task for task in tasks}
         try:
             for future in as_completed(waiting):
+                error = future.exception()
+                if error is not None:
+                    print(f"!!! {waiting[future]}: {error!r}", file=sys.stderr)
+                    continue
                 done.append(future.result())
                 _tell(done[-1], len(done), len(tasks))
         except KeyboardInterrupt:
@@ -221,7 +234,7 @@ def main() -> int:
         runs: list[dict[str, Any]] = [asdict(ran) for ran in done]
         options.json.write_text(json.dumps({"machine": machine.describe(), "runs": runs}, indent=1))
     print("\n".join(report(done, options)))
-    return 0
+    return 0 if len(done) == options.runs else 1
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ class AffinityBlock(Block):
 class RoutingBlock(Block):
     """How a backend is chosen."""
 
-    strategy: kinds.OneStrategy = "least-loaded"
+    strategy: kinds.OneStrategy = "plan"
     affinity: AffinityBlock = AffinityBlock()
 
 

@@ -369,7 +369,7 @@ class Copy:
         known: Where it is whatever the time, None: `residency` tells.
         here: What it is as long as the reading is believed.
         fits: Whether the runner there serves the key as it is.
-        read_at: When the backend's memory was last read.
+        shelf: Tells when the backend's memory was last read.
         models_loaded: In memory there, whatever model.
     """
 
@@ -379,15 +379,15 @@ class Copy:
     known: Residency | None
     here: Residency
     fits: bool
-    read_at: float
     believe_s: float
     resident: _Resident | None
+    shelf: _Shelf
 
     def residency(self, now: float) -> Residency:
         """As `Catalog.residency`."""
         if self.known is not None:
             return self.known
-        seen_at = self.read_at if self.resident is None else self.resident.seen_at
+        seen_at = self.shelf.ps_at if self.resident is None else self.resident.seen_at
         if now - seen_at > self.believe_s:
             return Residency.UNKNOWN
         return self.here
@@ -649,15 +649,20 @@ class Catalog:
         shelf = self._shelf(backend)
         if not (rows is None or isinstance(rows, list)):
             return PsChange()
-        self._learned()
         now, before = self._clock(), shelf.residents
         shelf.ps_at, shelf.ps_rows, self._ps = now, _rows(rows, "expires_at"), None
         newer = [it for it in before if it.noted_at > (now if asked_at is None else asked_at)]
-        shelf.residents = newer + [
+        after = newer + [
             _seen(row, before, now)
             for row in shelf.ps_rows
             if not any(_same(it, row) for it in newer)
         ]
+        if list(map(_content, before)) == list(map(_content, after)):
+            for old, new in zip(before, after, strict=True):  # what was made of them holds
+                old.seen_at = new.seen_at
+        else:
+            shelf.residents = after
+            self._learned()
         _learn_contexts(shelf)
         recent = {k: old for k, old in shelf.latest.items() if now - old.seen_at <= _RELOAD_S}
         shelf.latest = recent | {each.identity: each for each in shelf.residents}
@@ -917,9 +922,9 @@ class Catalog:
             known=known,
             here=Residency.LOADED if fits else Residency.ON_DISK,
             fits=fits,
-            read_at=shelf.ps_at,
             believe_s=self._believe_s,
             resident=resident,
+            shelf=shelf,
         )
 
     def loaded(self, backend: str) -> list[str]:
@@ -1177,6 +1182,11 @@ def _learn_contexts(shelf: _Shelf) -> None:
         shelf.contexts[resident.identity] = resident.context
         if resident.key is not None and "num_ctx" not in dict(resident.key.options):
             shelf.defaults[resident.identity] = resident.context
+
+
+def _content(it: _Resident) -> tuple[str, str | None, PlacementKey | None, int | None]:
+    """All that others can make something of."""
+    return (it.canonical, it.digest, it.key, it.context)
 
 
 def _ps_change(before: list[_Resident], after: list[_Resident]) -> PsChange:

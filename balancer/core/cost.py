@@ -81,6 +81,7 @@ class Quote:
         remote: It only passes calls on; *first_byte_s* is all that is known of it.
         bonus_s: For a preference.
         tier: Higher ones come first.
+        slow: Today's speed there as a share of its own past; the rates have it in them.
     """
 
     backend: str
@@ -110,6 +111,7 @@ class Quote:
     first_byte_s: float = 0.0
     bonus_s: float = 0.0
     tier: int = 0
+    slow: float = 1.0
     copies: int = field(default=0)
 
     def tpot_s(self, streams: float) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, runtime_checkable
 
 from balancer.core.admission import Admission
@@ -44,14 +44,19 @@ from balancer.core.scheduler import (
     LoadRefused,
     Option,
     Refuse,
+    Rehearsal,
     Scheduler,
     Ticket,
     TicketState,
+    Turn,
     Unload,
 )
+from balancer.core.spread import Spread
 from balancer.core.tiers import highest
 
 MAX_PASSES: Final = 4
+PASS_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+LATE_S: Final = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 # To look a member up in its enum takes longer than most of what is done with it here.
 WAITING, GRANTED = TicketState.WAITING, TicketState.GRANTED
 
@@ -91,6 +96,9 @@ class Forecast:
         wait_s: An estimate; inf: nobody can tell.
         text: For people.
         options: The scheduler's candidates, best first.
+        barred: Why others that may serve it are none, for people, by backend.
+        turn: Its place in the queue, None: that has no such order.
+        prompt_tokens: What it was planned with; None: as it is.
     """
 
     kind: str
@@ -99,6 +107,9 @@ class Forecast:
     wait_s: float
     text: str
     options: tuple[Option, ...]
+    barred: Mapping[str, str] = field(default_factory=dict)
+    turn: Turn | None = None
+    prompt_tokens: int | None = None
 
 
 @runtime_checkable
@@ -141,9 +152,12 @@ class Dispatcher:
         on_unload: Asks the shell to unload a model.
         hears: Whether first grants are to be told.
         limits: What each key may use.
+        stopwatch: Seconds, for `pass_s`; None: the clock, which may stand still meanwhile.
 
     Attributes:
         grants: Attempts begun so far, by the reason of each.
+        pass_s: How long the scheduler took for each pass.
+        late: By how much waiting calls waited longer, or shorter, than estimated when they came.
     """
 
     def __init__(
@@ -158,7 +172,11 @@ class Dispatcher:
         on_unload: Callable[[Unload], None],
         hears: Hears = lambda _: True,
         limits: Limits | None = None,
+        stopwatch: Callable[[], float] | None = None,
     ) -> None:
+        self._stopwatch = stopwatch or clock
+        self.pass_s = Spread(PASS_S)
+        self.late = {"longer": Spread(LATE_S), "shorter": Spread(LATE_S)}
         self._limits = limits or Limits(clock)
         self.grants: dict[str, int] = {}
         self._hears = hears
@@ -275,6 +293,7 @@ class Dispatcher:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             return False
         self._seq = ticket.seq
+        lease.run.planned = commit.planned
         ticket.state = GRANTED
         self._admission.passed()
         self._planning = True  # what the callback asks for comes after it, as in a pass
@@ -310,47 +329,67 @@ class Dispatcher:
         call, now = ticket.call, ticket.queued_at
         if not self._admission.limits.adaptive or not self.is_warm_elsewhere(call, ticket.excluded):
             return  # a load takes what it takes: the queue's limit rests meanwhile
-        wait_s = self.estimate_s(ticket)
+        wait_s = ticket.estimate_s = self.estimate_s(ticket)
         if wait_s < math.inf:
             left_s = math.inf if call.deadline is None else call.deadline - now
             self._admission.check_wait(wait_s, left_s)
 
-    def forecast(self, call: Call, excluded: frozenset[str] = frozenset()) -> Forecast:
-        """What would become of *call*, were it submitted now; nothing comes of asking."""
+    def forecast(
+        self, call: Call, excluded: frozenset[str] = frozenset(), ticket: Ticket | None = None
+    ) -> Forecast:
+        """
+        What would become of *call*, were it submitted now; nothing comes of asking.
+
+        Args:
+            ticket: Its own, if it waits already.
+        """
         now, max_wait_s = self._clock(), self._admission.limits.max_wait_s
         view = _Glance(self._pool)
-        ticket = Ticket(call, self._seq + 1, excluded, (), now, now + max_wait_s)
+        if ticket is None:
+            ticket = Ticket(call, self._seq + 1, excluded, (), now, now + max_wait_s)
         plan = self._scheduler.rehearse(ticket, view, now)
-        options = plan.options
-        prospect = self._pool.prospect(call, excluded, exists=False)
+        told = self._foretold(ticket, plan, view)
+        if told.kind == "refused" and ticket in self._owners:  # it was admitted, before
+            told = Forecast("queue", 200, plan.holds, plan.wait_s, "waits in the queue", ())
+        return replace(
+            told,
+            options=plan.options,
+            barred=plan.barred,
+            turn=plan.turn,
+            prompt_tokens=plan.prompt_tokens,
+        )
+
+    def _foretold(self, ticket: Ticket, plan: Rehearsal, view: _Glance) -> Forecast:
+        call, max_wait_s = ticket.call, self._admission.limits.max_wait_s
+        prospect = self._pool.prospect(call, ticket.excluded, exists=False)
         error = self._hopeless(ticket, prospect, view)
         if error is not None:
-            return Forecast("refused", error.status, "", math.inf, error.text, options)
+            return Forecast("refused", error.status, "", math.inf, error.text, ())
         if isinstance(plan.effect, Commit):
             goes = plan.effect.backend
-            return Forecast("now", 200, goes, 0.0, f"goes to {goes} now", options)
-        usable = {c.backend for c in view.candidates(call, excluded)}
+            return Forecast("now", 200, goes, 0.0, f"goes to {goes} now", ())
+        usable = {c.backend for c in view.candidates(call, ticket.excluded)}
         under_way = [load.backend for load in view.loading(call.key) if load.backend in usable]
         if isinstance(plan.effect, Load):
             text = f"is loaded on {plan.effect.backend} first"
-            return Forecast("load", 200, plan.effect.backend, plan.wait_s, text, options)
-        if under_way:
-            text = f"waits for the load on {under_way[0]}"
-            return Forecast("load", 200, under_way[0], plan.wait_s, text, options)
+            return Forecast("load", 200, plan.effect.backend, plan.wait_s, text, ())
+        loads = plan.holds or next(iter(under_way), "")
+        if loads in under_way:
+            return Forecast("load", 200, loads, plan.wait_s, f"waits for the load on {loads}", ())
         if prospect.kind is not ProspectKind.OPEN:
             text = f"waits for a backend to come back. {prospect.text}"
-            return Forecast("away", 200, "", prospect.retry_in_s, text, options)
+            return Forecast("away", 200, "", prospect.retry_in_s, text, ())
         if not max_wait_s:
             text = "no slot is free, and queue.max_wait lets nobody wait"
-            return Forecast("refused", QueueTimeout.status, "", math.inf, text, options)
-        text = "waits in the queue for a slot"
+            return Forecast("refused", QueueTimeout.status, "", math.inf, text, ())
+        text = plan.text or "waits in the queue for a slot"
         is_long = max_wait_s < plan.wait_s < math.inf
         if is_long and self._admission.limits.adaptive and self.estimate_s(ticket) < math.inf:
             text = f"would wait about {plan.wait_s:.0f} s, longer than queue.max_wait"
-            return Forecast("refused", WaitTooLong.status, "", plan.wait_s, text, options)
+            return Forecast("refused", WaitTooLong.status, "", plan.wait_s, text, ())
         if is_long:
             text += f"; after {max_wait_s:.0f} s (queue.max_wait) it is refused"
-        return Forecast("queue", 200, "", plan.wait_s, text, options)
+        return Forecast("queue", 200, plan.holds, plan.wait_s, text, ())
 
     def _hopeless(self, ticket: Ticket, prospect: Prospect, view: _Glance) -> BalancerError | None:
         """What `submit` would refuse it with."""
@@ -385,6 +424,10 @@ class Dispatcher:
     def is_served_elsewhere(self, call: Call, excluded: frozenset[str]) -> bool:
         """Whether a backend that is not *excluded* could serve *call* now."""
         return self._pool.prospect(call, excluded).kind is ProspectKind.OPEN
+
+    def is_choice(self, model: str) -> bool:
+        """Whether there is more than one backend to choose from for *model*."""
+        return self._pool.is_choice(model)
 
     def is_warm_elsewhere(self, call: Call, excluded: frozenset[str]) -> bool:
         """Whether a backend that is not *excluded* has the model in memory."""
@@ -455,8 +498,10 @@ class Dispatcher:
         if self._pool.version != self._seen_version:
             self._seen_version = self._pool.version
             self._review()
-        wake = math.inf
-        for effect in self._scheduler.plan(now):
+        wake, began = math.inf, self._stopwatch()
+        effects = self._scheduler.plan(now)
+        self.pass_s.observe(self._stopwatch() - began)
+        for effect in effects:
             match effect:
                 case Commit():
                     self._commit(effect, now)
@@ -492,6 +537,10 @@ class Dispatcher:
             return
         owner = self._owners[ticket]
         self._finish(ticket, GRANTED)
+        lease.run.planned = commit.planned
+        if ticket.estimate_s < math.inf:
+            late_s = now - ticket.queued_at - ticket.estimate_s
+            self.late["longer" if late_s > 0.0 else "shorter"].observe(abs(late_s))
         self._granted(ticket, lease, owner.on_grant, now)
 
     def _granted(
@@ -520,7 +569,14 @@ class Dispatcher:
     def _load(self, load: Load) -> None:
         ticket = load.ticket
         is_wanted = ticket is None or ticket in self._owners
-        if not is_wanted or not self._pool.take_token(load.backend, load.key, load.why):
+        if not is_wanted or not self._pool.take_token(
+            load.backend,
+            load.key,
+            load.why,
+            victims=load.victims,
+            expected_s=load.expected_s,
+            evict_s=load.evict_s,
+        ):
             self._scheduler.note(LoadRefused(load.backend, load.key))
             return
         if ticket is not None:

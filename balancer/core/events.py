@@ -7,9 +7,18 @@ counters and pages. `at` is monotonic seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-from balancer.core.domain import Attempt, BreakerState, Outcome, Switch, Usage, record
+from balancer.core.domain import (
+    Attempt,
+    BreakerState,
+    Outcome,
+    PlacementKey,
+    Switch,
+    Usage,
+    record,
+)
 
 
 @record
@@ -64,6 +73,38 @@ class AttemptFailed(AttemptEnded):
     """One that says something against the backend, or the way there."""
 
 
+class Planning(Protocol):
+    """What was foreseen of an attempt when its backend was chosen; times in seconds."""
+
+    @property
+    def kind(self) -> str:
+        """go, hold or load."""
+
+    @property
+    def backend(self) -> str:
+        """Where it was sent."""
+
+    @property
+    def runner_up(self) -> str:
+        """The next best; empty: there was none."""
+
+    @property
+    def cost_s(self) -> float:
+        """The predicted price."""
+
+    @property
+    def wait_s(self) -> float:
+        """The predicted wait."""
+
+    @property
+    def first_token_s(self) -> float:
+        """The predicted time to the first token."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, thought to be cached there."""
+
+
 @record
 class CallEnded(Event):
     """
@@ -74,6 +115,7 @@ class CallEnded(Event):
     Times are seconds; `first_byte_s` and `duration_s` count from arrival.
     `alias`: the name under which the model was asked for, if it is not its own.
     `num_ctx`: the context that was written into it; `num_ctx_asked`: what had stood there.
+    `planned`: what was foreseen of its last attempt, where the strategy foresees.
     """
 
     request_id: str
@@ -103,6 +145,7 @@ class CallEnded(Event):
     alias: str = ""
     num_ctx: int | None = None
     num_ctx_asked: int | None = None
+    planned: Planning | None = None
 
 
 @record
@@ -157,11 +200,19 @@ class Suspected(Event):
 
 @record
 class LoadStarted(Event):
-    """A detached load of ours began."""
+    """
+    A detached load of ours began.
+
+    `victims`: unloaded before, which will cost others `evict_s`, as far as can be told; it should
+    take `expected_s`, 0: nobody foresaw that.
+    """
 
     backend: str
     model: str
     why: str
+    victims: tuple[str, ...] = ()
+    expected_s: float = 0.0
+    evict_s: float = 0.0
 
 
 @record
@@ -179,6 +230,104 @@ class LoadEnded(Event):
     load_s: float
     text: str
     reloads: str = ""
+
+
+@record
+class Weighed:
+    """
+    One backend as it was weighed for a call: what its price was made from, and the price.
+
+    `promised`: slots there that calls ahead hold for. `inputs`: of the backend as it was for the
+    call's model then, with the speeds in tokens per second and what is learned of it. `terms`:
+    seconds, but for `cached` (tokens), `share` and `kind`.
+    """
+
+    backend: str
+    promised: int
+    inputs: Mapping[str, Any]
+    terms: Mapping[str, Any]
+
+
+@record
+class Planned(Event):
+    """
+    A decision: `kind` go (it is sent), hold (for a slot or a load there), load (one begins).
+
+    `number`: of the planning pass. `need`: tokens of the prompt, of the answer expected, and of
+    context. `options`: the chosen one, then the cheapest others. `tag`, `virtual`: of the call in
+    the fair queue, and that queue's time. `knobs`: the version of the weights.
+    """
+
+    number: int
+    call_id: str
+    key: PlacementKey
+    attempt: int
+    kind: str
+    backend: str
+    need: Mapping[str, float]
+    options: tuple[Weighed, ...]
+    tag: float
+    virtual: float
+    knobs: str
+
+
+@record
+class DrainRequested(Event):
+    """
+    A busy model is to run dry, since another is wanted in its place.
+
+    `last_s`: when its last call should end. `cost_s`: that, the load, and what its users will pay.
+    """
+
+    backend: str
+    victim: str
+    wanted: str
+    last_s: float
+    cost_s: float
+
+
+@record
+class DrainEnded(Event):
+    """It was given up. `reason`: nobody waits, late, found elsewhere, no room."""
+
+    backend: str
+    victim: str
+    wanted: str
+    reason: str
+    drained_s: float
+
+
+@record
+class SlotsBelieved(Event):
+    """Another number of calls at once is believed of a model. `reason`: seen, or starved."""
+
+    backend: str
+    model: str
+    before: int
+    after: int
+    reason: str
+
+
+@record
+class Straggling(Event):
+    """
+    A backend became slow against its own past, or is no more. `factor`: of its speed, 1: all.
+
+    `reason`: slow, recovered, or learned: it was slow for so long that it counts as its speed.
+    """
+
+    backend: str
+    factor: float
+    reason: str
+
+
+@record
+class SampleDiscarded(Event):
+    """A measurement was beyond belief; told once of each backend and kind."""
+
+    backend: str
+    kind: str
+    value: float
 
 
 @record

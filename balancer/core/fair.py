@@ -59,6 +59,11 @@ class FairQueue:
             self._sweep()
         return start
 
+    def next_tag(self, who: str) -> float:
+        """What `tag` would give to a call of *who* that came now."""
+        line = self._lines.get(who)
+        return self.virtual_time if line is None else max(self.virtual_time, line.end)
+
     def advance(self, tag: float) -> None:
         """A call with that tag goes out."""
         self.virtual_time = max(self.virtual_time, tag)

@@ -451,7 +451,8 @@ def _usage(doc: dict[str, Any]) -> Usage:
 
 
 def _count(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+    """A number as Ollama counts; one with hundreds of digits could not be reckoned with."""
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def _seconds(value: Any) -> float | None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from balancer.core.catalog import InMemory
-from balancer.core.domain import Call, Outcome, PlacementKey, Verdict
+from balancer.core.cost import FIXED_PREFILL_S
+from balancer.core.domain import Call, Outcome, PlacementKey, Usage, Verdict
 from balancer.core.running import Run
 from balancer.core.speeds import Size, Speed, work
 
@@ -24,6 +25,7 @@ LEAST_PROMPT: Final = 64
 LEAST_ANSWER: Final = 8
 LEAST_PROMPT_S: Final = 0.02
 LEAST_DECODE_S: Final = 0.05
+LEAST_WAIT_S: Final = 0.1  # of one that came sooner, too much is the network's
 CLEAN: Final = 0.7  # a backend slower than that against itself teaches nothing
 OVERDUE: Final = 3.0
 LEAST_EXPECTED: Final = 4.0  # tokens
@@ -81,6 +83,21 @@ class Track:
         """That came so far."""
         return 0 if self.run is None else self.run.records
 
+    def written(self, usage: Usage) -> int | None:
+        """Tokens of its answer, now that it has ended well; None: nobody can tell."""
+        if usage.tokens_out is None and self.call.streaming and self.decoding:
+            return max(0, self.records - 1)  # one for each token, and one that says it was the last
+        return usage.tokens_out
+
+    def read_s(self, usage: Usage) -> float | None:
+        """How long its prompt was read; None: nobody can tell."""
+        if usage.prompt_s is not None:
+            return usage.prompt_s
+        if self.run is None or self.run.first_at is None or not self.call.streaming:
+            return None
+        read_s = self.run.first_at - self.run.at - FIXED_PREFILL_S
+        return read_s if read_s >= LEAST_WAIT_S else None
+
 
 @dataclass(slots=True)
 class _Sums:
@@ -107,6 +124,7 @@ class Ledger:
     name: str
     speed: Speed
     edition: int = 0
+    shape: int = 0  # another one whenever what is idle, in memory or to be loaded is another
     models: dict[str, dict[int, Track]] = field(default_factory=dict)
     drain: Drain | None = None
     asked_load: PlacementKey | None = None  # a load was asked for and is not seen yet
@@ -121,8 +139,9 @@ class Ledger:
     _sums: dict[str, _Sums] = field(default_factory=dict)
 
     def moved(self) -> None:
-        """Prices here are out of date."""
+        """Prices here are out of date, and what there is room for."""
         self.edition += 1
+        self.shape += 1
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -190,6 +209,7 @@ class Ledger:
         tracks = self.models.get(track.model)
         if tracks is None:
             tracks = self.models[track.model] = {}
+            self.shape += 1
         tracks[id(track.call)] = track
         self.edition += 1
 
@@ -217,6 +237,7 @@ class Ledger:
         self.last_used[track.model] = now
         if not tracks:
             del self.models[track.model]
+            self.shape += 1
             for known in (self.last_used, self.first_byte_at, self.loaded_at):
                 if len(known) > 256:
                     known.clear()
@@ -256,17 +277,16 @@ class Ledger:
             return
         self._advance(now)
         usage = outcome.usage
-        tokens, read_s = usage.tokens_in, usage.prompt_s
+        tokens, read_s = usage.tokens_in or track.prompt, track.read_s(usage)
         if (
             track.clean
-            and tokens is not None
             and read_s is not None
             and tokens >= LEAST_PROMPT
             and read_s > LEAST_PROMPT_S
             and track.cached < 0.1 * max(1.0, track.prompt)
         ):
             self.speed.learn_prompt(track.model, track.size, work(tokens, 0) / read_s * track.share)
-        written = usage.tokens_out
+        written = track.written(usage)
         if written is not None and written > LEAST_ANSWER and track.decoding:
             self._learn_decode(track, written, usage.decode_s, now)
 

@@ -16,16 +16,26 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 from balancer.core import names
 from balancer.core.catalog import Copy, InMemory
-from balancer.core.cost import GO, HOLD, LOAD, Kind, Need, Quote, Terms, price
+from balancer.core.cost import GO, HOLD, LOAD, Need, Quote, price
+from balancer.core.decisions import Choice, Decision, Decisions, version
+from balancer.core.decisions import rank as _rank
 from balancer.core.demand import Demand
 from balancer.core.domain import Backend, Call, PlacementKey, Purpose, Residency, Verdict
+from balancer.core.events import (
+    DrainEnded,
+    DrainRequested,
+    SampleDiscarded,
+    SlotsBelieved,
+    Straggling,
+)
 from balancer.core.fair import FairQueue
 from balancer.core.knobs import Knobs
 from balancer.core.ledger import Drain, Ledger, Track
@@ -49,6 +59,7 @@ from balancer.core.scheduler import (
     Option,
     Rehearsal,
     Ticket,
+    Turn,
     View,
     WakeAt,
 )
@@ -68,9 +79,13 @@ FAILED_LOAD_S: Final = 10.0  # a load for nobody that failed is not repeated bef
 CLASS_WINDOW_S: Final = 60.0
 BACKGROUND_TICKS: Final = 4
 ASKED_TICKS: Final = 8
+MOST_QUOTES: Final = 100_000
+KEPT_TICKS: Final = 2  # for which a call behind others need not be weighed anew
+WORSE_S: Final = 1e-6
+FEW: Final = 4  # backends that moved, up to which only these are priced again
 RATIO_GAIN: Final = 0.05
+PROMPT_GAIN: Final = 0.05
 FOREIGN_S: Final = 60.0
-KEPT: Final = 1000  # decisions on record
 
 
 class Place(Protocol):
@@ -125,6 +140,21 @@ class Sight(View, Protocol):
         """Whether it cannot generate."""
 
 
+class _Making(NamedTuple):
+    """
+    What it takes to make room for a model on a backend.
+
+    Args:
+        stamp: Of all that this rests on.
+        possible: Whether there is a way.
+    """
+
+    stamp: tuple[int, int, bool]
+    possible: bool
+    victims: tuple[PlacementKey, ...]
+    evict_s: float
+
+
 class Model(NamedTuple):
     """A model by the catalogue. `until`: the tick at which to ask again."""
 
@@ -132,43 +162,6 @@ class Model(NamedTuple):
     size: Size
     embeds: bool
     until: int
-
-
-class Choice(NamedTuple):
-    """What a call has been found to do best."""
-
-    backend: str
-    terms: Terms
-    quote: Quote
-    promised: int
-    short: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """
-    One decision, with all that it was made from.
-
-    Args:
-        options: The best, cheapest first.
-        tag: Of the call in the fair queue.
-        virtual: The fair queue's time.
-    """
-
-    at: float
-    number: int
-    call: str
-    key: PlacementKey
-    kind: Kind
-    need: Need
-    options: tuple[Choice, ...]
-    tag: float
-    virtual: float
-
-    @property
-    def chosen(self) -> Choice:
-        """What was decided."""
-        return self.options[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -182,7 +175,10 @@ class Waiter:
     choice: Choice | None = None
     declined_at: float | None = None
     declined_until: float = math.inf
+    gated_at: float | None = None  # when it gave way first, as batch
     barred: str = ""  # a backend whose slot was not to be had in this pass
+    seen: int = -1  # what had moved when it was weighed last
+    tick: int = -1  # at which it was weighed in full
 
     @property
     def order(self) -> tuple[float, int]:
@@ -197,7 +193,8 @@ class Queue:
     key: PlacementKey
     waiters: list[Waiter] = field(default_factory=list)
     fresh: bool = True  # who waits is not who was looked at last
-    stamp: int = -1  # of all that prices depend on, when it was looked at
+    seen: int = -1  # what had moved when it was looked at
+    tick: int = -1
 
 
 @dataclass(slots=True)
@@ -229,6 +226,7 @@ class Plan:
     Args:
         may_start: Whether its owner's own limit lets a call start now, besides so many that are
             not counted yet.
+        decisions: Where they are kept.
     """
 
     def __init__(
@@ -237,10 +235,12 @@ class Plan:
         knobs: Knobs | None = None,
         *,
         may_start: Callable[[Call, int], bool] = _always,
+        decisions: Decisions | None = None,
     ) -> None:
         self.knobs = knobs or Knobs()
-        self.decisions: deque[Decision] = deque(maxlen=KEPT)
-        self.counts: dict[str, int] = {}
+        self.decisions = Decisions() if decisions is None else decisions
+        self._version = version(self.knobs)
+        self._passes = 0
         self.lengths = Lengths()
         self.demand = Demand(self.knobs.demand_fast_s, self.knobs.demand_slow_s)
         self.prefixes = Prefixes()
@@ -257,7 +257,12 @@ class Plan:
         self._counts: dict[str, int] | None = None  # copies, by model
         self._wants: dict[str, tuple[int, float, float]] = {}  # by model: tick, wanted, of late
         self._ratios: dict[str, float] = {}  # tokens to estimated tokens, by model
-        self._quotes: dict[tuple[str, PlacementKey], tuple[tuple[Any, ...], Quote | None]] = {}
+        self._quotes: dict[tuple[str, PlacementKey], tuple[int, int, Copy, Quote | None]] = {}
+        self._rooms_made: dict[tuple[str, PlacementKey], _Making] = {}
+        self._serial = 0  # counts what has moved
+        self._moved_at: dict[str, int] = {}  # by backend
+        self._editions: dict[str, int] = {}
+        self._promised: dict[PlacementKey, dict[str, int]] = {}  # in this pass
         self._memory: dict[str, tuple[InMemory, ...]] = {}
         self._foreign: dict[tuple[str, str], float] = {}
         self._in_flight: dict[tuple[str, str], int] = {}  # by model and key of fairness
@@ -271,6 +276,7 @@ class Plan:
         self._tiers = False
         self._learned: Mapping[str, Any] = {}
         self._typical: dict[PlacementKey, Call] = {}
+        self._prompts: dict[str, float] = {}  # tokens as estimated, on average, by model
         self._refresh_backends()
 
     # -- the queue -----------------------------------------------------------------------------
@@ -298,6 +304,12 @@ class Plan:
 
     def _arrived(self, call: Call, now: float) -> None:
         key = call.key
+        model, tokens = key.model, call.prompt_tokens
+        usual = self._prompts.get(model)
+        if usual is not None:
+            self._prompts[model] = usual + PROMPT_GAIN * (tokens - usual)
+        elif len(self._prompts) < 1000:
+            self._prompts[model] = tokens
         self.demand.arrived(key, now)
         if key.options:  # what an eviction costs, all variants of the model have to bear
             self.demand.arrived(PlacementKey(key.model), now)
@@ -428,12 +440,24 @@ class Plan:
         known = self._tracks.get(id(run.call))
         if known is None or known[1].run is not run:
             return
-        ledger, model = known[0], run.call.key.model
-        ledger.first_byte(known[1], at)
+        ledger, track = known
+        model = run.call.key.model
+        ledger.first_byte(track, at)
+        if not run.call.streaming or run.remote:
+            return
+        self.decisions.foretold(run.backend, track.first_token_s, at - track.at)
         belief = self._view.belief(run.backend)
-        if belief is not None and run.call.streaming and not run.remote:
-            known[1].probing = False
-            belief.first_byte(model, ledger.shown(model), at, run.probe)
+        if belief is not None:
+            track.probing = False
+            before = belief.believed(model)
+            if belief.first_byte(model, ledger.shown(model), at, run.probe):
+                self._told_slots(run.backend, model, before, "seen", at)
+
+    def _told_slots(self, backend: str, model: str, before: int, why: str, now: float) -> None:
+        belief = self._view.belief(backend)
+        if belief is not None:
+            told = (backend, names.display(model), before, belief.believed(model), why)
+            self.decisions.emit(SlotsBelieved(now, *told))
 
     def _ended(self, ended: Ended) -> None:
         run, outcome, now = ended.run, ended.outcome, ended.at
@@ -462,7 +486,7 @@ class Plan:
         call, model, usage = track.call, track.model, outcome.usage
         if outcome.verdict is not Verdict.OK or call.purpose is not RUN:
             return
-        tokens_in, written = usage.tokens_in, usage.tokens_out
+        tokens_in, written = usage.tokens_in, track.written(usage)
         if tokens_in and call.prompt_tokens:
             ratio = min(8.0, max(1 / 8, tokens_in / call.prompt_tokens))
             known = self._ratios.get(model, 1.0)
@@ -479,6 +503,9 @@ class Plan:
         if track.cached >= 64 and tokens_in and usage.prompt_s is not None:
             ledger = self._ledger(track.run.backend if track.run else "")
             read = usage.prompt_s * ledger.speed.prompt(model, track.size)
+            counts = self.decisions.prefix_tokens
+            counts["expected"] += track.cached
+            counts["seen"] += min(track.cached, max(0.0, tokens_in - read))
             ratio = (tokens_in - read) / track.cached * self.prefixes.reuse(model)
             self.prefixes.learn_reuse(model, min(1.0, max(0.0, ratio)))
         true = (tokens_in or track.prompt) / 3000.0 + (written or 0) / 60.0
@@ -539,6 +566,7 @@ class Plan:
         for name in [name for name in self.ledgers if name not in self._backends]:
             if self.ledgers[name].is_idle:
                 del self.ledgers[name]
+                self.decisions.forget(name)
                 self.rooms.pop(name, None)
                 self.prefixes.drop(name)
         self._quotes.clear()
@@ -551,12 +579,19 @@ class Plan:
         ledger = self.ledgers.get(backend)
         if ledger is None:
             known = self._backends.get(backend)
-            speed = Speed(weight=known.weight if known is not None else 1.0)
+            discarded = partial(self._discarded, backend)
+            weight = known.weight if known is not None else 1.0
+            speed = Speed(weight=weight, discarded=discarded)
             ledger = self.ledgers[backend] = Ledger(backend, speed)
             told = self._learned.get("speeds")
             if isinstance(told, dict) and isinstance(told.get(backend), dict):
                 speed.restore(told[backend])
         return ledger
+
+    def _discarded(self, backend: str, kind: str, value: float) -> None:
+        """A measurement there was beyond belief."""
+        at = self.ledgers[backend].at
+        self.decisions.emit(SampleDiscarded(at, backend, kind, value))
 
     def _room(self, backend: str) -> Room:
         room = self.rooms.get(backend)
@@ -609,27 +644,22 @@ class Plan:
         """The backend as *key* finds it; None: it is no candidate."""
         name, copy = place.name, place.copy
         ledger = self.ledgers.get(name) or self._ledger(name)
-        stamp = (
-            ledger.edition,
-            self._ticks,
-            copy.residency(now),
-            self._view.slots(name, key.model),
-            copy.context,
-        )
         known = self._quotes.get((name, key))
-        if known is not None and known[0] == stamp:
-            return known[1]
-        if len(self._quotes) > 100_000:
+        if known is not None:
+            edition, ticks, seen, quote = known
+            if edition == ledger.edition and ticks == self._ticks and seen is copy:
+                return quote
+        elif len(self._quotes) > MOST_QUOTES:
             self._quotes.clear()
-        quote = self._make_quote(place, key, ledger, stamp, now)
-        self._quotes[name, key] = (stamp, quote)
+        quote = self._make_quote(place, key, ledger, now)
+        self._quotes[name, key] = (ledger.edition, self._ticks, copy, quote)
         return quote
 
     def _make_quote(
-        self, place: Place, key: PlacementKey, ledger: Ledger, stamp: Any, now: float
+        self, place: Place, key: PlacementKey, ledger: Ledger, now: float
     ) -> Quote | None:
-        name, model = place.name, key.model
-        _, _, residency, slots, context = stamp
+        name, model, copy = place.name, key.model, place.copy
+        residency, slots = copy.residency(now), self._view.slots(name, model)
         drain = ledger.drain
         if drain is not None and drain.victim == model and drain.wanted != key:
             return None
@@ -653,9 +683,10 @@ class Plan:
             decode_rate=speed.decode(model, size),
             penalty=speed.penalty,
             mean_answer=0.0 if embeds else self.lengths.mean(model, ""),
-            context=context,
+            context=copy.context,
             embeds=embeds,
             remote=place.remote,
+            slow=speed.slow_factor,
         )
         if backend is not None:
             quote.tier = backend.priority
@@ -721,12 +752,22 @@ class Plan:
         drain = ledger.drain
         if drain is not None and drain.wanted != key:
             return
-        gone = self._victims(ledger, key, now, may_evict=residency is not UNKNOWN)
-        if gone is None:
+        may_evict = residency is not UNKNOWN
+        stamp = (ledger.shape, self._ticks, may_evict)
+        made = self._rooms_made.get((ledger.name, key))
+        if made is None or made.stamp != stamp:
+            if len(self._rooms_made) > MOST_QUOTES:
+                self._rooms_made.clear()
+            gone = self._victims(ledger, key, now, may_evict=may_evict)
+            victims = tuple(it.key or PlacementKey(it.model) for it in gone or ())
+            evict_s = sum(self._eviction_s(ledger, it.model, now) for it in gone or ())
+            made = self._rooms_made[ledger.name, key] = _Making(
+                stamp, gone is not None, victims, evict_s
+            )
+        if not made.possible:
             return
-        quote.victims = tuple(it.key or PlacementKey(it.model) for it in gone)
-        quote.evict_s = sum(self._eviction_s(ledger, it.model, now) for it in gone)
-        quote.load_s = ledger.speed.load_s(size) + (0.5 if gone else 0.0)
+        quote.victims, quote.evict_s = made.victims, made.evict_s
+        quote.load_s = ledger.speed.load_s(size) + (0.5 if made.victims else 0.0)
         quote.may_load = True
 
     def _victims(
@@ -803,34 +844,42 @@ class Plan:
     ) -> list[Choice]:
         """Every candidate with its price, in no order."""
         self._evaluations += 1
-        ticket, need, knobs = waiter.ticket, waiter.need, self.knobs
-        call, found = ticket.call, []
-        key, chain, session = call.key, call.chain, call.session
-        for place in self._view.places(call, ticket.excluded, exists=exists):
-            name = place.name
-            if name == waiter.barred:
-                continue
-            quote = self._quote(place, key, now)
-            if quote is None:
-                continue
-            cached = 0.0
-            if (chain or session) and self.prefixes.any(name, key):
-                links = self.prefixes.cached(
-                    name, key, chain, call.shared, call.prompt_tokens, session, now
-                )
-                if links:  # they are estimates, as is the prompt's length
-                    share = links / call.prompt_tokens * self.prefixes.reuse(key.model)
-                    cached = share * need.prompt
-            ahead = promised.get(name, 0)
-            if quote.may_probe and (
-                ticket.attempts or call.batch or call.embedding or not call.streaming
-            ):
-                quote = _without_probe(quote)
-            terms = price(quote, need, min(cached, need.prompt), ahead, knobs)
-            if terms is not None:
-                short = quote.context is not None and quote.context < need.context
-                found.append(Choice(name, terms, quote, ahead, short))
+        self.decisions.evaluations += 1
+        ticket, found = waiter.ticket, []
+        for place in self._view.places(ticket.call, ticket.excluded, exists=exists):
+            choice = self._priced(place, waiter, promised, now)
+            if choice is not None:
+                found.append(choice)
         return found
+
+    def _priced(
+        self, place: Place, waiter: Waiter, promised: Mapping[str, int], now: float
+    ) -> Choice | None:
+        """One candidate with its price; None: it is none."""
+        name, ticket, need = place.name, waiter.ticket, waiter.need
+        call = ticket.call
+        key = call.key
+        quote = None if name == waiter.barred else self._quote(place, key, now)
+        if quote is None:
+            return None
+        cached = 0.0
+        if (call.chain or call.session) and self.prefixes.any(name, key):
+            links = self.prefixes.cached(
+                name, key, call.chain, call.shared, call.prompt_tokens, call.session, now
+            )
+            if links:  # they are estimates, as is the prompt's length
+                share = links / call.prompt_tokens * self.prefixes.reuse(key.model)
+                cached = min(share, 1.0) * need.prompt
+        ahead = promised.get(name, 0)
+        if quote.may_probe and (
+            ticket.attempts or call.batch or call.embedding or not call.streaming
+        ):
+            quote = _without_probe(quote)
+        terms = price(quote, need, cached, ahead, self.knobs)
+        if terms is None:
+            return None
+        short = quote.context is not None and quote.context < need.context
+        return Choice(name, terms, quote, ahead, short)
 
     def _best(self, found: Sequence[Choice]) -> Choice | None:
         """The cheapest; a lower tier only where the higher ones cost too much."""
@@ -886,6 +935,7 @@ class Plan:
     def plan(self, now: float) -> list[Effect]:
         """One pass."""
         effects: list[Effect] = []
+        self._passes += 1
         self._sent.clear()
         self._started.clear()
         self._counts = None
@@ -904,24 +954,30 @@ class Plan:
     def _sweep(self, now: float, effects: list[Effect]) -> None:
         """Serve every queue that may have something to decide, in order of the heads' tags."""
         self._mind_drains(now, effects)
-        stamp = self._stamp()
-        queues = [q for q in self._queues.values() if q.fresh or q.stamp != stamp]
+        self._notice()
+        self._promised.clear()
+        serial, tick = self._serial, self._ticks
+        queues = [
+            q for q in self._queues.values() if q.fresh or q.seen != serial or q.tick != tick
+        ]
         queues.sort(key=_head_order)
         overloaded = self._is_overloaded(now)
         for hopeful in (True, False) if overloaded else (None,):
             for queue in queues:
-                if queue.waiters:
-                    if self._evaluations >= self.knobs.evaluations:
-                        effects.append(WakeAt(now))
-                        return
-                    self._serve(queue, now, effects, hopeful)
-        stamp = self._stamp()
+                if queue.waiters and not self._serve(queue, now, effects, hopeful):
+                    effects.append(WakeAt(now))
+                    return
         for queue in queues:
-            queue.fresh, queue.stamp = False, stamp
+            queue.fresh, queue.seen, queue.tick = False, serial, tick
 
-    def _stamp(self) -> int:
-        """Another number whenever a price may be another."""
-        return self._ticks + sum([ledger.edition for ledger in self.ledgers.values()])
+    def _notice(self) -> None:
+        """Count what has moved since it was looked at last."""
+        editions = self._editions
+        for name, ledger in self.ledgers.items():
+            if editions.get(name) != ledger.edition:
+                editions[name] = ledger.edition
+                self._serial += 1
+                self._moved_at[name] = self._serial
 
     def _is_overloaded(self, now: float) -> bool:
         knobs = self.knobs
@@ -940,60 +996,134 @@ class Plan:
 
     def _serve(
         self, queue: Queue, now: float, effects: list[Effect], hopeful: bool | None
-    ) -> None:
-        """Serve one key's waiters until there is nothing left to decide."""
-        promised: dict[str, int] = {}
+    ) -> bool:
+        """Serve one key's waiters until there is nothing left to decide; False: for this turn."""
+        knobs, ticks = self.knobs, self._ticks
+        promised = self._promised.setdefault(queue.key, {})
         gate: bool | None = None
-        many = len({w.ticket.call.fair_key for w in queue.waiters[: self.knobs.plan_depth]}) > 1
-        waiters = list(queue.waiters)
+        waiters = queue.waiters[: knobs.plan_depth]
+        many = any(w.ticket.call.fair_key != waiters[0].ticket.call.fair_key for w in waiters)
+        free = self._free(queue.key, waiters[0].ticket, now)
         for depth, waiter in enumerate(waiters):
-            if depth >= self.knobs.plan_depth or self._evaluations >= self.knobs.evaluations:
-                break
-            call = waiter.ticket.call
+            ticket, found = waiter.ticket, None
+            call = ticket.call
             if hopeful is not None and self._has_hope(waiter, now) is not hopeful:
                 continue
             if call.batch:
                 if gate is None:
                     gate = self._is_gate_open(queue, waiter, now)
-                if not gate and now - waiter.ticket.queued_at < self.knobs.batch_patience_s:
+                if not gate and now - ticket.queued_at < knobs.batch_patience_s:
+                    if waiter.gated_at is None:
+                        waiter.gated_at = now
                     continue
             if many and self._is_over_share(call):
                 continue
             if not self._may_start(call, self._started[call.owner]):
                 continue
-            waiter.barred = "" if waiter.barred and not queue.fresh else waiter.barred
-            found = self._weigh(waiter, promised, now)
-            best = self._best(found)
-            waiter.choice = best
+            before = waiter.choice
+            best = self._again(waiter, promised, now) if ticks - waiter.tick < KEPT_TICKS else None
             if best is None:
-                waited_s = now - waiter.ticket.queued_at
-                if waited_s >= self.knobs.drain_after_s and self._is_nowhere(queue.key, waiter):
+                if self._evaluations >= knobs.evaluations and depth:
+                    return False
+                found = self._weigh(waiter, promised, now)
+                best = self._best(found)
+                waiter.tick = ticks
+            waiter.choice, waiter.seen, waiter.barred = best, self._serial, ""
+            if best is None:
+                if now - ticket.queued_at >= knobs.drain_after_s:
                     self._request_drain(queue.key, waiter, now)
-                if waiter.ticket.excluded:
+                if ticket.excluded:
                     continue
                 break
-            free = [c for c in found if c.terms.kind is GO]
             kind = best.terms.kind
             if kind is not GO and free and self._has_held_enough(waiter, best, now):
-                best, kind = min(free, key=_rank), GO
+                found = found or self._weigh(waiter, promised, now)
+                ready = [c for c in found if c.terms.kind is GO]
+                if ready:
+                    best, kind = min(ready, key=_rank), GO
+            name = best.backend
             if kind is GO:
-                self._remove(waiter.ticket)
+                self._remove(ticket)
                 self._started[call.owner] += 1
-                effects.append(self._commit(waiter, best, found, now))
+                effects.append(self._commit(waiter, best, found or [best], now))
                 gate = None
+                self._notice()
+                free.pop(name, None)
+                if self._has_room(free, name, queue.key, ticket, promised, now):
+                    free[name] = True
                 continue
-            promised[best.backend] = promised.get(best.backend, 0) + 1
+            promised[name] = promised.get(name, 0) + 1
+            if name in free and not self._has_room(free, name, queue.key, ticket, promised, now):
+                del free[name]
+            if before is None or before.backend != name or before.terms.kind is not kind:
+                self._record(waiter, best, found or [best], now)
             if kind is LOAD:
-                self._start_load(waiter.ticket, best.quote, "call", now, effects)
+                self._start_load(ticket, best.quote, "call", now, effects)
             if not free:
-                if kind is HOLD and len(waiters) > depth + 1:
-                    self._consider_copy(found, len(waiters) - depth - 1, now, effects)
+                rest = len(queue.waiters) - 1
+                if kind is HOLD and rest and found is not None:
+                    self._consider_copy(found, rest, now, effects)
                 break
+        return True
+
+    def _free(self, key: PlacementKey, ticket: Ticket, now: float) -> dict[str, bool]:
+        """The backends where a slot of this key is free."""
+        free = {}
+        for place in self._view.places(ticket.call, frozenset()):
+            quote = self._quote(place, key, now)
+            if quote is not None and (quote.is_free() or quote.may_probe):
+                free[place.name] = True
+        return free
+
+    def _has_room(
+        self,
+        free: Mapping[str, bool],
+        name: str,
+        key: PlacementKey,
+        ticket: Ticket,
+        promised: Mapping[str, int],
+        now: float,
+    ) -> bool:
+        """Whether a slot is left there beyond those promised."""
+        del free
+        for place in self._view.places(ticket.call, frozenset()):
+            if place.name == name:
+                quote = self._quote(place, key, now)
+                return quote is not None and quote.is_free(promised.get(name, 0))
+        return False
+
+    def _again(
+        self, waiter: Waiter, promised: Mapping[str, int], now: float
+    ) -> Choice | None:
+        """What it did best before, where little has moved since; None: it is to be weighed."""
+        best = waiter.choice
+        if best is None or waiter.barred or best.terms.kind is LOAD or self._tiers:
+            return None
+        moved = [name for name, at in self._moved_at.items() if at > waiter.seen]
+        if len(moved) > FEW:
+            return None
+        if not moved:
+            return best if best.terms.kind is HOLD else None
+        call = waiter.ticket.call
+        places = {p.name: p for p in self._view.places(call, waiter.ticket.excluded)}
+        if best.backend not in places:
+            return None
+        for name in moved:
+            place = places.get(name)
+            option = None if place is None else self._priced(place, waiter, promised, now)
+            if name == best.backend:
+                if option is None or option.terms.total > best.terms.total + WORSE_S:
+                    return None
+                best = option
+            elif option is not None and not option.short and option[1].total < best[1].total:
+                best = option
+        return best
 
     def _has_held_enough(self, waiter: Waiter, best: Choice, now: float) -> bool:
         """Whether a free slot was declined for so long that the best of them is to be taken."""
         if waiter.declined_at is None:
             waiter.declined_at = now
+            self.decisions.declined += 1
             waiter.declined_until = now + max(self.knobs.decline_s, 2.0 * best.terms.wait)
         return now > waiter.declined_until
 
@@ -1048,25 +1178,35 @@ class Plan:
                 belief.probing(call.key.model, now)
                 track.probing = True
         self._sent[ticket] = (waiter, choice.backend)
-        self._record(waiter, choice, found, now)
+        if waiter.gated_at is not None:
+            self.decisions.gated.observe(now - waiter.gated_at)
+            waiter.gated_at = None
+        decision = self._record(waiter, choice, found, now)
         why = "short-context" if choice.short else "cold" if ticket.cold else "warm"
         beyond = quote.embeds or quote.remote
-        return Commit(ticket, choice.backend, why, probe=probe, slots=1 << 20 if beyond else None)
+        slots = 1 << 20 if beyond else None
+        return Commit(ticket, choice.backend, why, probe=probe, slots=slots, planned=decision)
 
     def _record(
         self, waiter: Waiter, choice: Choice, found: Sequence[Choice], now: float
-    ) -> None:
-        kind = choice.terms.kind
-        self.counts[kind.value] = self.counts.get(kind.value, 0) + 1
-        others = sorted((c for c in found if c is not choice), key=_rank)[:4]
-        call = waiter.ticket.call
-        number = len(waiter.ticket.attempts) + 1
-        options = (choice, *others)
-        self.decisions.append(
-            Decision(
-                now, number, call.id, call.key, kind, waiter.need, options, waiter.tag, self.fair.virtual_time
-            )
+    ) -> Decision:
+        ticket = waiter.ticket
+        call = ticket.call
+        decision = Decision(
+            now,
+            self._passes,
+            call.id,
+            len(ticket.attempts) + 1,
+            call.key,
+            waiter.need,
+            choice,
+            found,
+            waiter.tag,
+            self.fair.virtual_time,
+            self._version,
         )
+        self.decisions.add(decision)
+        return decision
 
     # -- loads ---------------------------------------------------------------------------------
 
@@ -1080,11 +1220,9 @@ class Plan:
         self._expect(ledger, quote)
         for victim in quote.victims:
             self.prefixes.drop(quote.backend, victim.model)
-        reason = f"load:{why}"
-        self.counts[reason] = self.counts.get(reason, 0) + 1
         keep_alive = f"{self.knobs.warm_keep_alive_s:.0f}s"
-        victims = quote.victims
-        effects.append(Load(ticket, quote.backend, quote.key, why, victims, keep_alive))
+        told = (quote.key, why, quote.victims, keep_alive, quote.load_s, quote.evict_s)
+        effects.append(Load(ticket, quote.backend, *told))
 
     def _expect(self, ledger: Ledger, quote: Quote) -> None:
         """Remember what should be in memory after this load."""
@@ -1165,12 +1303,13 @@ class Plan:
             options += self._drain_options(ledger, key, now)
         if not options:
             return
-        _, name, victim, last_s = min(options)
+        cost_s, name, victim, last_s = min(options)
         until = now + max(60.0, 2.0 * last_s)
         ledger = self._ledger(name)
         ledger.drain = Drain(victim, key, now, until)
         ledger.moved()
-        self.counts["drain"] = self.counts.get("drain", 0) + 1
+        shown = names.display(victim), names.display(key.model)
+        self.decisions.emit(DrainRequested(now, name, *shown, last_s, cost_s))
 
     def _drain_options(
         self, ledger: Ledger, key: PlacementKey, now: float
@@ -1217,9 +1356,12 @@ class Plan:
                 continue
             queue = self._queues.get(drain.wanted)
             waiter = queue.waiters[0] if queue is not None and queue.waiters else None
-            if waiter is None or now >= drain.until or not self._is_nowhere(drain.wanted, waiter):
-                ledger.drain = None
-                ledger.moved()
+            if waiter is None:
+                self._end_drain(ledger, drain, "nobody waits", now)
+                continue
+            if now >= drain.until or not self._is_nowhere(drain.wanted, waiter):
+                why = "late" if now >= drain.until else "found elsewhere"
+                self._end_drain(ledger, drain, why, now)
                 continue
             if ledger.is_busy(drain.victim):
                 continue
@@ -1227,10 +1369,15 @@ class Plan:
             place = next((p for p in places if p.name == ledger.name), None)
             quote = None if place is None else self._quote(place, drain.wanted, now)
             if quote is None or not quote.may_load:
-                ledger.drain = None
-                ledger.moved()
+                self._end_drain(ledger, drain, "no room", now)
                 continue
             self._start_load(waiter.ticket, quote, "drain", now, effects)
+
+    def _end_drain(self, ledger: Ledger, drain: Drain, why: str, now: float) -> None:
+        ledger.drain = None
+        ledger.moved()
+        shown = names.display(drain.victim), names.display(drain.wanted.model)
+        self.decisions.emit(DrainEnded(now, ledger.name, *shown, why, now - drain.since))
 
     # -- ticks ---------------------------------------------------------------------------------
 
@@ -1245,10 +1392,28 @@ class Plan:
                 ledger.rest(now)
             elif not ledger.is_idle or ledger.speed.slow_factor < 1.0:
                 loading = self._view.loading_on(ledger.name) is not None
+                speed = ledger.speed
+                before, rate = speed.slow_factor, speed.decode_rate
                 ledger.watch(now, window_s, loading=loading)
+                if speed.slow_factor != before:
+                    self._tell_slowness(ledger, before, now, learned=speed.decode_rate != rate)
                 self._mind_slots(ledger, now)
         if self._ticks % BACKGROUND_TICKS == 0:
             self._place_ahead(now, effects)
+
+    def _tell_slowness(
+        self, ledger: Ledger, before: float, now: float, *, learned: bool
+    ) -> None:
+        """It became slow, or is no more; how slow it is meanwhile is only kept."""
+        name, factor = ledger.name, ledger.speed.slow_factor
+        if factor < 1.0:
+            self.decisions.slow[name] = factor
+        else:
+            self.decisions.slow.pop(name, None)
+        if factor < 1.0 and before < 1.0:
+            return
+        why = "slow" if factor < 1.0 else "learned" if learned else "recovered"
+        self.decisions.emit(Straggling(now, name, factor, why))
 
     def _mind_slots(self, ledger: Ledger, now: float) -> None:
         """Calls that wait behind fewer streams than slots are believed in: believe those."""
@@ -1271,6 +1436,7 @@ class Plan:
             )
             if belief.believed(model) != before:
                 ledger.moved()
+                self._told_slots(ledger.name, model, before, "starved", now)
 
     def _place_ahead(self, now: float, effects: list[Effect]) -> None:
         """At most one load that nobody waits for yet."""
@@ -1351,26 +1517,113 @@ class Plan:
         return min(c.terms.wait for c in found) + position / rate
 
     def rehearse(self, ticket: Ticket, view: View, now: float) -> Rehearsal:  # noqa: ARG002 - it sees more itself
-        """What would be decided for *ticket*, which waits nowhere."""
-        waiter = Waiter(ticket, math.inf, self._need(ticket.call), 0.0)
-        queue = self._queues.get(ticket.call.key)
-        promised: dict[str, int] = {}
-        for other in queue.waiters if queue is not None else ():
-            if other.choice is not None:
-                name = other.choice.backend
-                promised[name] = promised.get(name, 0) + 1
+        """What would be decided for *ticket*, whether it waits here or nowhere."""
+        waiter, call, planned_with = self._waiters.get(ticket), ticket.call, None
+        if waiter is None:
+            if not call.prompt_tokens:
+                planned_with = round(self._prompts.get(call.key.model, 0.0))
+                call = replace(call, prompt_tokens=planned_with)
+                ticket = replace(ticket, call=call)
+            tag = FRONT if ticket.attempts else self.fair.next_tag(call.fair_key)
+            waiter = Waiter(ticket, tag, self._need(call), 0.0)
+        ahead = self._ahead(waiter)
+        holds = [other.choice.backend for other in ahead if other.choice is not None]
+        promised = Counter(holds)
         found = sorted(self._weigh(waiter, promised, now, exists=False), key=_rank)
         best = self._best(found)
-        options = tuple(_option(c, best) for c in found)
+        text = self._why_not_yet(waiter, now)
         effect: Commit | Load | None = None
-        if best is not None and best.terms.kind is GO:
-            effect = Commit(ticket, best.backend, "short-context" if best.short else "warm")
-        elif best is not None and best.terms.kind is LOAD:
-            effect = Load(ticket, best.backend, ticket.call.key, "call", best.quote.victims)
-        wait_s = self.wait_estimate(ticket, now) if best is not None else math.inf
-        if effect is not None and best is not None:
-            wait_s = best.terms.wait
-        return Rehearsal(options, effect, wait_s)
+        wait_s = math.inf if best is None else self.wait_estimate(ticket, now)
+        if best is not None and not text:
+            if best.terms.kind is GO:
+                effect = Commit(ticket, best.backend, "short-context" if best.short else "warm")
+            elif best.terms.kind is LOAD:
+                effect = Load(ticket, best.backend, call.key, "call", best.quote.victims)
+            else:
+                text = _why_held(best, found)
+            wait_s = wait_s if effect is None else best.terms.wait
+        return Rehearsal(
+            tuple(self._shown(each, best, waiter.need.prompt, now) for each in found),
+            effect,
+            wait_s,
+            best.backend if best is not None and effect is None else "",
+            text,
+            self._barred(waiter, {each.backend for each in found}, now),
+            Turn(len(ahead), waiter.tag, self.fair.virtual_time),
+            planned_with,
+        )
+
+    def _ahead(self, waiter: Waiter) -> list[Waiter]:
+        """Those that wait for the same and are before it."""
+        queue = self._queues.get(waiter.ticket.call.key)
+        if queue is None:
+            return []
+        return queue.waiters[: bisect.bisect_left(queue.waiters, waiter.order, key=_order)]
+
+    def _why_not_yet(self, waiter: Waiter, now: float) -> str:
+        """Why a call is not looked at now, whatever is free; for people, empty: it is."""
+        call = waiter.ticket.call
+        queue = self._queues.get(call.key) or Queue(call.key)
+        if not self._may_start(call, 0):
+            return "waits until fewer calls of its key run (limits.slots)"
+        patience_s, waited_s = self.knobs.batch_patience_s, now - waiter.ticket.queued_at
+        if call.batch and waited_s < patience_s and not self._is_gate_open(queue, waiter, now):
+            return (
+                "gives way, as batch: the slots that are free are kept for interactive calls, for "
+                f"{patience_s:.0f} s at the longest"
+            )
+        others = any(each.ticket.call.fair_key != call.fair_key for each in queue.waiters)
+        if others and self._is_over_share(call):
+            return "waits: its key has its share of the slots, and others wait"
+        return ""
+
+    def _barred(self, waiter: Waiter, found: Container[str], now: float) -> dict[str, str]:
+        """Why the backends that may serve a call and were not *found* are no candidates."""
+        call, excluded = waiter.ticket.call, waiter.ticket.excluded
+        return {
+            place.name: self._why_no_candidate(place, call.key, now)
+            for place in self._view.places(call, excluded, exists=False)
+            if place.name not in found
+        }
+
+    def _why_no_candidate(self, place: Place, key: PlacementKey, now: float) -> str:
+        ledger, drain = self._ledger(place.name), self._ledger(place.name).drain
+        loading = self._view.loading_on(place.name)
+        if drain is not None and drain.wanted != key:
+            wanted = names.display(drain.wanted.model)
+            if drain.victim == key.model:
+                return f"runs dry there, for {wanted} to be loaded in its place"
+            return f"not in memory, and room is being made there for {wanted}"
+        if loading is not None or ledger.asked_load is not None:
+            other = loading.key if loading is not None else ledger.asked_load
+            shown = "another model" if other is None else names.display(other.model)
+            return f"not in memory, and {shown} is being loaded there"
+        until = ledger.failed.get(key, -math.inf)
+        if until > now:
+            return f"not in memory, and a load failed there; again in {until - now:.0f} s"
+        held = ", ".join(names.display(it.model) for it in self._in_memory(place.name))
+        return f"not in memory, and there is no room: {held or 'what is there'} is in use or pinned"
+
+    def _shown(
+        self, choice: Choice, best: Choice | None, prompt: float, now: float
+    ) -> Option:
+        """A candidate for people: what it would cost, and of what that is made."""
+        quote, terms = choice.quote, choice.terms
+        state = _STATES[terms.kind]
+        if terms.kind is HOLD:
+            state = "in memory, every slot is taken or promised"
+            if quote.load_left_s is not None:
+                state = "being loaded"
+        if choice.short:
+            state += f", context of {quote.context} is too short"
+        lead = "costs least" if choice is best else "costs more"
+        why = f"{lead}: {terms.total:.2f} s"
+        ledger = self._ledger(choice.backend)
+        victims = tuple(
+            (victim, self._eviction_s(ledger, victim.model, now)) for victim in quote.victims
+        )
+        told = _terms(choice, prompt)
+        return Option(choice.backend, state, why, terms.kind.value, told, victims)
 
     # -- what is learned -----------------------------------------------------------------------
 
@@ -1417,10 +1670,6 @@ def _head_order(queue: Queue) -> tuple[float, int]:
     return queue.waiters[0].order if queue.waiters else (math.inf, 0)
 
 
-def _rank(choice: Choice) -> tuple[float, str]:
-    return (choice.terms.total, choice.backend)
-
-
 def _without_probe(quote: Quote) -> Quote:
     return replace(quote, may_probe=False)
 
@@ -1433,27 +1682,34 @@ def _prefers(backend: Backend, model: str) -> bool:
 _STATES: Final = {GO: "in memory, a slot is free", HOLD: "busy", LOAD: "not in memory"}
 
 
-def _option(choice: Choice, best: Choice | None) -> Option:
-    """A candidate for people: what it would cost, and of what that is made."""
-    quote, terms = choice.quote, choice.terms
-    state = _STATES[terms.kind]
-    if terms.kind is HOLD:
-        state = "being loaded" if quote.load_left_s is not None else "in memory, every slot is taken"
-    if choice.short:
-        state += f", context of {quote.context} is too short"
-    parts = [
-        f"{name} {value:.2f} s"
-        for name, value in (
-            ("wait", terms.wait),
-            ("backlog", terms.backlog),
-            ("prompt", terms.prefill * terms.share),
-            ("answer", terms.decode),
-            ("disturbs", terms.disturb),
-            ("evicts", terms.evict),
-        )
-        if value >= 0.005
-    ]
-    cached = f", {terms.cached:.0f} tokens cached" if terms.cached >= 1.0 else ""
-    lead = "costs least" if choice is best else "costs more"
-    why = f"{lead}: {terms.total:.2f} s ({', '.join(parts) or 'nothing'}{cached})"
-    return Option(choice.backend, state, why)
+def _why_held(best: Choice, found: Sequence[Choice]) -> str:
+    """What a call that could start nowhere better waits for, for people."""
+    what = "the load" if best.quote.load_left_s is not None else "a slot"
+    text = f"holds for {what} on {best.backend}"
+    free = [each for each in found if each.terms.kind is GO]
+    if free:
+        other = min(free, key=_rank)
+        text += f", which costs less than {other.backend}, where a slot is free"
+    return text
+
+
+def _terms(choice: Choice, prompt: float) -> dict[str, float]:
+    """A price by name, in the order in which it adds up; its last is the sum."""
+    terms, quote = choice.terms, choice.quote
+    return {
+        "wait_s": terms.wait,
+        "backlog_s": terms.backlog,
+        "prefill_s": terms.prefill * terms.share,
+        "new_tokens": prompt - terms.cached,
+        "cached_tokens": terms.cached,
+        "share": terms.share,
+        "decode_s": terms.decode,
+        "disturb_s": terms.disturb,
+        "evict_s": terms.evict,
+        "prefer_s": -terms.bonus,
+        "total_s": terms.total,
+        "in_flight": quote.in_flight,
+        "slots": quote.slots,
+        "promised": choice.promised,
+        "slow_factor": quote.slow,
+    }

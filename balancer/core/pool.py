@@ -391,6 +391,7 @@ class Pool:
         self.pins = Pins()
         self._known: dict[tuple[PlacementKey, str], _Places] = {}
         self._latest: tuple[PlacementKey | None, Route | None, _Places | None] = (None, None, None)
+        self._choices: dict[str, bool] = {}
         self._edition = -1  # of the catalogue, by which they are known
         self._moves = 0  # of whatever could hinder a backend: health, breakers, switches, suspicion
         self.watchdog = Watchdog(clock, settings.first_byte_s)
@@ -550,9 +551,7 @@ class Pool:
 
     def _places(self, call: Call) -> _Places:
         """Who holds what calls like this one need."""
-        edition = self.catalog.edition
-        if edition != self._edition or len(self._known) > MOST_KNOWN:
-            self._edition = edition
+        if self.catalog.edition != self._edition or len(self._known) > MOST_KNOWN:
             self._forget_places()
         key, route, known = self._latest  # a call is asked about several times on its way
         if key is not call.key or route is not call.route or known is None:
@@ -563,8 +562,19 @@ class Pool:
             self._latest = call.key, call.route, known
         return known
 
+    def is_choice(self, model: str) -> bool:
+        """Whether calls for *model* may go to more than one backend."""
+        if self.catalog.edition != self._edition or len(self._choices) > MOST_KNOWN:
+            self._forget_places()
+        found = self._choices.get(model)
+        if found is None:
+            found = self._choices[model] = len(self.holders(model)) > 1
+        return found
+
     def _forget_places(self) -> None:
+        self._edition = self.catalog.edition
         self._known.clear()
+        self._choices.clear()
         self._latest = None, None, None
 
     def _find_places(self, call: Call) -> _Places:
@@ -1142,12 +1152,23 @@ class Pool:
 
     # -- loads ---------------------------------------------------------------------------------
 
-    def take_token(self, backend: str, key: PlacementKey, why: str, *, trial: bool = False) -> bool:
+    def take_token(
+        self,
+        backend: str,
+        key: PlacementKey,
+        why: str,
+        *,
+        trial: bool = False,
+        victims: Sequence[PlacementKey] = (),
+        expected_s: float = 0.0,
+        evict_s: float = 0.0,
+    ) -> bool:
         """
         Take the member's single load token; False: it is taken, or a breaker says no.
 
         Args:
             trial: The load is the trial of an open breaker, whose permit the caller holds.
+            victims, expected_s, evict_s: As of `Load`, to be told.
         """
         member = self.members.get(backend)
         if member is None or member.loading is not None:
@@ -1157,7 +1178,9 @@ class Pool:
             return False
         now = self.now()
         member.loading = Loading(key, now, why, permits, self.catalog.reloads(backend, key))
-        self._emit(LoadStarted(now, backend, names.display(key.model), why))
+        gone = tuple(names.display(victim.model) for victim in victims)
+        shown = names.display(key.model)
+        self._emit(LoadStarted(now, backend, shown, why, gone, expected_s, evict_s))
         return True
 
     def end_load(self, backend: str, key: PlacementKey, outcome: Outcome) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from balancer.core.domain import Call, PlacementKey
+from balancer.core.events import Planning
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +20,7 @@ class Run:
         probe: It went one above the slots believed in.
         first_at: When its first byte came, None: none has.
         records: That came so far, about one for each token.
+        planned: What was foreseen of it; None: nothing was.
     """
 
     call: Call
@@ -29,6 +31,7 @@ class Run:
     probe: bool = False
     first_at: float | None = None
     records: int = 0
+    planned: Planning | None = None
 
     @property
     def key(self) -> PlacementKey:

@@ -13,8 +13,9 @@ Laws:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from balancer.core.domain import (
     record,
 )
 from balancer.core.errors import BalancerError
+from balancer.core.events import Planning
 from balancer.core.running import Run
 
 
@@ -61,6 +63,7 @@ class Ticket:
     state: TicketState = TicketState.WAITING
     cold: bool = False  # a load was made for it
     load_on: str | None = None
+    estimate_s: float = math.inf  # of its wait, as it was told when it came; inf: it was not
 
 
 @record
@@ -73,6 +76,7 @@ class Commit:
             there.
         probe: It may take one slot more than is believed in.
         slots: Believed in for this call; None: what the pool believes.
+        planned: What was foreseen, where the strategy foresees.
     """
 
     ticket: Ticket
@@ -80,6 +84,7 @@ class Commit:
     why: str
     probe: bool = False
     slots: int | None = None
+    planned: Planning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,8 @@ class Load:
         ticket: Who waits for it; a failure counts as an attempt of that call. None: nobody yet.
         victims: Unloaded before, in this order.
         keep_alive: For the load, where its ticket has none of its own; None: the host's default.
+        expected_s: How long it should take; 0: nobody foresaw that.
+        evict_s: What the victims' users will pay.
     """
 
     ticket: Ticket | None
@@ -99,6 +106,8 @@ class Load:
     why: str
     victims: tuple[PlacementKey, ...] = ()
     keep_alive: str | None = None
+    expected_s: float = 0.0
+    evict_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +216,33 @@ class Option:
     Args:
         state: What a call would find there, for people.
         why: What puts it before the next, or behind the best, for people.
+        kind: What it can do for the call now: go, hold or load; empty: the strategy has no kinds.
+        terms: Of what its price is made, by name: seconds where the name says so.
+        victims: What would be unloaded for the call, and what the users of each will pay.
     """
 
     backend: str
     state: str
     why: str
+    kind: str = ""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    victims: tuple[tuple[PlacementKey, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """
+    A call's place in the fair queue.
+
+    Args:
+        ahead: Calls that wait for the same and are before it.
+        tag: It goes by this.
+        virtual: The queue's time: the tag of the last call that went.
+    """
+
+    ahead: int
+    tag: float
+    virtual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +254,21 @@ class Rehearsal:
         options: Every candidate, best first.
         effect: None: it would wait.
         wait_s: An estimate of how long; inf: nobody can tell.
+        holds: The backend it would wait for; empty: none in particular.
+        text: Why it would wait, for people; empty: the strategy does not tell.
+        barred: Why others that may serve it are no options, for people, by backend.
+        turn: Its place in the queue, where that is a fair one.
+        prompt_tokens: What it was planned with; None: as it is.
     """
 
     options: tuple[Option, ...]
     effect: Commit | Load | None
     wait_s: float
+    holds: str = ""
+    text: str = ""
+    barred: Mapping[str, str] = field(default_factory=dict)
+    turn: Turn | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

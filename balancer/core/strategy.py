@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from balancer.core.decisions import Decisions
 from balancer.core.domain import Call
 from balancer.core.greedy import POLICIES, Greedy
 from balancer.core.knobs import Knobs
 from balancer.core.plan import Plan, Sight
+from balancer.core.prefix import SESSION_S
 from balancer.core.scheduler import Scheduler
 
 STRATEGIES: Final = ("plan", *POLICIES)
@@ -19,6 +21,8 @@ def build(
     view: Sight,
     may_start: Callable[[Call, int], bool] = lambda *_: True,
     knobs: Knobs | None = None,
+    session_s: float = SESSION_S,
+    decisions: Decisions | None = None,
 ) -> Scheduler:
     """
     The scheduler of that name.
@@ -26,10 +30,14 @@ def build(
     Args:
         may_start: See `Limits.may_start`.
         knobs: Of the plan.
+        session_s: How long the plan remembers where a named session went; below 0: not at all.
+        decisions: Where the plan keeps them.
 
     Raises:
         KeyError: There is none of that name.
     """
     if name == "plan":
-        return Plan(view, knobs, may_start=may_start)
+        plan = Plan(view, knobs, may_start=may_start, decisions=decisions)
+        plan.prefixes.session_s = session_s
+        return plan
     return Greedy(POLICIES[name], view, may_start)

@@ -25,10 +25,11 @@ from aiohttp import web
 from balancer.core import names
 from balancer.core.aliases import Aliases
 from balancer.core.body import Body, read, renamed
+from balancer.core.chains import NOTHING, Chain, chain
 from balancer.core.contexts import Contexts, applied
 from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
 from balancer.core.domain import Attempt as Tried
-from balancer.core.domain import Call, Outcome, PlacementKey, Purpose, Role, Usage, Verdict
+from balancer.core.domain import Call, Outcome, PlacementKey, Purpose, Role, Route, Usage, Verdict
 from balancer.core.errors import (
     AttemptsExhausted,
     BadRequest,
@@ -61,6 +62,7 @@ from balancer.net.visitor import Asked
 
 MAX_DEADLINE_S: Final = 3600.0
 _OK: Final = Verdict.OK
+_RUN: Final = Purpose.RUN
 # Nobody serves the model; another may do instead.
 _LOST: Final = (NoBackend, AttemptsExhausted, UnknownModel, Forbidden)
 RELAYED: Final = {"content-type": "Content-Type", "cache-control": "Cache-Control"}
@@ -73,6 +75,8 @@ class ProxySettings:
 
     Args:
         heartbeat_after_s, heartbeat_s: Of silence before the first heartbeat, and each further one.
+        by_prefix: Conversations are known by how they begin, and are told apart for whoever
+            chooses a backend.
     """
 
     max_body: int = 256 * 1024 * 1024
@@ -82,6 +86,7 @@ class ProxySettings:
     heartbeat_s: float | None = 15.0
     aliases: Aliases = field(default_factory=Aliases)
     sharing: Sharing = field(default_factory=Sharing)
+    by_prefix: bool = False
 
 
 class Grant:
@@ -306,6 +311,7 @@ class Proxy:
         session = share.session_for(told.session)
         exchange.streaming = told.streaming
         exchange.use(told.model, told.key.model)
+        links, shared = self._chain(route, told, body)
         total_s, arrived_at = asked.limit_s, exchange.started_at
         if self.settings.total_s is not None:
             total_s = min(self.settings.total_s, total_s or math.inf)
@@ -330,9 +336,20 @@ class Proxy:
             fair_key=share.key_for(session),
             batch=share.batch or told.inputs > MANY_INPUTS,
             inputs=told.inputs,
+            chain=links,
+            shared=shared,
             session=session,
             owner=share.owner,
         )
+
+    def _chain(self, route: Route, told: Body, body: bytes | bytearray) -> tuple[Chain, int]:
+        """How the prompt begins, where that may say which backend answers it soonest."""
+        if not self.settings.by_prefix or told.purpose is not _RUN:
+            return NOTHING
+        model = told.key.model  # an alias, too: whoever says it once says it again
+        if not self.dispatcher.is_choice(model) and self.settings.aliases.find(model) is None:
+            return NOTHING
+        return chain(body, route, model)
 
     def _share(self, exchange: Exchange) -> Share:
         """Whose share of the pool the calls behind a head use up."""

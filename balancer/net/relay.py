@@ -53,6 +53,7 @@ class Relay:
         "_outcome",
         "_outlet",
         "_reply",
+        "_run",
         "_split",
         "is_over",
     )
@@ -77,6 +78,7 @@ class Relay:
         framing = attempt.framing
         self._split: Splitter | None = None if framing is Framing.JSON else splitter(framing)
         self._outlet = exchange.outlet
+        self._run = lease.run
         self._moved_at = 0.0
         self.is_over = False
 
@@ -103,6 +105,7 @@ class Relay:
         split = self._split
         if split is not None:
             data = split.feed(data)
+            self._run.records = split.records  # a read may bring many, or none
         if data and not self.is_over:
             self._outlet.write(data)
 
@@ -122,7 +125,7 @@ class Relay:
         at = 0.0 if handle is None else handle.moved_at()
         if at > self._moved_at:
             self._moved_at = at
-            self._lease.moved()
+            self._lease.moved(0)
         return self._moved_at
 
     def _over(self) -> None:

@@ -20,15 +20,45 @@ from bench.fuzzing import chance, corpus
 from tests.net.test_connection import SHORT, Bench, Tape
 
 WORDS = (
-    *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\r\n\r\n", b"0\r\n\r\n", b"5\r\n", b";a=b"),
+    *(
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b"\0",
+        b" ",
+        b"\t",
+        b":",
+        b"\r\n\r\n",
+        b"0\r\n\r\n",
+        b"5\r\n",
+        b";a=b",
+    ),
     *(b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n"),
     *(b"Connection: close\r\n", b"Connection: keep-alive\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"),
-    *(b"HTTP/1.1 103 E\r\nContent-Length: 3\r\n\r\n", b"HTTP/1.0", b"HTTP/1.1 204 N\r\n\r\n", SHORT),
+    *(
+        b"HTTP/1.1 103 E\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.0",
+        b"HTTP/1.1 204 N\r\n\r\n",
+        SHORT,
+    ),
     *(b"HTTP/1.1 304 N\r\nContent-Length: 3\r\n\r\n", b"Upgrade: h2c\r\n", b"Trailer: x\r\n", b"-"),
-    *(b"ffffffffffffffff\r\n", b"00000000000000005\r\n", b"+5", b"0x5", b"5 ", b" 5", b"\xff", b","),
+    *(
+        b"ffffffffffffffff\r\n",
+        b"00000000000000005\r\n",
+        b"+5",
+        b"0x5",
+        b"5 ",
+        b" 5",
+        b"\xff",
+        b",",
+    ),
     *(b"X: " + b"y" * 5000 + b"\r\n", b"X: y\r\n" * 140, b";" + b"e" * 3000, b"200", b"101", b"1"),
     *(b" continued\r\n", b"X:\r\n", b": y\r\n", b"X : y\r\n", b"Proxy-Connection: keep-alive\r\n"),
-    *(b"Transfer-Encoding: \r\n", b"Transfer-Encoding: gzip\r\n", b"transfer-encoding:chunked \r\n"),
+    *(
+        b"Transfer-Encoding: \r\n",
+        b"Transfer-Encoding: gzip\r\n",
+        b"transfer-encoding:chunked \r\n",
+    ),
 )
 CUT = (FailureKind.CUT, FailureKind.RESET)
 
@@ -64,7 +94,7 @@ def _made(rng: random.Random) -> bytes:
 # Nobody reads the reason, and line ends before an answer mean nothing.
 STATUS = re.compile(rb"[\r\n]*HTTP/1\.([01]) ([1-5][0-9]{2})( [^\r\n]*)?\r\n")
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*\r\n")
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+CHUNK = re.compile(rb"([0-9A-Fa-f]+)(;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 EXTENSION = re.compile(rb'(?:;[a-z]+(?:=(?:[a-z]+|"[a-z ]*"))?)*')  # that all readers take
 FRAMING = ("content-length", "transfer-encoding", "connection", "upgrade")  # of the answer alone
 
@@ -146,6 +176,7 @@ def _read(data: bytes, answer: Answer, *, bare: bool) -> None:
     if status == 101 or bad_length or bad_coding:
         raise _WrongError
     answer.status, answer.headers = status, headers
+    answer.unclear |= "proxy-connection" in dict(told)  # the parser takes it for the other
     asked = {each.strip().lower() for name, value in told for each in value.split(",")
              if name == "connection"}  # fmt: skip
     stays = "close" not in asked and (line[1] == b"1" or "keep-alive" in asked)
@@ -173,6 +204,8 @@ def _chunks(data: bytes, at: int, answer: Answer) -> None:
         line = _match(CHUNK, data, at)
         size, at = int(line[1], 16), line.end()
         answer.unclear |= EXTENSION.fullmatch(line[2] or b"") is None
+        if size >= 1 << 64:
+            raise _WrongError
         if size == 0:
             break
         answer.body += data[at : at + size]
@@ -181,8 +214,8 @@ def _chunks(data: bytes, at: int, answer: Answer) -> None:
         if data[at + size : at + size + 2] != b"\r\n":
             raise _WrongError
         at += size + 2
-    full = len(answer.headers) == MAX_HEADERS
-    trailers, answer.end = _headers(data, at, MAX_HEADERS if full else 0)
+    full = len(answer.headers) == MAX_HEADERS  # then no trailer may come; else any number
+    trailers, answer.end = _headers(data, at, MAX_HEADERS if full else -len(data))
     answer.unclear |= any(name.lower() in FRAMING for name, _ in trailers)
     answer.state = "complete"
 

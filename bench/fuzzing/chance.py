@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 MOST_BYTES = 1 << 20
 EDGES = (0, 1, 9, 10, 13, 32, 34, 58, 92, 127, 128, 195, 237, 255)
+ENDS = (b"\r", b"\n", b'"', b"\\", b":")
 BYTEWISE = 600  # bytes that may come one by one
 
 
@@ -19,21 +20,15 @@ def mutated(rng: random.Random, data: bytes, words: Sequence[bytes], most: int =
     return data
 
 
-def _put_in(
-    rng: random.Random, data: bytes, at: int, _: int, words: Sequence[bytes]
-) -> bytes:
+def _put_in(rng: random.Random, data: bytes, at: int, _: int, words: Sequence[bytes]) -> bytes:
     return data[:at] + rng.choice(words) + data[at:]
 
 
-def _put_over(
-    rng: random.Random, data: bytes, at: int, end: int, words: Sequence[bytes]
-) -> bytes:
+def _put_over(rng: random.Random, data: bytes, at: int, end: int, words: Sequence[bytes]) -> bytes:
     return data[:at] + rng.choice(words) + data[end:]
 
 
-def _put_byte(
-    rng: random.Random, data: bytes, at: int, _: int, __: Sequence[bytes]
-) -> bytes:
+def _put_byte(rng: random.Random, data: bytes, at: int, _: int, __: Sequence[bytes]) -> bytes:
     byte = rng.choice((rng.choice(EDGES), rng.randrange(256)))
     return data[:at] + bytes((byte,)) + data[at + rng.randint(0, 1) :]
 
@@ -42,9 +37,7 @@ def _take_out(_: random.Random, data: bytes, at: int, end: int, __: Sequence[byt
     return data[:at] + data[end:]
 
 
-def _double(
-    rng: random.Random, data: bytes, at: int, end: int, _: Sequence[bytes]
-) -> bytes:
+def _double(rng: random.Random, data: bytes, at: int, end: int, _: Sequence[bytes]) -> bytes:
     return data[:at] + data[at:end] * rng.choice((2, 2, 2, 9, 200)) + data[end:]
 
 
@@ -53,9 +46,7 @@ def _move(rng: random.Random, data: bytes, at: int, end: int, _: Sequence[bytes]
     return rest[:to] + data[at:end] + rest[to:]
 
 
-def _cut_off(
-    rng: random.Random, data: bytes, at: int, _: int, __: Sequence[bytes]
-) -> bytes:
+def _cut_off(rng: random.Random, data: bytes, at: int, _: int, __: Sequence[bytes]) -> bytes:
     return data[:at] if rng.random() < 0.3 else data
 
 
@@ -71,14 +62,16 @@ def pieces(rng: random.Random, data: bytes) -> list[bytes]:
     if how == 0 and size <= BYTEWISE:
         return [data[at : at + 1] for at in range(size)]
     if how == 1:  # where something ends
-        marks = [at + rng.randint(0, 2) for at in range(size) if data[at] in b"\r\n\"\\:"]
-        cuts = rng.sample(marks, min(len(marks), rng.randint(1, 6)))
+        cuts = [
+            data.find(rng.choice(ENDS), rng.randint(0, size)) + rng.randint(0, 2)
+            for _ in range(rng.randint(1, 6))
+        ]
     elif how == 2:
         step = rng.choice((1, 2, 3, 7, 100, 4096)) + size // 500
         cuts = list(range(step, size, step))
     else:
         cuts = [rng.randint(0, size) for _ in range(rng.randint(1, 8))]
-    bounds = sorted({0, size, *(cut for cut in cuts if cut < size)})
+    bounds = sorted({0, size, *(cut for cut in cuts if 0 < cut < size)})
     return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 

@@ -101,8 +101,10 @@ def _check_records(how: Framing, data: bytes, whole: tuple[bytes, Ending, bool, 
     if text != data:
         return
     found = _lines(data) if how is NDJSON else _events(data)
-    ended = _lines(data[: _ends(data, how)[-1]]) if how is NDJSON else _events(
-        data[: _ends(data, how)[-1]]
+    ended = (
+        _lines(data[: _ends(data, how)[-1]])
+        if how is NDJSON
+        else _events(data[: _ends(data, how)[-1]])
     )
     assert len(ended) == count
     last = found[-RECENT:]

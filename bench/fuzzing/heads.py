@@ -19,7 +19,16 @@ TARGETS = (
     Target("https://h", headers=(("Authorization", "Bearer k"), ("X-Own", "1"))),
     Target("http://h/%2e", headers=(("X-Request-Id", "own"),)),
 )
-NAMES = ("Accept", "X-A", "content-LENGTH", "Transfer-Encoding", "Host", "Connection", "TE", "X-Own")
+NAMES = (
+    "Accept",
+    "X-A",
+    "content-LENGTH",
+    "Transfer-Encoding",
+    "Host",
+    "Connection",
+    "TE",
+    "X-Own",
+)
 WORDS = (
     *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b": ", b"\xff", b"\xc3\xa9", b"\x7f", b"\x1b"),
     *(b"Content-Length: 5\r\n", b"?", b"#", b"%0d%0a", b" HTTP/1.1\r\n", b"Host", b"\xe2\x80\xa8"),
@@ -48,8 +57,11 @@ def check(data: bytes, rng: random.Random) -> None:
     assert not any(char in b"\r\n\0" for line in lines for char in line)
     method, path, version = first.split(b" ")
     assert (method, version) == (b"POST", b"HTTP/1.1")
-    assert path.endswith(f"{call.route.path}{'?' if call.query else ''}{call.query}".encode(
-        "utf-8", "surrogateescape"))
+    assert path.endswith(
+        f"{call.route.path}{'?' if call.query else ''}{call.query}".encode(
+            "utf-8", "surrogateescape"
+        )
+    )
     told = [line.decode("utf-8", "surrogateescape").partition(": ") for line in lines]
     told = [(name.lower(), value) for name, _, value in told]
     assert [v for n, v in told if n == "content-length"] == [str(len(call.body))]

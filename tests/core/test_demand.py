@@ -17,15 +17,32 @@ OTHER = PlacementKey("n")
 
 
 def test_steady_arrivals_are_learned() -> None:
-    """At two per second both memories come to two per second, the short one sooner."""
+    """At two per second both memories tell two per second, long before either is full."""
     found, now = Demand(), 0.0
     for step in range(20_000):
         now = step / 2
         found.arrived(K, now)
         if now == 240:
-            assert found.fast(K, now) > 5 * found.slow(K, now)
+            assert found.fast(K, now) == pytest.approx(2, rel=0.05)
+            assert found.slow(K, now) == pytest.approx(2, rel=0.05)
     assert found.fast(K, now) == pytest.approx(2, rel=0.01)
     assert found.slow(K, now) == pytest.approx(2, rel=0.01)
+
+
+def test_the_short_memory_follows_a_change_sooner() -> None:
+    """Ten times as many for two minutes: the short one has most of it, the long one little."""
+    found = Demand()
+    for step in range(3600):
+        found.arrived(K, 2.0 * step)
+    for step in range(600):
+        found.arrived(K, 7200 + step / 5)
+    assert 3.0 < found.fast(K, 7320) < 5.0
+    assert 0.5 < found.slow(K, 7320) < 1.0
+
+
+def heard(memory_s: float, seconds: float) -> float:
+    """How full a memory is that has listened for so long."""
+    return 1 - math.exp(-seconds / memory_s)
 
 
 def test_both_fade_at_their_own_pace() -> None:
@@ -33,9 +50,26 @@ def test_both_fade_at_their_own_pace() -> None:
     found = Demand(10, 100)
     assert (found.fast(K, 5), found.slow(K, 5)) == (0, 0)
     found.arrived(K, 0)
-    assert found.fast(K, 10) == pytest.approx(0.1 / math.e)
-    assert found.slow(K, 100) == pytest.approx(0.01 / math.e)
-    assert found.fast(K, -5) == pytest.approx(0.1)
+    assert found.fast(K, 10) == pytest.approx(0.1 / math.e / heard(10, 10))
+    assert found.slow(K, 100) == pytest.approx(0.01 / math.e / heard(100, 100))
+    assert found.fast(K, 1000) == pytest.approx(0.1 * math.exp(-100))
+
+
+def test_a_memory_that_listens_since_a_moment_is_not_blown_up() -> None:
+    """One arrival is no flood: less than a twentieth of the memory counts as a twentieth."""
+    found = Demand(10, 100)
+    found.arrived(K, 0)
+    assert found.fast(K, 0) == pytest.approx(0.1 / heard(10, 0.5))
+    assert found.slow(K, 0) == pytest.approx(0.01 / heard(100, 5))
+    assert found.fast(K, -5) == pytest.approx(0.1 / heard(10, 0.5))
+
+
+def test_listening_begins_with_the_first_arrival_of_all() -> None:
+    """A key that comes later was not there before, and is taken for as rare as it is."""
+    found = Demand(10, 100)
+    found.arrived(OTHER, 0)
+    found.arrived(K, 1000)
+    assert found.slow(K, 1000) == pytest.approx(0.01, rel=0.001)
 
 
 def test_what_nobody_wants_is_forgotten() -> None:
@@ -67,8 +101,17 @@ def test_rates_outlive_a_restart_by_their_age() -> None:
     again = Demand()
     again.restore(json.loads(json.dumps(found.dump(160))), 7.0, 60.0)
     assert again.keys() == (K,)
-    assert again.fast(K, 7) == pytest.approx(found.fast(K, 220))
-    assert again.slow(K, 8) == pytest.approx(found.slow(K, 221))
+    assert again.fast(K, 7) == pytest.approx(found.fast(K, 160) * math.exp(-60 / 120))
+    assert again.slow(K, 8) == pytest.approx(found.slow(K, 160) * math.exp(-61 / 1800))
+
+
+def test_what_was_kept_is_not_set_right_again() -> None:
+    """It was, when it was told; the clock before this one has listened for long enough."""
+    again = Demand(10, 100)
+    again.restore({"rates": [["m", [["num_ctx", 8192]], 0.5, 0.25]]}, 7.0, 0.0)
+    again.arrived(K, 7.0)
+    assert again.fast(K, 7.0) == pytest.approx(0.6)
+    assert again.slow(K, 7.0) == pytest.approx(0.26)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,14 @@ def test_json_has_no_splitter() -> None:
 def test_ending_of_a_stream(how: Framing, data: bytes, expected: Ending) -> None:
     """Every dialect's terminator, error and usage is read from the last records alone."""
     assert ending_of(data, how) == expected
+
+
+@pytest.mark.parametrize("number", [b"-1", b"1.5", b"true", b"9223372036854775808", b"9" * 400])
+def test_numbers_that_no_host_counts_are_none(number: bytes) -> None:
+    """Not even those that are too large for a float."""
+    line = DONE.replace(b"24394892", number).replace(b":7,", b":%b," % number)
+    whole, short = ending_of(line, NDJSON), ending_of(DONE, NDJSON)
+    assert whole == replace(short, usage=replace(DONE_USAGE, tokens_in=None, total_s=None))
 
 
 @pytest.mark.parametrize(

@@ -607,6 +607,61 @@ async def test_a_head_must_come_in_its_time(before: str) -> None:
         wire.close()
 
 
+CHUNKED = b"POST /%s HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n"
+
+
+@pytest.mark.parametrize("framing", ["none", "length", "chunked"])
+@pytest.mark.parametrize("cut", ["before", "in the head", "in the end"])
+@pytest.mark.parametrize("first", KINDS)
+@virtual
+async def test_a_head_that_begins_behind_a_request_has_its_time_too(
+    first: str, framing: str, cut: str
+) -> None:
+    """In the same read, however that request is framed and answered, and wherever reads end."""
+    request = {
+        "none": get(f"/{first}"),
+        "length": post(f"/{first}"),
+        "chunked": CHUNKED % first.encode() + b"0\r\n\r\n",
+    }[framing]
+    at = {"before": 0, "in the head": 9, "in the end": len(request) - 1}[cut]
+    async with serving(head_timeout_s=5.0) as desk:
+        desk.after_s = 0.5
+        wire = await desk.connect()
+        for rest in (b"", b"POST /now HT"):  # with none of it the connection may stay
+            wire.writer.write(request[:at])
+            await asyncio.sleep(0.01)
+            began = now()
+            wire.writer.write(request[at:] + rest)
+            await replies(wire, 1)
+            if not rest:
+                await asyncio.sleep(30.0)
+                assert desk.open == 1
+        assert await ended(wire) - began == pytest.approx(5.0, abs=0.1)
+        wire.close()
+
+
+@virtual
+async def test_a_head_may_wait_for_the_answers_before_it() -> None:
+    """Begun behind one that takes long it ends nothing; completed, it is answered and forgotten."""
+    async with serving(head_timeout_s=5.0) as desk:
+        wire = await desk.connect()
+        wire.writer.write(get("/wait/0"))
+        await asyncio.sleep(1.0)
+        wire.writer.write(get("/task/1") + get("/now/2")[:9])
+        await asyncio.sleep(28.0)
+        assert desk.open == 1
+        desk.go.set()
+        await replies(wire, 2)
+        wire.writer.write(get("/now/2")[9:])
+        await replies(wire, 1)
+        await asyncio.sleep(30.0)
+        wire.writer.write(get("/wait/3") + b"GET")
+        await replies(wire, 1)
+        began = now()
+        assert await ended(wire) - began == pytest.approx(5.0, abs=0.1)
+        wire.close()
+
+
 @pytest.mark.parametrize("behind", ["nothing", "now", "live"])
 @virtual
 async def test_a_head_is_bounded_in_all(behind: str) -> None:
@@ -905,6 +960,26 @@ def test_the_parser_counts_what_was_taken_off() -> None:
     assert callable(HttpRequestParser.message_consumed)
     assert "self._parser.message_consumed()" in inspect.getsource(RequestHandler.start)
     assert isinstance(StreamReader.is_eof, Callable)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["now", "live", "task", "hand"])
+@both
+async def test_each_request_is_taken_off_once(kind: str) -> None:
+    """Told twice the parser would let more wait than it should."""
+    async with serving() as desk:
+        desk.after_s = 0.001
+        wire = await desk.connect()
+        (connection,) = desk.server.connections
+        parser: Any = connection._parser
+        told = list[str]()
+        connection._parser = SimpleNamespace(  # type: ignore[assignment]
+            feed_data=parser.feed_data,
+            message_consumed=lambda: (told.append(kind), parser.message_consumed()),
+        )
+        wire.writer.write(get(f"/{kind}/0") + post(f"/{kind}/1") + get("/now"))
+        await replies(wire, 3)
+        assert len(told) == 3
+        wire.close()
 
 
 async def test_the_server_hands_its_settings_to_each_connection() -> None:

@@ -657,8 +657,8 @@ def test_what_is_granted_at_once_is_what_a_pass_would_grant(
     """The same histories with no such short way, event for event and answer for answer."""
     short = [lived(seed, policy) for seed in range(100, 112)]
 
-    def planner(name: str, view: View) -> Scheduler:
-        return Planner(POLICIES[name], view)
+    def planner(name: str, view: View, *more: Callable[[Call, int], bool]) -> Scheduler:
+        return Planner(POLICIES[name], view, *more)
 
     monkeypatch.setitem(globals(), "build", planner)
     monkeypatch.setattr("tests.core.bench.build", planner)
