@@ -41,6 +41,7 @@ from balancer.core.aliases import Aliases
 from balancer.core.bus import Bus
 from balancer.core.catalog import Catalog
 from balancer.core.contexts import Contexts, Policy, Rule, Rules, sized
+from balancer.core.decisions import Decisions
 from balancer.core.dispatch import Dispatcher
 from balancer.core.domain import Allowance, Backend, BreakerState, Kind, Role
 from balancer.core.errors import Draining
@@ -185,6 +186,7 @@ class Balancer:
             self.pool,
             self.limits.may_start,
             session_s=affinity.ttl_s if affinity.enabled else -1.0,
+            decisions=self.decisions,
         )
 
     def _wire(self, config_file: str | None, extra_headers: Mapping[str, str]) -> None:
@@ -202,6 +204,7 @@ class Balancer:
         self.prober = Prober(
             prober_settings(config), self.pool, self.upstream, self.tasks, clock, _wall, emit
         )
+        self.decisions = Decisions(emit, hears)
         self.dispatcher = Dispatcher(
             self.pool,
             self._scheduler(config),
@@ -213,6 +216,7 @@ class Balancer:
             self.prober.unload,
             hears,
             self.limits,
+            time.perf_counter,
         )
         self.prober.dispatcher = self.dispatcher
         self.pool.changed = self.dispatcher.kick
@@ -313,6 +317,9 @@ class Balancer:
                 self._clock,
                 lambda: self.config.routing.strategy,
                 self.contexts,
+                self.decisions,
+                lambda key: self.door.access.principal(key),  # noqa: PLW0108 - there is none yet
+                lambda: sharing(self.config),
             ),
             self.reload,
             self.metrics,
@@ -355,6 +362,14 @@ class Balancer:
             queue_refused=self.dispatcher.admission.refused,
             idle_connections=self.upstream.idle(),
             stale_connections=self.upstream.stale,
+            decisions=self.decisions,
+            pass_s=self.dispatcher.pass_s,
+            late=self.dispatcher.late,
+            believed={
+                (name, self.catalog.shown(it.model)): self.pool.slots(name, it.model)
+                for name in self.pool.members
+                for it in self.pool.memory(name)
+            },
         )
 
     # -- life ----------------------------------------------------------------------------------

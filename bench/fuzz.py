@@ -185,7 +185,8 @@ def main() -> int:
         error = failure(TARGETS[asked.only[0]], asked.case or "", asked.input.read_bytes())
         print("nothing found" if error is None else "".join(traceback.format_exception(error)))
         return error is not None
-    return not all([_run(name, asked.seed, asked.seconds) for name in asked.only])
+    good = [_run(name, asked.seed, asked.seconds) for name in asked.only]
+    return not all(good)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def homes(library: str) -> tuple[str, ...]:
 TAKEN = {
     ("balancer.app", "time.time"): "the wall clock's one source",
     ("balancer.app", "os.urandom"): "the seed of all chance, told in the log",
+    ("balancer.app", "time.perf_counter"): "how long the plan takes; the loop's clock may stand",
     ("balancer.cli.bench", "time.monotonic"): "how long calls take",
     ("balancer.cli.doctor", "time.monotonic"): "how long hosts take to answer",
     ("balancer.cli.doctor", "time.time"): "clocks of hosts are compared with ours",

@@ -71,6 +71,16 @@ def explain(
     prompt_tokens: Annotated[
         int | None, typer.Option("--prompt-tokens", min=0, help="The length of its prompt.")
     ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="NAME", help="The key of the caller, by name.")
+    ] = None,
+    session: Annotated[
+        str | None, typer.Option("--session", metavar="ID", help="The session a call names.")
+    ] = None,
+    call: Annotated[
+        str | None,
+        typer.Option("--call", metavar="ID", help="One that waits or went, by its request id."),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option("--exclude", metavar="BACKEND", help="As if that had failed it; repeatable."),
@@ -84,8 +94,9 @@ def explain(
 
     from balancer.cli import client, screen
 
-    asked = [("model", model), ("num_ctx", num_ctx), ("prompt_tokens", prompt_tokens)]
-    query = [(key, str(value)) for key, value in asked if value is not None]
+    asked = {"model": model, "num_ctx": num_ctx, "prompt_tokens": prompt_tokens}
+    asked |= {"key": key, "session": session, "call": call}
+    query = [(name, str(value)) for name, value in asked.items() if value is not None]
     query += [("exclude", name) for name in exclude or ()]
     balancer = client.find(admin, config)
     path = f"/_balancer/explain?{urlencode(query)}"

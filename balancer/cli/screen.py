@@ -179,9 +179,11 @@ def explained(doc: Document) -> list[str]:
     lines += _context_told(doc.get("num_ctx") or {})
     if doc["queued"]:
         lines.append(f"{doc['queued']} waiting for it already")
+    lines += _turn_told(doc)
     if doc["backends"]:
-        head = ("", "BACKEND", "MODEL THERE", "RUNNING", "WHY")
-        rows = [_explained_row(row) for row in doc["backends"]]
+        names = _columns(doc["backends"])
+        head = ("", "BACKEND", "MODEL THERE", "RUNNING", *map(_TERMS.__getitem__, names), "WHY")
+        rows = [_explained_row(row, names) for row in doc["backends"]]
         lines += ["", *table([head, *rows], indent="")]
     for digest, held in doc["conflicts"].items():
         lines.append(f"! another model by the same name: {plain(digest)[:12]} on {_names(held)}")
@@ -198,15 +200,77 @@ def _context_told(told: Document) -> Iterable[str]:
             yield f"! {plain(name)} gives {default} to calls that cannot ask, such as those of /v1"
 
 
-def _explained_row(row: Document) -> tuple[str, ...]:
-    may = row["may_serve"]
+# Of what a price is made, in the order in which it adds up.
+_TERMS: Final = {
+    "wait_s": "WAIT",
+    "backlog_s": "BACKLOG",
+    "prefill_s": "PROMPT",
+    "decode_s": "ANSWER",
+    "disturb_s": "DISTURBS",
+    "evict_s": "EVICTS",
+    "prefer_s": "PREFERS",
+    "total_s": "TOTAL",
+}
+LEAST_S: Final = 0.005  # what is less is shown as nothing
+
+
+def _columns(rows: Sequence[Document]) -> list[str]:
+    """The terms that are something for any backend; an older balancer tells none."""
+    told = [row.get("terms") or {} for row in rows]
+    return [
+        name for name in _TERMS if any(abs(terms.get(name) or 0.0) >= LEAST_S for terms in told)
+    ]
+
+
+def _explained_row(row: Document, names: Sequence[str]) -> tuple[str, ...]:
+    may, terms = row["may_serve"], row.get("terms") or {}
+    running = f"{row['in_flight']} of {row['slots']}" if may or row["in_flight"] else "–"
+    if terms.get("promised"):
+        running += f", {terms['promised']:.0f} promised"
     return (
-        f"{row['order']}." if may else "–",
+        f"{row['order']}." if may and row["order"] else "–",
         plain(row["name"]),
-        plain(row["state"] if may else row["residency"]),
-        f"{row['in_flight']} of {row['slots']}" if may or row["in_flight"] else "–",
-        plain(row["reason"]),
+        plain(row["state"] or row["residency"] if may else row["residency"]),
+        running,
+        *(_seconds(terms.get(name)) for name in names),
+        "; ".join(_notes_on(row, terms)) if terms else plain(row["reason"]),
     )
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if abs(value) >= LEAST_S else "0"
+
+
+def _notes_on(row: Document, terms: Document) -> Iterable[str]:
+    """What the terms alone do not tell."""
+    yield {"go": "can start", "hold": "must wait", "load": "must load"}.get(row["kind"], "")
+    if terms["cached_tokens"] >= 1:
+        known = terms["cached_tokens"] + terms["new_tokens"]
+        yield f"{terms['cached_tokens']:.0f} of {known:.0f} tokens cached"
+    if terms["share"] > 1:
+        yield f"shared with {terms['share'] - 1:.0f} more"
+    for victim in row.get("victims") or ():
+        yield f"unloads {plain(victim['model'])} ({victim['evict_s']:.2f})"
+    if terms["slow_factor"] < 1:
+        yield f"slow today ({terms['slow_factor']:.0%} of its speed)"
+
+
+def _turn_told(doc: Document) -> Iterable[str]:
+    """A call's place in the queue, where there is an order to tell of."""
+    turn, call = doc.get("turn"), doc.get("call")
+    if call and call["waits"]:
+        yield f"call {plain(call['id'])} waits for {span(call['waited_s'])}"
+    if turn and doc["queued"]:
+        yield (
+            f"{turn['ahead']} ahead of it, by fair shares (tag {turn['tag']:.2f}, the queue is at "
+            f"{turn['virtual_time']:.2f})"
+        )
+    for past in doc["decisions"] if call else ():
+        others = ", ".join(f"{each['backend']} {each['total_s']:.2f} s" for each in past["options"])
+        yield (
+            f"attempt {past['attempt']}, {span(past['s_ago'])} ago: {past['kind']} "
+            f"{plain(past['backend'])} ({plain(others)})"
+        )
 
 
 def _names(held: Sequence[str]) -> str:

@@ -118,12 +118,12 @@ class Quote:
         """Seconds for a token with that many streams of the model here."""
         return (1.0 + self.penalty * (streams - 1.0)) / self.decode_rate
 
-    def is_free(self, promised: int = 0) -> bool:
+    def is_free(self, promised: int = 0, embed_work_s: float = 1.0) -> bool:
         """Whether a slot is free beyond those promised."""
         if not self.resident:
             return False
         if self.embeds:
-            return self.work_s < 1.0 and not promised
+            return self.work_s < embed_work_s and not promised
         return self.in_flight + promised < self.slots
 
     def slot_wait_s(self, nth: int) -> float:
@@ -163,10 +163,10 @@ def price(quote: Quote, need: Need, cached: float, promised: int, knobs: Knobs) 
     if quote.resident:
         free = quote.slots - quote.in_flight - promised
         if quote.embeds:
-            if quote.is_free(promised):
+            if quote.is_free(promised, knobs.embed_work_s):
                 kind, wait = (HOLD if promised else GO), 0.0
             else:
-                kind, wait = HOLD, max(0.0, quote.work_s - 1.0) + BETWEEN_S
+                kind, wait = HOLD, max(0.0, quote.work_s - knobs.embed_work_s) + BETWEEN_S
         elif free > 0:
             kind, wait = (HOLD if promised else GO), 0.0
         elif quote.may_probe and not promised:

@@ -123,6 +123,28 @@ class Decision(NamedTuple):
         return round(self.chosen.terms.cached)
 
 
+def listed(choice: Choice, prompt: float) -> dict[str, float]:
+    """A price by name, in the order in which it adds up; its last is the sum."""
+    terms, quote = choice.terms, choice.quote
+    return {
+        "wait_s": terms.wait,
+        "backlog_s": terms.backlog,
+        "prefill_s": terms.prefill * terms.share,
+        "new_tokens": prompt - terms.cached,
+        "cached_tokens": terms.cached,
+        "share": terms.share,
+        "decode_s": terms.decode,
+        "disturb_s": terms.disturb,
+        "evict_s": terms.evict,
+        "prefer_s": -terms.bonus,
+        "total_s": terms.total,
+        "in_flight": quote.in_flight,
+        "slots": quote.slots,
+        "promised": choice.promised,
+        "slow_factor": quote.slow,
+    }
+
+
 def version(knobs: Knobs) -> str:
     """The same for equal knobs, in every process."""
     return f"{zlib.crc32(repr(knobs).encode()):08x}"

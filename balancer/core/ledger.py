@@ -28,7 +28,8 @@ LEAST_DECODE_S: Final = 0.05
 LEAST_WAIT_S: Final = 0.1  # of one that came sooner, too much is the network's
 CLEAN: Final = 0.7  # a backend slower than that against itself teaches nothing
 OVERDUE: Final = 3.0
-LEAST_EXPECTED: Final = 4.0  # tokens
+LEAST_EXPECTED: Final = 8.0  # tokens
+KEPT_PACE: Final = 0.6  # of what was counted, from one look to the next
 
 
 @dataclass(slots=True, eq=False)
@@ -136,6 +137,7 @@ class Ledger:
     at: float = 0.0
     reading_s: float = 0.0  # time in which any prompt was being read
     _reading_seen: float = 0.0
+    _paces: dict[str, tuple[float, float]] = field(default_factory=dict)
     _sums: dict[str, _Sums] = field(default_factory=dict)
 
     def moved(self) -> None:
@@ -237,6 +239,7 @@ class Ledger:
         self.last_used[track.model] = now
         if not tracks:
             del self.models[track.model]
+            self._paces.pop(track.model, None)
             self.shape += 1
             for known in (self.last_used, self.first_byte_at, self.loaded_at):
                 if len(known) > 256:
@@ -316,6 +319,7 @@ class Ledger:
         """Nobody looked for a while: what was seen last says nothing of now."""
         self._advance(now)
         self._reading_seen = self.reading_s
+        self._paces.clear()
         for track in self.tracks():
             track.seen = track.records
 
@@ -373,7 +377,11 @@ class Ledger:
         usual_s = speed.tpot(model, size, len(streams)) * speed.slow_factor
         share = self.look(model, now)[2]
         expected = streamed_s * (1.0 - reading_s / window_s) / (usual_s * share)
-        return min(1.0, progress / expected) if expected >= LEAST_EXPECTED else None
+        # Tokens come in bursts: what one window lacks the next one brings.
+        before = self._paces.get(model, (0.0, 0.0))
+        pace = (KEPT_PACE * before[0] + progress, KEPT_PACE * before[1] + expected)
+        self._paces[model] = pace
+        return min(1.0, pace[0] / pace[1]) if pace[1] >= LEAST_EXPECTED else None
 
 
 def _lateness(track: Track, now: float) -> float | None:

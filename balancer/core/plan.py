@@ -20,12 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import median_high
 from typing import Any, Final, NamedTuple, Protocol
 
 from balancer.core import names
 from balancer.core.catalog import Copy, InMemory
 from balancer.core.cost import GO, HOLD, LOAD, Need, Quote, price
-from balancer.core.decisions import Choice, Decision, Decisions, version
+from balancer.core.decisions import Choice, Decision, Decisions, listed, version
 from balancer.core.decisions import rank as _rank
 from balancer.core.demand import Demand
 from balancer.core.domain import Backend, Call, PlacementKey, Purpose, Residency, Verdict
@@ -86,6 +87,7 @@ FEW: Final = 4  # backends that moved, up to which only these are priced again
 RATIO_GAIN: Final = 0.05
 PROMPT_GAIN: Final = 0.05
 FOREIGN_S: Final = 60.0
+BEYOND: Final = 1 << 20  # slots of what no count bounds
 
 
 class Place(Protocol):
@@ -195,6 +197,7 @@ class Queue:
     fresh: bool = True  # who waits is not who was looked at last
     seen: int = -1  # what had moved when it was looked at
     tick: int = -1
+    mixed: bool = False  # routes that not every backend may have
 
 
 @dataclass(slots=True)
@@ -291,6 +294,8 @@ class Plan:
             queue = self._queues[ticket.call.key] = Queue(ticket.call.key)
         bisect.insort(queue.waiters, waiter, key=_order)
         queue.fresh = True
+        feature = ticket.call.route.feature
+        queue.mixed = queue.mixed or feature != queue.waiters[0].ticket.call.route.feature
 
     def _admit(self, ticket: Ticket) -> Waiter:
         call, need = ticket.call, self._need(ticket.call)
@@ -324,9 +329,21 @@ class Plan:
     def withdraw(self, ticket: Ticket) -> None:
         """Forget a ticket; one that is not here is no mistake."""
         waiter = self._remove(ticket)
+        sent = self._sent.get(ticket)
+        if waiter is None and sent is not None:
+            waiter = self._recall_commit(ticket, sent[0])
         if waiter is not None and waiter.charge:
             call = ticket.call
             self.fair.give_back(call.fair_key, waiter.charge, self._weight(call), waiter.tag)
+
+    def _recall_commit(self, ticket: Ticket, waiter: Waiter) -> Waiter | None:
+        """It left before its commit was carried out: nothing runs; None: it does."""
+        known = self._tracks.get(id(ticket.call))
+        if known is None or known[1].run is not None:
+            return None
+        del self._sent[ticket], self._tracks[id(ticket.call)]
+        self._strike(*known, known[0].at)
+        return waiter
 
     def _remove(self, ticket: Ticket) -> Waiter | None:
         waiter = self._waiters.pop(ticket, None)
@@ -371,8 +388,8 @@ class Plan:
                 ledger = self._ledger(backend)
                 ledger.asked_load = None
                 ledger.moved()
-            case Changed(backend, dead):
-                self._changed(backend, dead=dead)
+            case Changed(backend, dead, at):
+                self._changed(backend, at, dead=dead)
 
     def _uncommit(self, ticket: Ticket, backend: str) -> None:
         known_track = self._tracks.pop(id(ticket.call), None)
@@ -390,7 +407,8 @@ class Plan:
             return
         if known is not None:  # it runs elsewhere since
             self._strike(*known, run.at)
-        self._enter(call, run.backend, run.at, None).run = run
+        track = self._enter(call, run.backend, run.at, None)
+        track.run, track.probing = run, run.probe
 
     def _enter(self, call: Call, backend: str, now: float, choice: Choice | None) -> Track:
         """Count a call as begun on a backend."""
@@ -519,11 +537,12 @@ class Plan:
             if fact.load_s > 0.0:
                 ledger.speed.learn_load(self._size(fact.key.model), fact.load_s)
             ledger.failed.pop(fact.key, None)
+            ledger.loaded_at[fact.key.model] = self._last_tick
         else:
             ledger.failed[fact.key] = self._last_tick + FAILED_LOAD_S
-        self._changed(fact.backend)
+        self._changed(fact.backend, self._last_tick)
 
-    def _changed(self, backend: str, *, dead: bool = False) -> None:
+    def _changed(self, backend: str, now: float, *, dead: bool = False) -> None:
         if not backend:
             self._refresh_backends()
             self._memory.clear()
@@ -541,27 +560,34 @@ class Plan:
         gone = {it.model for it in before} - {it.model for it in after}
         for model in gone:
             self.prefixes.drop(backend, model)
-        self._see_strangers(backend, before, after)
+        self._see_strangers(ledger, before, after, now)
         self._room(backend).observe(after)
         self._learn_room(ledger, after)
+        for it in after:
+            if it.size_bytes:
+                ledger.speed.offloaded(it.model, 0 < it.vram_bytes < it.size_bytes)
+                if not it.vram_bytes:
+                    ledger.speed.set_cpu()
 
     def _see_strangers(
-        self, backend: str, before: Sequence[InMemory], after: Sequence[InMemory]
+        self, ledger: Ledger, before: Sequence[InMemory], after: Sequence[InMemory], now: float
     ) -> None:
         """Whose time to expire moved without a call of ours is used by somebody else."""
-        ledger = self._ledger(backend)
         known = {it.model: it.expires_ns for it in before}
         for it in after:
             was = known.get(it.model)
             moved = was is not None and was > 0 and it.expires_ns > was
-            quiet_s = ledger.at - ledger.last_used.get(it.model, -math.inf)
+            quiet_s = now - ledger.last_used.get(it.model, -math.inf)
             if moved and not ledger.is_busy(it.model) and quiet_s > FOREIGN_S:
                 if len(self._foreign) > 1000:
                     self._foreign.clear()
-                self._foreign[backend, it.model] = ledger.at
+                self._foreign[ledger.name, it.model] = now
 
     def _refresh_backends(self) -> None:
+        before = self._backends
         self._backends = {backend.name: backend for backend in self._view.backends()}
+        for name in self._backends.keys() - before.keys():
+            self._recall_slots(name)
         self._tiers = len({backend.priority for backend in self._backends.values()}) > 1
         for name in [name for name in self.ledgers if name not in self._backends]:
             if self.ledgers[name].is_idle:
@@ -572,6 +598,12 @@ class Plan:
         self._quotes.clear()
         for name, backend in self._backends.items():
             self._room(name).configured = backend.vram_bytes
+
+    def _recall_slots(self, backend: str) -> None:
+        slots, belief = self._learned.get("slots"), self._view.belief(backend)
+        told = slots.get(backend) if isinstance(slots, dict) else None
+        if belief is not None and isinstance(told, dict):
+            belief.restore(told)
 
     # -- what is known -------------------------------------------------------------------------
 
@@ -693,7 +725,7 @@ class Plan:
             if backend.prefer and _prefers(backend, model):
                 quote.bonus_s = self.knobs.prefer_s
         if place.remote:
-            quote.first_byte_s = self._view.usual_s(name, model)
+            quote.first_byte_s, quote.slots = self._view.usual_s(name, model), BEYOND
             return quote
         if quote.resident:
             self._quote_runs(quote, ledger, now)
@@ -706,6 +738,9 @@ class Plan:
             quote.in_flight = 0
             return quote
         quote.in_flight = 0
+        if loading is None and ledger.asked_load == key:
+            quote.load_left_s = speed.load_s(size)
+            return quote
         if loading is None and ledger.asked_load is None:
             self._quote_load(quote, ledger, size, residency, now)
         return quote if quote.may_load else None
@@ -774,18 +809,10 @@ class Plan:
         self, ledger: Ledger, key: PlacementKey, now: float, *, may_evict: bool
     ) -> list[InMemory] | None:
         memory, room = self._in_memory(ledger.name), self._room(ledger.name)
-
-        def is_idle(it: InMemory) -> bool:
-            return (
-                not ledger.is_busy(it.model)
-                and not self._is_pinned(ledger.name, it.model)
-                and now - self._foreign.get((ledger.name, it.model), -math.inf) > FOREIGN_S
-            )
-
         gone = room.victims(
             memory,
             lambda it: it.model == key.model,
-            is_idle,
+            lambda it: self._may_go(ledger, it, now),
             lambda it: self._eviction_s(ledger, it.model, now),
             self._bytes(ledger.name, key),
             lambda it: self._bytes(ledger.name, it.key or PlacementKey(it.model)),
@@ -793,6 +820,14 @@ class Plan:
         if gone and not may_evict and any(it.model != key.model for it in gone):
             return None
         return gone
+
+    def _may_go(self, ledger: Ledger, it: InMemory, now: float) -> bool:
+        """Whether nobody uses it, of ours or not, and no operator wants it there."""
+        return (
+            not ledger.is_busy(it.model)
+            and not self._is_pinned(ledger.name, it.model)
+            and now - self._foreign.get((ledger.name, it.model), -math.inf) > FOREIGN_S
+        )
 
     def _bytes(self, backend: str, key: PlacementKey) -> int:
         """Memory that the model will take there."""
@@ -1003,7 +1038,7 @@ class Plan:
         gate: bool | None = None
         waiters = queue.waiters[: knobs.plan_depth]
         many = any(w.ticket.call.fair_key != waiters[0].ticket.call.fair_key for w in waiters)
-        free = self._free(queue.key, waiters[0].ticket, now)
+        free = self._free(queue, now)
         for depth, waiter in enumerate(waiters):
             ticket, found = waiter.ticket, None
             call = ticket.call
@@ -1022,7 +1057,7 @@ class Plan:
                 continue
             before = waiter.choice
             best = self._again(waiter, promised, now) if ticks - waiter.tick < KEPT_TICKS else None
-            if best is None:
+            if best is None and not self._is_stuck(waiter):
                 if self._evaluations >= knobs.evaluations and depth:
                     return False
                 found = self._weigh(waiter, promised, now)
@@ -1030,15 +1065,16 @@ class Plan:
                 waiter.tick = ticks
             waiter.choice, waiter.seen, waiter.barred = best, self._serial, ""
             if best is None:
-                if now - ticket.queued_at >= knobs.drain_after_s:
+                is_patient = now - ticket.queued_at >= knobs.drain_after_s
+                if is_patient and self._is_nowhere(queue.key, waiter):
                     self._request_drain(queue.key, waiter, now)
-                if ticket.excluded:
+                if ticket.excluded or queue.mixed:
                     continue
                 break
             kind = best.terms.kind
             if kind is not GO and free and self._has_held_enough(waiter, best, now):
                 found = found or self._weigh(waiter, promised, now)
-                ready = [c for c in found if c.terms.kind is GO]
+                ready = [c for c in found if c.terms.kind is GO and c.short <= best.short]
                 if ready:
                     best, kind = min(ready, key=_rank), GO
             name = best.backend
@@ -1066,13 +1102,18 @@ class Plan:
                 break
         return True
 
-    def _free(self, key: PlacementKey, ticket: Ticket, now: float) -> dict[str, bool]:
-        """The backends where a slot of this key is free."""
+    def _free(self, queue: Queue, now: float) -> dict[str, bool]:
+        """The backends where a slot of this key is free, for any route that is waited for."""
         free = {}
-        for place in self._view.places(ticket.call, frozenset()):
-            quote = self._quote(place, key, now)
-            if quote is not None and (quote.is_free() or quote.may_probe):
-                free[place.name] = True
+        calls = [queue.waiters[0].ticket.call]
+        if queue.mixed:
+            by_feature = {w.ticket.call.route.feature: w.ticket.call for w in queue.waiters}
+            calls = list(by_feature.values())
+        for call in calls:
+            for place in self._view.places(call, frozenset()):
+                quote = self._quote(place, queue.key, now)
+                if quote is not None and (quote.is_free() or quote.may_probe):
+                    free[place.name] = True
         return free
 
     def _has_room(
@@ -1092,18 +1133,26 @@ class Plan:
                 return quote is not None and quote.is_free(promised.get(name, 0))
         return False
 
+    def _is_stuck(self, waiter: Waiter) -> bool:
+        """Whether nobody could take it a moment ago, and nothing has moved since."""
+        if waiter.choice is not None or waiter.barred:
+            return False
+        return waiter.tick == self._ticks and waiter.seen == self._serial
+
     def _again(
         self, waiter: Waiter, promised: Mapping[str, int], now: float
     ) -> Choice | None:
         """What it did best before, where little has moved since; None: it is to be weighed."""
         best = waiter.choice
-        if best is None or waiter.barred or best.terms.kind is LOAD or self._tiers:
+        if best is None or waiter.barred or best.terms.kind is LOAD:
             return None
         moved = [name for name, at in self._moved_at.items() if at > waiter.seen]
         if len(moved) > FEW:
             return None
         if not moved:
             return best if best.terms.kind is HOLD else None
+        if self._tiers:
+            return None
         call = waiter.ticket.call
         places = {p.name: p for p in self._view.places(call, waiter.ticket.excluded)}
         if best.backend not in places:
@@ -1183,8 +1232,7 @@ class Plan:
             waiter.gated_at = None
         decision = self._record(waiter, choice, found, now)
         why = "short-context" if choice.short else "cold" if ticket.cold else "warm"
-        beyond = quote.embeds or quote.remote
-        slots = 1 << 20 if beyond else None
+        slots = BEYOND if quote.embeds or quote.remote else None
         return Commit(ticket, choice.backend, why, probe=probe, slots=slots, planned=decision)
 
     def _record(
@@ -1327,7 +1375,7 @@ class Plan:
             wanted = any(q.key.model == it.model for q in self._queues.values())
             if wanted and loaded_s < 2.0 * own_load_s:
                 continue
-            left = [o for o in memory if o is not it and ledger.is_busy(o.model)]
+            left = [o for o in memory if o is not it and not self._may_go(ledger, o, now)]
             total = sum(room.size(o, self._bytes(ledger.name, PlacementKey(o.model))) for o in left)
             if left and not room.fits(total + self._bytes(ledger.name, key), len(left) + 1):
                 continue
@@ -1399,6 +1447,7 @@ class Plan:
                     self._tell_slowness(ledger, before, now, learned=speed.decode_rate != rate)
                 self._mind_slots(ledger, now)
         if self._ticks % BACKGROUND_TICKS == 0:
+            self._guess_speeds()
             self._place_ahead(now, effects)
 
     def _tell_slowness(
@@ -1414,6 +1463,21 @@ class Plan:
             return
         why = "slow" if factor < 1.0 else "learned" if learned else "recovered"
         self.decisions.emit(Straggling(now, name, factor, why))
+
+    def _guess_speeds(self) -> None:
+        """Whoever was never measured is taken to be as quick as those that were, in the middle."""
+        measured = [x.speed for x in self.ledgers.values() if x.speed.is_measured]
+        if not measured or len(measured) == len(self._backends):
+            return
+        prompt = median_high(speed.prompt_rate for speed in measured)
+        decode = median_high(speed.decode_rate for speed in measured)
+        load = median_high(speed.load_rate for speed in measured)
+        for name in self._backends:
+            ledger = self._ledger(name)
+            before = ledger.speed.edition
+            ledger.speed.assume(prompt, decode, load)
+            if ledger.speed.edition != before:
+                ledger.moved()
 
     def _mind_slots(self, ledger: Ledger, now: float) -> None:
         """Calls that wait behind fewer streams than slots are believed in: believe those."""
@@ -1622,7 +1686,7 @@ class Plan:
         victims = tuple(
             (victim, self._eviction_s(ledger, victim.model, now)) for victim in quote.victims
         )
-        told = _terms(choice, prompt)
+        told = listed(choice, prompt)
         return Option(choice.backend, state, why, terms.kind.value, told, victims)
 
     # -- what is learned -----------------------------------------------------------------------
@@ -1647,18 +1711,15 @@ class Plan:
             told = learned.get(part)
             if isinstance(told, dict):
                 take(told)
-        demand, slots, ratios = (learned.get(k) for k in ("demand", "slots", "ratios"))
+        demand, ratios = learned.get("demand"), learned.get("ratios")
         if isinstance(demand, dict):
             self.demand.restore(demand, now, age_s)
-        for name, told in slots.items() if isinstance(slots, dict) else ():
-            belief = self._view.belief(name)
-            if belief is not None and isinstance(told, dict):
-                belief.restore(told)
         for model, ratio in ratios.items() if isinstance(ratios, dict) else ():
             if isinstance(ratio, int | float) and 1 / 8 <= ratio <= 8.0:
                 self._ratios[model] = float(ratio)
         self.ledgers = {n: ledger for n, ledger in self.ledgers.items() if not ledger.is_idle}
         self.rooms.clear()
+        self._backends = {}
         self._refresh_backends()
 
 
@@ -1691,25 +1752,3 @@ def _why_held(best: Choice, found: Sequence[Choice]) -> str:
         other = min(free, key=_rank)
         text += f", which costs less than {other.backend}, where a slot is free"
     return text
-
-
-def _terms(choice: Choice, prompt: float) -> dict[str, float]:
-    """A price by name, in the order in which it adds up; its last is the sum."""
-    terms, quote = choice.terms, choice.quote
-    return {
-        "wait_s": terms.wait,
-        "backlog_s": terms.backlog,
-        "prefill_s": terms.prefill * terms.share,
-        "new_tokens": prompt - terms.cached,
-        "cached_tokens": terms.cached,
-        "share": terms.share,
-        "decode_s": terms.decode,
-        "disturb_s": terms.disturb,
-        "evict_s": terms.evict,
-        "prefer_s": -terms.bonus,
-        "total_s": terms.total,
-        "in_flight": quote.in_flight,
-        "slots": quote.slots,
-        "promised": choice.promised,
-        "slow_factor": quote.slow,
-    }

@@ -436,7 +436,7 @@ class Pool:
             self.members[name] = self.members.pop(name)
         self.priorities = tiers(backends)
         self._forget_places()
-        self.note(Changed())
+        self.note(Changed(at=self.now()))
         self._touch()
         return joined, left
 
@@ -524,7 +524,7 @@ class Pool:
     def _stir(self, name: str) -> None:
         """Something that may hinder a backend moved."""
         self._moves += 1
-        self.note(Changed(name))
+        self.note(Changed(name, at=self.now()))
 
     def _touch(self) -> None:
         self.version += 1
@@ -1231,7 +1231,7 @@ class Pool:
         if flip is not None:
             self._flipped(member, up=flip, known=known, result=result)
         if member.health.hard_down:
-            self.note(Changed(name, dead=True))
+            self.note(Changed(name, dead=True, at=self.now()))
             dead = Judgement(Verdict.FAULT, text=f"is down: {member.health.last_error}")
             for lease in list(member.leases):
                 lease.revoke(dead)
@@ -1281,14 +1281,14 @@ class Pool:
                     gate.forget_growth()
             self._told_catalog(name)
         else:
-            self.note(Changed(name))
+            self.note(Changed(name, at=self.now()))
             self.changed()  # what was too old to believe may be believed again
 
     def _told_catalog(self, name: str) -> None:
         loaded = tuple(names.display(model) for model in self.catalog.loaded(name))
         models = len(self.catalog.listed(name))
         self._emit(CatalogChanged(self.now(), name, models, loaded))
-        self.note(Changed(name))
+        self.note(Changed(name, at=self.now()))
         self._touch()
 
     def due_trials(self) -> Iterable[Trial]:
@@ -1397,7 +1397,7 @@ class Pool:
         if moved:
             member.switch = switch
             self._forget_places()
-            self.note(Changed(name))
+            self.note(Changed(name, at=self.now()))
             self._emit(SwitchMoved(self.now(), name, switch, by))
             self._tell_drained(member)
         self._touch()

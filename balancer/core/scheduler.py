@@ -203,6 +203,7 @@ class Changed:
 
     backend: str = ""
     dead: bool = False
+    at: float = 0.0
 
 
 Fact = CommitRefused | Began | FirstByte | Ended | LoadAnswered | LoadRefused | Changed

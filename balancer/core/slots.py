@@ -70,7 +70,7 @@ class SlotBelief:
         """Calls at once; of a model never seen, as many as the backend's others."""
         if self._configured is None:
             return self._believed.get(model, self._default)
-        return min(self._believed.get(model, MOST), self._configured)
+        return min(self._believed.get(model, self._configured), self._configured)
 
     # -- upwards -------------------------------------------------------------------------------
 

@@ -281,6 +281,24 @@ class Speed:
             self.prompt_rate, self.decode_rate, self.penalty = CPU
             self._changed()
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything but the operator's word and a guess is known of it."""
+        return bool(self._samples["prompt"] and self._samples["decode"])
+
+    def assume(self, prompt_rate: float, decode_rate: float, load_rate: float) -> None:
+        """What others of its kind can do; counts until something is measured."""
+        before = (self.prompt_rate, self.decode_rate, self.load_rate)
+        is_cpu = before[:2] == CPU[:2]
+        if not self._samples["prompt"] and not is_cpu:
+            self.prompt_rate = prompt_rate
+        if not self._samples["decode"] and not is_cpu:
+            self.decode_rate = decode_rate
+        if not self._samples["load"]:
+            self.load_rate = load_rate
+        if before != (self.prompt_rate, self.decode_rate, self.load_rate):
+            self._changed()
+
     def offloaded(self, model: str, is_so: bool) -> None:  # noqa: FBT001 - the only thing told
         """Whether a part of it is left to the CPU: then what was measured before does not hold."""
         if is_so != (model in self._offloaded):

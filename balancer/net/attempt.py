@@ -1,7 +1,7 @@
 """
 One try's answer, held until it can be judged, then handed on as it comes.
 
-An attempt is the sink of one exchange. Until it is judged it collects: a stream up to its first
+An attempt is the sink of one transaction. Until it is judged it collects: a stream up to its first
 record that commits, a whole answer up to its end. Then whoever relays takes what is there, and
 becomes the sink itself; if that is late, the backend is paused at 64 KiB.
 """
@@ -27,7 +27,7 @@ _JSON, _NDJSON, _SSE = Framing.JSON, Framing.NDJSON, Framing.SSE  # each lookup 
 
 class Attempt:
     """
-    The sink of one exchange.
+    The sink of one transaction.
 
     Attributes:
         status, headers, content_type: Of the backend's head; status 0 before it.

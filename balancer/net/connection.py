@@ -1,15 +1,15 @@
 """
-One exchange with a backend, and the connection it goes over.
+One transaction with a backend, and the connection it goes over.
 
 Laws:
-- A connection carries at most one exchange at a time, and is parsed anew for each.
-- An exchange is detached before anybody is told of its end: whoever is told may begin the next one
-  at once, over this very connection.
+- A connection carries at most one transaction at a time, and is parsed anew for each.
+- A transaction is detached before anybody is told of its end: whoever is told may begin the next
+  one at once, over this very connection.
 - Callbacks of the parser only take notes. The sink is called when the parser has returned; after
-  each call of it, look whether the exchange is still there.
+  each call of it, look whether the transaction is still there.
 - A read that does not parse, and whatever stood before in it, is not forwarded.
 - What is not beyond doubt is not used again: only a whole answer of known length, behind which
-  nothing came, to a request that was sent whole.
+  nothing came but line ends, over which the parser passes, to a request that was sent whole.
 - Bytes that nobody asked for close the connection.
 """
 
@@ -36,6 +36,7 @@ LOW_WATER: Final = 16 * 1024
 MAX_HEAD_BYTES: Final = 64 * 1024  # also of anything else in an answer that is not its body
 MAX_HEADERS: Final = 128
 MAX_INTERIM: Final = 8
+EMPTY_INTERIM: Final = (100, 102, 103)  # of which the parser knows that they have no body
 STOPPED: Final = Failure(FailureKind.CUT, "the balancer stopped")
 FAILED: Final = Failure(FailureKind.CUT, "the balancer failed")
 
@@ -57,7 +58,7 @@ class Sink(Protocol):
 
 
 class Handle(Protocol):
-    """One exchange under way."""
+    """One transaction under way."""
 
     def pause(self) -> None:
         """Stop reading from the backend."""
@@ -78,17 +79,17 @@ class Handle(Protocol):
 class Home(Protocol):
     """Where a connection belongs."""
 
-    def back(self, connection: Connection) -> None:
+    def back(self, connection: BackendConnection) -> None:
         """It is free, and may be used again."""
 
-    def lost(self, connection: Connection) -> None:
+    def lost(self, connection: BackendConnection) -> None:
         """It is closed, and carried nothing."""
 
-    def stale(self, exchange: Exchange) -> None:
+    def stale(self, transaction: Transaction) -> None:
         """The request met a connection that was closed already: nobody has seen it."""
 
 
-class Exchange:
+class Transaction:
     """
     One call: the handle that steers it. Over once it has no sink.
 
@@ -131,7 +132,7 @@ class Exchange:
         self.patient = patient
         self.idle_s = math.inf if idle_s is None else idle_s
         self.paused = False
-        self.connection: Connection | None = None
+        self.connection: BackendConnection | None = None
         self.connecting: asyncio.Task[None] | None = None
         wheel.add(self)
 
@@ -194,13 +195,13 @@ class _OddError(Exception):
     """Legal to the parser, not to us."""
 
 
-class Connection(asyncio.Protocol):
+class BackendConnection(asyncio.Protocol):
     """
     One connection to a backend.
 
     Attributes:
         born_at: When it was made.
-        idle_since: When it ended its last exchange.
+        idle_since: When it ended its last transaction.
         touched: When anything last moved on it.
         epoch: For its home: what it has lived through.
     """
@@ -208,7 +209,6 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_chunked",
         "_clock",
-        "_exchange",
         "_head_bytes",
         "_headers",
         "_heard",
@@ -226,6 +226,7 @@ class Connection(asyncio.Protocol):
         "_sized",
         "_status",
         "_told",
+        "_transaction",
         "_transport",
         "_used",
         "_why",
@@ -243,7 +244,7 @@ class Connection(asyncio.Protocol):
         self.epoch = epoch
         self.born_at = self.idle_since = self.touched = clock()
         self._transport: asyncio.Transport = cast("asyncio.Transport", None)
-        self._exchange: Exchange | None = None
+        self._transaction: Transaction | None = None
         self._parser: Any = None
         self._parts: list[bytes] = []
         self.on_body = self._parts.append
@@ -284,12 +285,12 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """It carries an exchange."""
-        return self._exchange is not None
+        """It carries a transaction."""
+        return self._transaction is not None
 
     def drop(self) -> None:
         """Close it at once."""
-        self._exchange = None
+        self._transaction = None
         self._rest = None
         self._transport.abort()
 
@@ -304,27 +305,27 @@ class Connection(asyncio.Protocol):
         self._parser = None
 
     def _gone(self, error: Exception | None) -> None:
-        exchange = self._exchange
-        if exchange is None:
+        transaction = self._transaction
+        if transaction is None:
             self._home.lost(self)
         elif self._told and not (self._sized or self._chunked) and error is None:
             self._over = True  # this is how an answer without a length ends
-            self._finish(exchange)
+            self._finish(transaction)
         elif self._used and not self._heard and self._clock() - self.touched <= STALE_S:
-            self._exchange = exchange.connection = None
+            self._transaction = transaction.connection = None
             self._rest = None
-            self._home.stale(exchange)
+            self._home.stale(transaction)
         else:
             kind = FailureKind.CUT if self._told else FailureKind.RESET
             detail = "" if error is None else told(error)
-            exchange.fail(Failure(kind, detail, accepted=self._sent))
+            transaction.fail(Failure(kind, detail, accepted=self._sent))
 
     # -- the request ---------------------------------------------------------------------------
 
-    def begin(self, exchange: Exchange) -> None:
+    def begin(self, transaction: Transaction) -> None:
         """Carry it; the request is written before this returns, as far as it can be."""
-        self._exchange = exchange
-        exchange.connection = self
+        self._transaction = transaction
+        transaction.connection = self
         self.touched = self._clock()
         self._reset()
         self._parser = HttpResponseParser(self)
@@ -332,17 +333,17 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             self._gone(None)
             return
-        if exchange.paused:
+        if transaction.paused:
             self._transport.pause_reading()
-        if len(exchange.body) <= JOINED_BYTES:
-            self._transport.write(exchange.head + exchange.body)
+        if len(transaction.body) <= JOINED_BYTES:
+            self._transport.write(transaction.head + transaction.body)
         else:
-            self._transport.write(exchange.head)
-            self._rest = memoryview(exchange.body)
+            self._transport.write(transaction.head)
+            self._rest = memoryview(transaction.body)
         self._push()
         if not self._sent:
-            self._send_by = self.touched + SEND_STALL_S + len(exchange.body) / SEND_BYTES_PER_S
-            exchange.wheel.by(self._send_by)
+            self._send_by = self.touched + SEND_STALL_S + len(transaction.body) / SEND_BYTES_PER_S
+            transaction.wheel.by(self._send_by)
 
     def pause_writing(self) -> None:
         """The transport holds enough."""
@@ -351,7 +352,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """It has room again."""
         self._writable = True
-        if self._exchange is not None and not self._sent and not self._told:
+        if self._transaction is not None and not self._sent and not self._told:
             self._push()
 
     def _push(self) -> None:
@@ -363,26 +364,26 @@ class Connection(asyncio.Protocol):
             self._rest = rest[PIECE_BYTES:]
             self._transport.write(rest[:PIECE_BYTES])
             rest = self._rest
-        exchange = self._exchange
-        if not self._writable or exchange is None:
+        transaction = self._transaction
+        if not self._writable or transaction is None:
             return
         self._rest = None
         self._sent = True
-        if not exchange.patient:
+        if not transaction.patient:
             self.touched = self._clock()
-            exchange.wheel.by(self.due(exchange))
+            transaction.wheel.by(self.due(transaction))
 
     # -- limits --------------------------------------------------------------------------------
 
-    def due(self, exchange: Exchange) -> float:
+    def due(self, transaction: Transaction) -> float:
         """When the limit of the present phase passes."""
-        if exchange.paused:  # the client is slow, not the backend
+        if transaction.paused:  # the client is slow, not the backend
             return math.inf
         if self._told:
-            return self.touched + exchange.idle_s
+            return self.touched + transaction.idle_s
         if not self._sent:
             return self._send_by
-        return math.inf if exchange.patient else self.touched + exchange.idle_s
+        return math.inf if transaction.patient else self.touched + transaction.idle_s
 
     def overdue(self) -> Failure:
         """What it means that it has passed."""
@@ -397,17 +398,17 @@ class Connection(asyncio.Protocol):
     def release(self) -> None:
         """Read on."""
         self._transport.resume_reading()
-        exchange = self._exchange
-        if exchange is not None:
+        transaction = self._transaction
+        if transaction is not None:
             self.touched = self._clock()
-            exchange.wheel.by(self.due(exchange))
+            transaction.wheel.by(self.due(transaction))
 
     # -- the answer ----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """A read: parse it, then tell what it held."""
-        exchange = self._exchange
-        if exchange is None:
+        transaction = self._transaction
+        if transaction is None:
             self.drop()
             return
         self.touched = self._clock()
@@ -415,24 +416,24 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as error:
-            self._garbled(exchange, self._why or str(error))
+            self._garbled(transaction, self._why or str(error))
             return
         try:
-            self._tell(exchange, len(data))
+            self._tell(transaction, len(data))
         except Exception:  # a bug of ours; whoever waits must not wait for ever
-            exchange.fail(FAILED)
+            transaction.fail(FAILED)
             raise
 
-    def _tell(self, exchange: Exchange, size: int) -> None:
-        sink = exchange.sink
+    def _tell(self, transaction: Transaction, size: int) -> None:
+        sink = transaction.sink
         if sink is None:
             return
         if self._status and not self._told:
-            self._begun(exchange)
+            self._begun(transaction)
             sink.head(self._status, self._headers)
-            if self._exchange is not exchange or exchange.sink is None:
+            if self._transaction is not transaction or transaction.sink is None:
                 return
-            sink = exchange.sink
+            sink = transaction.sink
         parts = self._parts
         if parts:
             self._quiet_bytes = 0
@@ -442,33 +443,33 @@ class Connection(asyncio.Protocol):
         elif not self._over:
             self._quiet_bytes += size
             if self._quiet_bytes > MAX_HEAD_BYTES:
-                self._garbled(exchange, "too much beside the answer")
-        if self._over and self._exchange is exchange:
-            self._finish(exchange)
+                self._garbled(transaction, "too much beside the answer")
+        if self._over and self._transaction is transaction:
+            self._finish(transaction)
 
-    def _begun(self, exchange: Exchange) -> None:
+    def _begun(self, transaction: Transaction) -> None:
         """The head is here: what was not sent by now will not be."""
         self._told = True
-        exchange.head = exchange.body = b""  # it will not be sent again
+        transaction.head = transaction.body = b""  # it will not be sent again
         self._rest = None
-        if exchange.bare:
+        if transaction.bare:
             self._parts.clear()
         if not self._over:
-            exchange.wheel.by(self.due(exchange))
+            transaction.wheel.by(self.due(transaction))
 
-    def _finish(self, exchange: Exchange) -> None:
+    def _finish(self, transaction: Transaction) -> None:
         """The answer is complete."""
         keep = self._keep and self._sent and not self._transport.get_write_buffer_size()
-        sink, exchange.sink = exchange.sink, None
-        self._exchange = exchange.connection = None
-        exchange.wheel.discard(exchange)
+        sink, transaction.sink = transaction.sink, None
+        self._transaction = transaction.connection = None
+        transaction.wheel.discard(transaction)
         if not keep:
             self.drop()
         else:
             self._used = True
             self._parser = None
             self._headers = []
-            if exchange.paused:
+            if transaction.paused:
                 self._transport.resume_reading()
             self.idle_since = self.touched
             self._home.back(self)
@@ -479,8 +480,8 @@ class Connection(asyncio.Protocol):
                 sink.fail(FAILED)
                 raise
 
-    def _garbled(self, exchange: Exchange, why: str) -> None:
-        exchange.fail(Failure(FailureKind.MALFORMED, why, accepted=self._sent))
+    def _garbled(self, transaction: Transaction, why: str) -> None:
+        transaction.fail(Failure(FailureKind.MALFORMED, why, accepted=self._sent))
 
     # -- called by the parser ------------------------------------------------------------------
 
@@ -519,11 +520,13 @@ class Connection(asyncio.Protocol):
             self._interim += 1
             if self._interim > MAX_INTERIM:
                 self._odd("endless interim answers")
+            if (self._sized or self._chunked) and status not in EMPTY_INTERIM:
+                self._odd("an interim answer with a body")
         elif not 200 <= status <= 599:
             self._odd(f"status {status}")
         else:
             self._status = status
-            self._over = self._exchange is not None and self._exchange.bare
+            self._over = self._transaction is not None and self._transaction.bare
 
     def on_message_complete(self) -> None:
         """Its end."""

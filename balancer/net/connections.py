@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from balancer.core.domain import Call
 from balancer.net.connecting import Resolver, Target, Way, failure_of
-from balancer.net.connection import FAILED, STOPPED, Connection, Exchange, Sink
+from balancer.net.connection import FAILED, STOPPED, BackendConnection, Sink, Transaction
 from balancer.net.heads import Heads
 from balancer.net.tasks import Tasks
 from balancer.net.wheel import Wheel
@@ -65,7 +65,7 @@ class Connections:
         self._heads = Heads(target)
         self._way = Way(target, ground.resolver)
         self._room = asyncio.Semaphore(MAX_CONNECTING)
-        self._idle: list[Connection] = []  # the warmest last
+        self._idle: list[BackendConnection] = []  # the warmest last
         self._epoch = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_open = target.reuse
@@ -75,14 +75,14 @@ class Connections:
         """How many are at rest."""
         return len(self._idle)
 
-    def send(self, call: Call, sink: Sink, *, patient: bool) -> Exchange:
+    def send(self, call: Call, sink: Sink, *, patient: bool) -> Transaction:
         """
-        Begin an exchange.
+        Begin a transaction.
 
         Raises:
             ValueError: What is to be sent would not be what it seems.
         """
-        exchange = Exchange(
+        transaction = Transaction(
             sink,
             self._heads.of(call, keep=self._is_open),
             call.body,
@@ -93,10 +93,10 @@ class Connections:
         )
         warm = self._warm() if call.replayable else None
         if warm is not None:
-            warm.begin(exchange)
+            warm.begin(transaction)
         else:
-            self._connect(exchange)
-        return exchange
+            self._connect(transaction)
+        return transaction
 
     def flush(self) -> None:
         """Close what is at rest, and what carries something as soon as it does not."""
@@ -115,7 +115,7 @@ class Connections:
 
     # -- at rest -------------------------------------------------------------------------------
 
-    def _warm(self) -> Connection | None:
+    def _warm(self) -> BackendConnection | None:
         """The last that came to rest; None: there is none that is still good."""
         now = self._clock()
         while self._idle:
@@ -126,10 +126,10 @@ class Connections:
         return None
 
     @staticmethod
-    def _lasts(connection: Connection, now: float) -> bool:
+    def _lasts(connection: BackendConnection, now: float) -> bool:
         return now < min(connection.idle_since + IDLE_S, connection.born_at + LIFETIME_S)
 
-    def back(self, connection: Connection) -> None:
+    def back(self, connection: BackendConnection) -> None:
         """It is free, and may be used again."""
         current = self._is_open and connection.epoch == self._epoch
         if not current or not self._lasts(connection, self._clock()):
@@ -141,7 +141,7 @@ class Connections:
         if self._sweeper is None:
             self._sweeper = self._ground.loop.call_later(IDLE_S, self._sweep)
 
-    def lost(self, connection: Connection) -> None:
+    def lost(self, connection: BackendConnection) -> None:
         """The backend has closed it, or we have."""
         if connection in self._idle:
             self._idle.remove(connection)
@@ -156,38 +156,38 @@ class Connections:
             at = self._idle[0].idle_since + IDLE_S
             self._sweeper = self._ground.loop.call_at(at, self._sweep)
 
-    def stale(self, exchange: Exchange) -> None:
+    def stale(self, transaction: Transaction) -> None:
         """Its connection was closed already: once more, over a new one."""
         self._ground.stale[self.name] += 1
         self.flush()
-        if exchange.sink is not None:
-            self._connect(exchange)
+        if transaction.sink is not None:
+            self._connect(transaction)
 
     # -- being made ----------------------------------------------------------------------------
 
-    def _connect(self, exchange: Exchange) -> None:
-        task = self._ground.tasks.spawn(self._connected(exchange), f"connection to {self.name}")
-        exchange.connecting = task
-        task.add_done_callback(lambda task: _ended(exchange, task))
+    def _connect(self, transaction: Transaction) -> None:
+        task = self._ground.tasks.spawn(self._connected(transaction), f"connection to {self.name}")
+        transaction.connecting = task
+        task.add_done_callback(lambda task: _ended(transaction, task))
 
-    async def _connected(self, exchange: Exchange) -> None:
+    async def _connected(self, transaction: Transaction) -> None:
         try:
             async with self._room:
                 connection = await self._way.connect(self._make)
         except (OSError, ValueError) as error:
-            exchange.connecting = None
-            exchange.fail(failure_of(error))
+            transaction.connecting = None
+            transaction.fail(failure_of(error))
             return
-        exchange.connecting = None
-        connection.begin(exchange)
+        transaction.connecting = None
+        connection.begin(transaction)
 
-    def _make(self) -> Connection:
-        return Connection(self, self._clock, self._epoch)
+    def _make(self) -> BackendConnection:
+        return BackendConnection(self, self._clock, self._epoch)
 
 
-def _ended(exchange: Exchange, task: asyncio.Task[Any]) -> None:
-    """No exchange waits for a connection that nobody makes any more."""
+def _ended(transaction: Transaction, task: asyncio.Task[Any]) -> None:
+    """No transaction waits for a connection that nobody makes any more."""
     if task.cancelled():
-        exchange.fail(STOPPED)
+        transaction.fail(STOPPED)
     elif task.exception() is not None:
-        exchange.fail(FAILED)
+        transaction.fail(FAILED)

@@ -119,9 +119,9 @@ class Request(web.BaseRequest):
             response.headers.popall(name, None)
 
     @property
-    def connection(self) -> Connection:
+    def connection(self) -> ClientConnection:
         """Where it came from."""
-        assert isinstance(self._protocol, Connection)  # noqa: S101 - we make both
+        assert isinstance(self._protocol, ClientConnection)  # noqa: S101 - we make both
         return self._protocol
 
     def resumed(self, writer: Any, task: Any) -> Request:
@@ -130,7 +130,7 @@ class Request(web.BaseRequest):
         return self
 
 
-class Connection(RequestHandler):
+class ClientConnection(RequestHandler):
     """
     One client connection.
 
@@ -514,7 +514,9 @@ def _is_coming(message: Any, body: StreamReader) -> bool:
     return is_small and "Expect" not in message.headers
 
 
-def _request(message: Any, body: Any, protocol: Connection, writer: Any, task: Any) -> Request:
+def _request(
+    message: Any, body: Any, protocol: ClientConnection, writer: Any, task: Any
+) -> Request:
     """What the server makes of a parsed head."""
     known = message.version in (HttpVersion10, HttpVersion11)
     if not known:
@@ -524,7 +526,7 @@ def _request(message: Any, body: Any, protocol: Connection, writer: Any, task: A
     return request
 
 
-def _made(message: Any, body: Any, protocol: Connection, writer: Any, task: Any) -> Request:
+def _made(message: Any, body: Any, protocol: ClientConnection, writer: Any, task: Any) -> Request:
     return protocol.made(message, body, writer, task)
 
 
@@ -538,7 +540,7 @@ class Server(web.Server):
 
     def __call__(self) -> RequestHandler:
         """One connection more."""
-        return Connection(
+        return ClientConnection(
             self,
             loop=self._loop,
             answering=self._answering,

@@ -19,7 +19,7 @@ from typing import Final
 
 from aiohttp import HttpVersion11, web
 
-from balancer.net.listener import Connection, Reader, Request
+from balancer.net.listener import ClientConnection, Reader, Request
 
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 _LINES: Final = {
@@ -63,7 +63,7 @@ class Outlet:
 
     def __init__(self, request: Request, date: Callable[[], str]) -> None:
         self.request = request
-        self._connection: Connection = request.connection
+        self._connection: ClientConnection = request.connection
         self._date = date
         self._head = b""
         self._chunked = False

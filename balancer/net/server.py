@@ -705,6 +705,7 @@ class Front:
                 streaming=exchange.streaming,
                 num_ctx=exchange.num_ctx,
                 num_ctx_asked=exchange.num_ctx_asked,
+                planned=None if exchange.run is None else exchange.run.planned,
             )
         )
 

@@ -30,7 +30,7 @@ from balancer.core.pool import Lease
 from balancer.core.verdicts import Failure, FailureKind
 from balancer.net import connecting
 from balancer.net.connecting import RESOLVE_S, Resolver, Target, tuned, tuned_socket
-from balancer.net.connection import STOPPED, Exchange, Handle, Sink
+from balancer.net.connection import STOPPED, Handle, Sink, Transaction
 from balancer.net.connections import Connections, Ground
 from balancer.net.tasks import Tasks
 from balancer.net.wheel import Wheel
@@ -98,10 +98,10 @@ class ClientUpstream:
                 del self._connections[name]
 
     def stop(self) -> None:
-        """End every exchange as a failure of ours, now; those to come fail, too."""
+        """End every transaction as a failure of ours, now; those to come fail, too."""
         self._is_stopped = True
-        for exchange in self._ground.wheel:
-            cast("Exchange", exchange).fail(STOPPED)
+        for transaction in self._ground.wheel:
+            cast("Transaction", transaction).fail(STOPPED)
         self._ground.wheel.close()
         for connections in self._connections.values():
             connections.close()
@@ -164,7 +164,7 @@ class ClientUpstream:
     def _send(self, to: Connections, call: Call, sink: Sink, *, patient: bool) -> Handle:
         if not self._is_stopped:
             return to.send(call, sink, patient=patient)
-        refused = Exchange(
+        refused = Transaction(
             sink, b"", b"", self._ground.wheel, bare=False, patient=True, idle_s=None
         )
         self._loop.call_soon(refused.fail, STOPPED)

@@ -424,6 +424,10 @@ class Access:
             raise Unauthorized(f"This API key is not known here. {_GET_ONE}")
         raise Unauthorized(self._how_to_send() + (_HIDDEN if caller.hidden else ""))
 
+    def principal(self, name: str) -> Principal | None:
+        """The owner of the key of that name; None: there is none."""
+        return next((owner for owner in self._owners.values() if owner.name == name), None)
+
     def check_host(self, host: str, principal: Principal) -> None:
         """
         Refuse rebound names to anonymous callers; a foreign page has no key to send.

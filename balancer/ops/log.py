@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TextIO
 import structlog
 from aiohttp.http_exceptions import HttpProcessingError
 
-from balancer.core.domain import BreakerState, Kind, Switch
+from balancer.core import names
+from balancer.core.domain import BreakerState, Kind, PlacementKey, Switch
 from balancer.core.events import (
     AttemptEnded,
     AttemptFailed,
@@ -36,6 +37,8 @@ from balancer.core.events import (
     CheckEnded,
     ConfigApplied,
     ConfigRejected,
+    DrainEnded,
+    DrainRequested,
     Event,
     HealthFlipped,
     HostPassedOver,
@@ -47,14 +50,20 @@ from balancer.core.events import (
     MemberLeft,
     Mishap,
     OrderEnded,
+    Planned,
+    Planning,
     RetryGranted,
+    SampleDiscarded,
     Serving,
+    SlotsBelieved,
     Stopped,
     Stopping,
+    Straggling,
     Suspected,
     SwitchesLost,
     SwitchMoved,
     TrialEnded,
+    Weighed,
 )
 from balancer.core.routes import TABLE, without_key
 from balancer.ops.lines import Lines
@@ -88,6 +97,7 @@ DETAILS: Final = frozenset(
         *(AttemptEnded, AttemptFailed),
         *(CallQueued, LeaseGranted, RetryGranted),
         *(CatalogChanged, CheckEnded, TrialEnded),
+        *(Planned, SlotsBelieved),
     }
 )
 _NAMES: Final = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
@@ -341,6 +351,7 @@ def quick_request(start: str, e: CallEnded, client: str, *, slow: bool) -> str:
             _quoted("backend.name", e.backend),
             f',"attempt.count":{e.attempts}' if e.attempts else "",
             _quoted("route.reason", e.why),
+            "" if e.planned is None else _quick_route(e.planned),
             "" if e.num_ctx is None else f',"num_ctx":{e.num_ctx}',
             "" if e.num_ctx_asked is None else f',"num_ctx_asked":{e.num_ctx_asked}',
             f',"queue_ms":{_ms(e.queue_s)}' if e.inference else "",
@@ -355,6 +366,36 @@ def quick_request(start: str, e: CallEnded, client: str, *, slow: bool) -> str:
             "}",
         )
     )
+
+
+def _quick_route(planned: Planning) -> str:
+    """As `_route`, of JSON."""
+    return "".join(
+        (
+            f',"route.kind":"{planned.kind}"',
+            _quoted("route.backend", planned.backend),
+            _quoted("route.runner_up", planned.runner_up),
+            f',"route.cost_s":{round(planned.cost_s, 3)}',
+            f',"route.wait_s":{round(planned.wait_s, 3)}',
+            f',"route.predicted_ttft_s":{round(planned.first_token_s, 3)}',
+            f',"route.cached_tokens":{planned.cached_tokens}',
+        )
+    )
+
+
+def _route(planned: Planning | None) -> dict[str, Any]:
+    """What was foreseen of a call."""
+    if planned is None:
+        return {}
+    return {
+        "route.kind": planned.kind,
+        "route.backend": planned.backend,
+        "route.runner_up": planned.runner_up,
+        "route.cost_s": round(planned.cost_s, 3),
+        "route.wait_s": round(planned.wait_s, 3),
+        "route.predicted_ttft_s": round(planned.first_token_s, 3),
+        "route.cached_tokens": planned.cached_tokens,
+    }
 
 
 # -- events ---------------------------------------------------------------------------------
@@ -444,7 +485,28 @@ class LogWriter:
                 fields = {**_place(backend, model), "silent_ms": _ms(silent_s)}
                 return WARNING, "backend_suspected", fields
             case LoadStarted(backend=backend, model=model, why=why):
-                return INFO, "load_started", {**_place(backend, model), "reason": why}
+                fields = {**_place(backend, model), "reason": why, "victims": event.victims}
+                if event.expected_s:
+                    fields["expected_ms"] = _ms(event.expected_s)
+                if event.victims:
+                    fields["evict_s"] = round(event.evict_s, 3)
+                return INFO, "load_started", fields
+            case Planned():
+                return DEBUG, "planned", _planned(event)
+            case DrainRequested(backend=backend, victim=victim, wanted=wanted, last_s=last_s):
+                fields = {**_place(backend, victim), "wanted": wanted, "last_ms": _ms(last_s)}
+                return INFO, "model_drain_requested", fields | {"cost_s": round(event.cost_s, 3)}
+            case DrainEnded(backend=backend, victim=victim, wanted=wanted, reason=reason):
+                fields = {**_place(backend, victim), "wanted": wanted, "reason": reason}
+                return INFO, "model_drain_ended", fields | {"duration_ms": _ms(event.drained_s)}
+            case SlotsBelieved(backend=backend, model=model, before=before, after=after):
+                fields = {**_place(backend, model), "before": before, "after": after}
+                return DEBUG, "slots_believed", fields | {"reason": event.reason}
+            case Straggling(backend=backend, factor=factor, reason=reason):
+                fields = {**_place(backend), "factor": round(factor, 3), "reason": reason}
+                return WARNING if reason == "slow" else INFO, "backend_speed", fields
+            case SampleDiscarded(backend=backend, kind=kind, value=value):
+                return INFO, "sample_discarded", {**_place(backend), "kind": kind, "value": value}
             case LoadEnded(backend=backend, model=model, ok=ok, load_s=load_s, text=text):
                 fields = {**_place(backend, model), "duration_ms": _ms(load_s)}
                 fields["reloads"] = event.reloads
@@ -504,6 +566,7 @@ class LogWriter:
             "backend.name": e.backend,
             "attempt.count": e.attempts or None,
             "route.reason": e.why,
+            **_route(e.planned),
             "num_ctx": e.num_ctx,
             "num_ctx_asked": e.num_ctx_asked,
             "queue_ms": _ms(e.queue_s) if e.inference else None,
@@ -557,6 +620,46 @@ def _order(event: OrderEnded) -> Line:
     if not event.finished:
         return WARNING, "order_broken_off", fields
     return WARNING if event.failed else INFO, "order_ended", fields
+
+
+def _planned(event: Planned) -> dict[str, Any]:
+    """All of a decision, so that it can be made again from the line."""
+    return {
+        "request_id": event.call_id,
+        **_place(event.backend, names.display(event.key.model)),
+        "options": tuple(f"{name}={value}" for name, value in event.key.options),
+        "pass": event.number,
+        "attempt": event.attempt,
+        "route.kind": event.kind,
+        "need": dict(event.need),
+        "found": [_weighed(each) for each in event.options],
+        "tag": event.tag,
+        "virtual_time": event.virtual,
+        "knobs": event.knobs,
+    }
+
+
+def _weighed(each: Weighed) -> dict[str, Any]:
+    return {
+        "backend": each.backend,
+        "promised": each.promised,
+        "terms": dict(each.terms),
+        "inputs": {
+            name: _plain(value) for name, value in each.inputs.items() if value not in (None, ())
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """What a quote is made of, for JSON, which knows no infinity."""
+    match value:
+        case PlacementKey():
+            return names.display(value.model)
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case list() | tuple():
+            return [_plain(each) for each in value]
+    return value
 
 
 def _place(backend: str, model: str | None = None) -> dict[str, Any]:

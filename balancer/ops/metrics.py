@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import platform
-from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -26,6 +25,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.utils import floatToGoString
 
+from balancer.core.decisions import Decisions
 from balancer.core.domain import BreakerState, Switch, Verdict
 from balancer.core.events import (
     AttemptFailed,
@@ -36,9 +36,11 @@ from balancer.core.events import (
     ConfigApplied,
     ConfigRejected,
     LoadEnded,
+    LoadStarted,
     Mishap,
     RetryGranted,
 )
+from balancer.core.spread import Spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -66,7 +68,7 @@ class Metric:
 
     Args:
         name: Without the prefix; an info's ends in ``_info``, a counter's in ``_total``.
-        buckets: Upper bounds of a histogram.
+        buckets: Upper bounds of a histogram; of a scraped one the snapshot has them.
         scraped: Read from the snapshot when asked for, not fed from events.
     """
 
@@ -84,6 +86,10 @@ def _counter(name: str, *labels: str, help: str) -> Metric:  # noqa: A002  Prome
 
 def _scraped(kind: Kind, name: str, *labels: str, help: str) -> Metric:  # noqa: A002  as above
     return Metric(name, kind, labels, help, scraped=True)
+
+
+def _scraped_spread(name: str, *labels: str, help: str) -> Metric:  # noqa: A002  as above
+    return Metric(name, "histogram", labels, help, scraped=True)
 
 
 _LONG: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600, 1200, 1800)
@@ -148,6 +154,57 @@ METRICS: Final = (
         ("model", "backend"),
         "Loads of a model that succeeded.",
         _LONG,
+    ),
+    _counter(
+        "model_loads_total",
+        "reason",
+        help="Loads begun. reason: call (one waits for it), copy (calls wait for the others), ahead"
+        " (of the queue), drain (a busy model ran dry for it), pin,"
+        " other (asked for by an operator, or the trial of a breaker).",
+    ),
+    _counter("evictions_total", help="Models unloaded to make room for another."),
+    _scraped(
+        "counter",
+        *("plan_decisions_total", "kind"),
+        help="Decisions of the plan. kind: go (sent), hold (for a slot or a load there), load (one"
+        " begins). A call that holds is decided on again when something better turns up.",
+    ),
+    _scraped("counter", "plan_evaluations_total", help="Calls for which all backends were priced."),
+    _scraped_spread(
+        "plan_duration_seconds", help="One planning pass; there is none while nobody waits."
+    ),
+    _scraped(
+        "counter",
+        "declined_free_slot_total",
+        help="Calls that held for a better backend beside a free slot.",
+    ),
+    _scraped_spread(
+        "ttft_prediction_ratio",
+        "backend",
+        help="Time to first token of streamed answers over what was predicted; 1 is perfect.",
+    ),
+    _scraped_spread(
+        "queue_wait_estimate_error_seconds",
+        "result",
+        help="By how much calls waited longer or shorter than was estimated when they came. result:"
+        " longer, shorter.",
+    ),
+    _scraped_spread("batch_gated_seconds", help="For how long batch calls gave way."),
+    _scraped(
+        "counter",
+        *("prefix_tokens_total", "kind"),
+        help="Prompt tokens thought to be in a backend's cache. kind: expected (all of them), seen"
+        " (those that were, as far as the time it took tells).",
+    ),
+    _scraped(
+        "gauge",
+        *("backend_slots_believed", "backend", "model"),
+        help="Calls that a model in memory is believed to take at once.",
+    ),
+    _scraped(
+        "gauge",
+        *("backend_slow_factor", "backend"),
+        help="Today's speed as a share of the backend's own past; 1: as ever.",
     ),
     _counter(
         "model_reloads_total",
@@ -257,6 +314,7 @@ METRICS: Final = (
 )
 
 _REFUSALS: Final = {401: "unauthorized", 403: "forbidden"}
+_LOADS: Final = frozenset({"call", "copy", "ahead", "drain", "pin"})
 _MOST_PENDING: Final = 256
 _LOADED_S: Final = 1.0  # a warm runner is told as a few milliseconds of loading
 
@@ -368,6 +426,10 @@ class Snapshot:
         queue_refused: Calls that could not wait since the start, by why.
         idle_connections: At rest, by backend.
         stale_connections: Requests that met a closed one since the start, by backend.
+        decisions: The plan's, since the start.
+        pass_s: How long passes took.
+        late: Waits against their estimates, by ``longer`` and ``shorter``.
+        believed: Slots, by backend and model.
     """
 
     backends: Sequence[BackendRow] = ()
@@ -378,6 +440,10 @@ class Snapshot:
     queue_refused: Mapping[str, int] = field(default_factory=dict)
     idle_connections: Mapping[str, int] = field(default_factory=dict)
     stale_connections: Mapping[str, int] = field(default_factory=dict)
+    decisions: Decisions = field(default_factory=Decisions)
+    pass_s: Spread | None = None
+    late: Mapping[str, Spread] = field(default_factory=dict)
+    believed: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 # -- the label of a model -------------------------------------------------------------------
@@ -449,21 +515,6 @@ class _Number:
         self.value += amount
 
 
-class _Spread:
-    """One series of a histogram; `counts` has one more than there are bounds."""
-
-    __slots__ = ("bounds", "counts", "sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-
 _Key = tuple[str, ...]  # the values of labels; of a series, with its metric's name before them
 
 
@@ -474,7 +525,7 @@ class Fed:
         self._metrics = {metric.name: metric for metric in metrics}
         self._prefix = prefix
         self.numbers: dict[_Key, _Number] = {}
-        self.spreads: dict[_Key, _Spread] = {}
+        self.spreads: dict[_Key, Spread] = {}
         for metric in self._metrics.values():
             if not metric.labels and metric.kind == "histogram":
                 self.spread((metric.name,))
@@ -485,16 +536,16 @@ class Fed:
         """A series of a counter or gauge; made when first asked for."""
         return self.numbers.setdefault(key, _Number())
 
-    def spread(self, key: _Key) -> _Spread:
+    def spread(self, key: _Key) -> Spread:
         """A series of a histogram; made when first asked for."""
-        return self.spreads.setdefault(key, _Spread(self._metrics[key[0]].buckets))
+        return self.spreads.setdefault(key, Spread(self._metrics[key[0]].buckets))
 
     def collect(self) -> Iterator[Family]:
         """The families, in the order of the table."""
         numbers: dict[str, dict[_Key, float]] = defaultdict(dict)
         for (name, *labels), number in self.numbers.items():
             numbers[name][tuple(labels)] = number.value
-        spreads: dict[str, dict[_Key, _Spread]] = defaultdict(dict)
+        spreads: dict[str, dict[_Key, Spread]] = defaultdict(dict)
         for (name, *labels), spread in self.spreads.items():
             spreads[name][tuple(labels)] = spread
         for name, metric in self._metrics.items():
@@ -504,10 +555,10 @@ class Fed:
                 yield _filled(metric, numbers[name], self._prefix)
 
 
-def _spread_out(metric: Metric, rows: Mapping[_Key, _Spread], prefix: str) -> Family:
+def _spread_out(metric: Metric, rows: Mapping[_Key, Spread], prefix: str) -> Family:
     family = HistogramMetricFamily(prefix + metric.name, metric.help, labels=metric.labels)
-    bounds = [floatToGoString(bound) for bound in (*metric.buckets, math.inf)]  # type: ignore[no-untyped-call]
     for labels, spread in rows.items():
+        bounds = [floatToGoString(bound) for bound in (*spread.bounds, math.inf)]  # type: ignore[no-untyped-call]
         upto = accumulate(spread.counts)
         family.add_metric(labels, list(zip(bounds, upto, strict=True)), spread.sum)
     return family
@@ -567,6 +618,7 @@ class Metrics:
             CheckEnded: self._check_ended,
             BreakerMoved: self._breaker_moved,
             LoadEnded: self._load_ended,
+            LoadStarted: self._load_started,
             CatalogChanged: lambda _: self._catalog_changed(),
             ConfigApplied: lambda _: self._reloaded(),
             ConfigRejected: lambda _: self._set(0, "config_last_reload_successful"),
@@ -660,6 +712,11 @@ class Metrics:
     def _breaker_moved(self, e: BreakerMoved) -> None:
         self._count(1, "breaker_transitions_total", e.backend, e.new.value)
 
+    def _load_started(self, e: LoadStarted) -> None:
+        self._count(1, "model_loads_total", e.why if e.why in _LOADS else OTHER)
+        if e.victims:
+            self._count(len(e.victims), "evictions_total")
+
     def _load_ended(self, e: LoadEnded) -> None:
         if e.ok:
             labels = self._model(e.model), e.backend
@@ -712,14 +769,18 @@ class _Gauges:
     def collect(self) -> Iterator[Family]:
         self._model = self._labels()  # at each scrape anew: what is gone makes room
         values: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
-        for name, labels, value in self._samples(self._snapshot()):
+        snapshot = self._snapshot()
+        spreads = _spreads(snapshot)
+        for name, labels, value in self._samples(snapshot):
             row = values[name]
             if name == "queue_oldest_seconds":
                 row[labels] = max(value, row.get(labels, 0.0))
             else:  # models without a label of their own add up in one series
                 row[labels] = value + row.get(labels, 0.0)
         for metric in METRICS:
-            if metric.scraped:
+            if metric.scraped and metric.kind == "histogram":
+                yield _spread_out(metric, spreads[metric.name], PREFIX)
+            elif metric.scraped:
                 yield _filled(metric, values[metric.name])
 
     def _samples(self, snapshot: Snapshot) -> Iterator[Sample]:
@@ -736,6 +797,7 @@ class _Gauges:
             yield "backend_idle_connections", (name,), count
         for name, count in snapshot.stale_connections.items():
             yield "backend_stale_connections_total", (name,), count
+        yield from self._plan_samples(snapshot)
         yield from self._queue_samples(snapshot.queues)
         for backend in snapshot.backends:  # what runs gets its labels before what merely exists
             yield from self._busy_samples(backend)
@@ -743,6 +805,20 @@ class _Gauges:
             yield from self._backend_samples(backend)
             for breaker in backend.breakers:
                 yield from self._breaker_samples(backend.name, breaker)
+
+    def _plan_samples(self, snapshot: Snapshot) -> Iterator[Sample]:
+        decisions = snapshot.decisions
+        for kind, count in decisions.kinds.items():
+            yield "plan_decisions_total", (kind,), count
+        for kind, tokens in decisions.prefix_tokens.items():
+            yield "prefix_tokens_total", (kind,), tokens
+        yield "plan_evaluations_total", (), decisions.evaluations
+        yield "declined_free_slot_total", (), decisions.declined
+        for (backend, model), slots in snapshot.believed.items():
+            yield "backend_slots_believed", (backend, self._model(model)), slots
+        for backend_row in snapshot.backends:
+            name = backend_row.name
+            yield "backend_slow_factor", (name,), decisions.slow.get(name, 1.0)
 
     def _queue_samples(self, queues: Sequence[QueueRow]) -> Iterator[Sample]:
         for key in self._queued:  # a queue that has emptied says so instead of vanishing
@@ -779,6 +855,18 @@ class _Gauges:
         for state in BreakerState:
             yield "breaker_state", (backend, model, state.value), state is breaker.state
         yield "breaker_stale_settlements_total", (backend,), breaker.stale
+
+
+def _spreads(snapshot: Snapshot) -> dict[str, dict[_Key, Spread]]:
+    """The histograms that others keep, by metric and labels."""
+    decisions, late = snapshot.decisions, snapshot.late
+    found: dict[str, dict[_Key, Spread]] = defaultdict(dict)
+    found["ttft_prediction_ratio"] = {(name,): each for name, each in decisions.ratios.items()}
+    found["queue_wait_estimate_error_seconds"] = {(way,): each for way, each in late.items()}
+    found["batch_gated_seconds"] = {(): decisions.gated}
+    if snapshot.pass_s is not None:
+        found["plan_duration_seconds"] = {(): snapshot.pass_s}
+    return found
 
 
 def _filled(metric: Metric, rows: Mapping[_Key, float], prefix: str = PREFIX) -> Family:

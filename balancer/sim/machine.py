@@ -862,6 +862,6 @@ def _ps_row(runner: Runner, machine: Machine, expires_at: float) -> dict[str, An
         "digest": digest(model.name),
         "details": _details(model),
         "expires_at": instant(expires_at),
-        "size_vram": size,
+        "size_vram": 0 if machine.type is HOST_TYPES["cpu"] else size,
         "context_length": machine.context,
     }

@@ -44,6 +44,7 @@ from balancer.sim.machine import Host, Loss, Model, Told, Work
 from balancer.sim.probing import OK, Prober, judge
 from balancer.sim.timeline import Entry, Timeline
 
+LOOK_S: Final = 0.05
 TICK_S: Final = 0.5
 IDLE_S: Final = 300.0
 CHAT: Final = routes.find("POST", "/api/chat")
@@ -252,6 +253,7 @@ class Shell:
         told = {"slots_known": slots_known, "memory_known": memory_known}
         self.pool.reshape([_backend(host, **told) for host in hosts.values()])
         self.prober.start()
+        self._looked_at = -math.inf
         timeline.after(TICK_S, self._tick)
 
     def _hears(self, kind: type[Event]) -> bool:  # noqa: ARG002 - the core's question
@@ -454,15 +456,23 @@ class Shell:
             self._wake_at(self._wanted_at)
         else:
             self._wanted_at = math.inf
+            self._look()
             self.dispatcher.kick()
 
     def _tick(self) -> None:
         """Streams tell how far they are; then trials and the watchdog."""
+        self._look()
+        self.prober.look_around()
+        self.timeline.after(TICK_S, self._tick)
+
+    def _look(self) -> None:
+        """Whoever looks at the streams finds them as they are."""
+        if self.timeline.now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = self.timeline.now
         for attempt in list(self.running):
             if attempt.first_at is not None:
                 attempt.look()
-        self.prober.look_around()
-        self.timeline.after(TICK_S, self._tick)
 
 
 def _key(model: Model) -> PlacementKey:

@@ -53,6 +53,7 @@ WORDS = (
         b",",
     ),
     *(b"X: " + b"y" * 5000 + b"\r\n", b"X: y\r\n" * 140, b";" + b"e" * 3000, b"200", b"101", b"1"),
+    *(b"HTTP/1.1 104 X\r\nContent-Length: 3\r\n\r\n", b"HTTP/1.1 199 X\r\n", b"104", b"199"),
     *(b" continued\r\n", b"X:\r\n", b": y\r\n", b"X : y\r\n", b"Proxy-Connection: keep-alive\r\n"),
     *(
         b"Transfer-Encoding: \r\n",
@@ -247,25 +248,25 @@ def check(data: bytes, rng: random.Random) -> None:
     bare, ends, full = rng.random() < 0.1, rng.choice(("eof", "reset")), rng.random() < 0.05
     found = reference(data, bare=bare)
     for parts in ([data] if data else [], chance.pieces(rng, data), chance.pieces(rng, data)):
-        heard = _exchange(parts, rng, bare=bare, ends=ends, full=full)
+        heard = _transaction(parts, rng, bare=bare, ends=ends, full=full)
         _agrees(heard, found, data, ends=ends, whole=len(parts) <= 1, full=full)
 
 
-def _exchange(
+def _transaction(
     parts: list[bytes], rng: random.Random, *, bare: bool, ends: str, full: bool
 ) -> Heard:
     bench, tape = Bench(), Tape()
     if rng.random() < 0.3:
         bench.warm()
     bench.line.room = 5 if full else math.inf
-    exchange = bench.begin(tape, b"b" * rng.choice((0, 10, 100_000)), bare=bare)
+    transaction = bench.begin(tape, b"b" * rng.choice((0, 10, 100_000)), bare=bare)
     for part in parts:
         if bench.line.closing:
             break
         if rng.random() < 0.1:
-            exchange.pause()
+            transaction.pause()
         if not bench.line.reading:
-            exchange.resume()
+            transaction.resume()
         bench.connection.data_received(part)
         _is_bounded(bench)
     if not tape.ends and not bench.line.closing:

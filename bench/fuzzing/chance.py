@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 MOST_BYTES = 1 << 20
 EDGES = (0, 1, 9, 10, 13, 32, 34, 58, 92, 127, 128, 195, 237, 255)
@@ -72,7 +73,7 @@ def pieces(rng: random.Random, data: bytes) -> list[bytes]:
     else:
         cuts = [rng.randint(0, size) for _ in range(rng.randint(1, 8))]
     bounds = sorted({0, size, *(cut for cut in cuts if 0 < cut < size)})
-    return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(bounds)]
 
 
 def smaller(data: bytes, fails: Callable[[bytes], bool], tries: int = 3000) -> bytes:

@@ -62,8 +62,8 @@ def check(data: bytes, rng: random.Random) -> None:
             "utf-8", "surrogateescape"
         )
     )
-    told = [line.decode("utf-8", "surrogateescape").partition(": ") for line in lines]
-    told = [(name.lower(), value) for name, _, value in told]
+    split = [line.decode("utf-8", "surrogateescape").partition(": ") for line in lines]
+    told = [(name.lower(), value) for name, _, value in split]
     assert [v for n, v in told if n == "content-length"] == [str(len(call.body))]
     assert len([n for n, _ in told if n == "host"]) == 1
     own = {name.lower() for name, _ in target.headers}

@@ -11,23 +11,17 @@ import asyncio
 import logging
 import random
 import re
-import selectors
-import zlib
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
-
-from balancer.net.listener import HIGH_WATER, MAX_HEADERS, Request, make_server
-from balancer.net.outlet import Outlet
+from balancer.net.listener import MAX_HEADERS, make_server
 from bench.fuzzing import chance, corpus
+from bench.fuzzing.desk import BODY_S, KINDS, Asked, Desk, Ear, Line, StillLoop
 
-HEAD_S, KEEPALIVE_S, BODY_S, SOON_S = 10.0, 75.0, 30.0, 5.0
+HEAD_S, KEEPALIVE_S, SOON_S = 10.0, 75.0, 5.0
 LONGEST_S = 1000.0  # in which any connection has to be closed
-KINDS = ("now", "now", "live", "task", "hand", "late", "skip", "big")
 HOST = b"Host: localhost\r\n"
 WORDS = (
     *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\r\n\r\n", b"0\r\n\r\n", b"5\r\n", b";a"),
@@ -85,31 +79,20 @@ def _request(rng: random.Random, *, small: bool) -> bytes:
 
 # -- a strict reader ---------------------------------------------------------------------------
 
-LINE = re.compile(rb"(GET|POST|PUT|DELETE|HEAD|OPTIONS) (/[!-~]*) HTTP/1\.([01])\r\n")
+METHODS = (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS")
+LINE = re.compile(rb"(%b) (/[!-~]*) HTTP/1\.([01])\r\n" % b"|".join(METHODS))
 HEADER = re.compile(rb"([A-Za-z0-9-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*\r\n")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[a-z]*)?\r\n")
+_SHORT = b"|".join(method[:end] for method in METHODS for end in range(len(method)))
 BEGUN = {  # a part of a line, of which more may come
-    LINE: re.compile(rb"|(GET|POST|PUT|DELETE|HEAD|OPTIONS)( (/[!-~]*( (HTTP/1\.[01]\r?)?)?)?)?"),
+    LINE: re.compile(
+        rb"%b|(%b)( (/[!-~]*( (HTTP/1\.[01]\r?)?)?)?)?" % (_SHORT, b"|".join(METHODS))
+    ),
     HEADER: re.compile(rb"\r|[A-Za-z0-9-]*|[A-Za-z0-9-]+:[\t\x20-\x7e\x80-\xff]*\r?"),
     CHUNK: re.compile(rb"[0-9A-Fa-f]{0,8}|[0-9A-Fa-f]+(;[a-z]*)?\r?"),
 }
 SPECIAL = (b"upgrade", b"expect", b"sec-websocket-key1", b"te", b"trailer", b"keep-alive")
 CLEAR_BYTES = 4000  # of a head that passes no limit
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request: by which it is known again in its answer."""
-
-    method: str
-    path: str
-    body: bytes
-
-    @property
-    def mark(self) -> bytes:
-        """What its answer says."""
-        body = b"" if self.path.startswith("/skip") else self.body
-        return f"{self.method} {self.path} {len(body)} {zlib.crc32(body):x}".encode()
 
 
 @dataclass(slots=True)
@@ -172,7 +155,8 @@ Headers = list[tuple[bytes, bytes]]
 
 def _head(data: bytes, at: int) -> tuple[str, str, bytes, Headers, int]:
     line, start = _match(LINE, data, at), at
-    headers, at = [], line.end()
+    headers: Headers = []
+    at = line.end()
     while not data.startswith(b"\r\n", at):
         found = _match(HEADER, data, at)
         name, value = found[1].lower(), found[2]
@@ -217,217 +201,6 @@ def _chunks(data: bytes, at: int) -> tuple[bytes, int]:
     if at - began > len(body) * 10 + CLEAR_BYTES:
         raise _UnclearError
     return body, at + 2
-
-
-# -- a client, and who answers it --------------------------------------------------------------
-
-
-class _Selector(selectors.DefaultSelector):
-    """No sockets are here: asked to wait, it moves the clock."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert timeout is not None, "everything waits for ever"
-        self.now += max(timeout, 0.0)
-        return []
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = _Selector()
-        super().__init__(self._jumping)
-
-    def time(self) -> float:
-        return self._jumping.now
-
-
-class Line(asyncio.Transport):
-    """
-    What a client's connection is to the server.
-
-    Args:
-        slow_s: After which what was written is taken; None: at once.
-    """
-
-    def __init__(self, slow_s: float | None) -> None:
-        super().__init__({"peername": ("192.0.2.7", 4711), "sockname": ("192.0.2.1", 80)})
-        self._loop = asyncio.get_running_loop()
-        self._slow_s = slow_s
-        self._held = 0
-        self._paused = False
-        self._closing = False
-        self.protocol: Any = None
-        self.written = bytearray()
-        self.reading = True
-        self.closed_at: float | None = None
-        self.closed = asyncio.Event()
-        self.wrote_at = 0.0
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        assert not self._closing, "written to, though it is closed"
-        self.written += data
-        self.wrote_at = self._loop.time()
-        if self._slow_s is not None:
-            if not self._held:
-                self._loop.call_later(self._slow_s, self._take)
-            self._held += len(data)
-            if self._held > HIGH_WATER and not self._paused:
-                self._paused = True
-                self.protocol.pause_writing()
-
-    def writelines(self, parts: Any) -> None:
-        self.write(b"".join(parts))
-
-    def _take(self) -> None:
-        self._held = 0
-        if self.closed_at is not None:
-            return
-        if self._paused:
-            self._paused = False
-            self.protocol.resume_writing()
-        if self._closing and not self._held:
-            self.lose(None)
-
-    def close(self) -> None:
-        if not self._closing:
-            self._closing = True
-            if not self._held:
-                self._loop.call_soon(self.lose, None)
-
-    def abort(self) -> None:
-        self._closing = True
-        self._loop.call_soon(self.lose, None)
-
-    def lose(self, error: Exception | None) -> None:
-        """It is gone."""
-        self._closing = True
-        if self.closed_at is None:
-            self.closed_at = self._loop.time()
-            self.closed.set()
-            self.protocol.connection_lost(error)
-
-    def is_closing(self) -> bool:
-        return self._closing
-
-    def get_write_buffer_size(self) -> int:
-        return self._held
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        pass
-
-    def pause_reading(self) -> None:
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        self.reading = True
-
-    def is_reading(self) -> bool:
-        return self.reading
-
-
-class Call:
-    """A request that is answered later, without a task."""
-
-    def __init__(self, desk: Desk, request: Request, body: bytes) -> None:
-        self._desk, self._request, self._body = desk, request, body
-        self._timer = asyncio.get_running_loop().call_later(0.2, self._answer)
-        request.connection.live = self
-
-    def gone(self) -> None:
-        """Its client has left."""
-        self._timer.cancel()
-        self._desk.open.remove(self._request)
-
-    def _answer(self) -> None:
-        self._desk.answer(self._request, self._body)
-
-
-class Desk:
-    """
-    Answers requests; what their paths begin with says how.
-
-    Attributes:
-        open: Those that were begun and not ended.
-        done: Those that were answered, in that order; a body that came damaged is None.
-    """
-
-    def __init__(self) -> None:
-        self.open: list[Request] = []
-        self.done: list[tuple[str, str, bytes | None]] = []
-
-    def at_once(self, request: Request) -> bool:
-        """On the spot, or begun there."""
-        assert request.content.is_eof(), "asked for before the body was there"
-        assert not self.open, "asked for while another is under way"
-        how = request.raw_path[1:5]
-        if how in ("task", "late", "skip") or request.content.exception() is not None:
-            return False
-        self.open.append(request)
-        body = request.content.read_nowait()
-        if how == "live":
-            Call(self, request, body)
-        elif how == "hand":
-            request.handed = body
-            request.connection.hand_over(request)
-        else:
-            self.answer(request, body)
-        return True
-
-    def answer(self, request: Request, body: bytes) -> None:
-        """Answer it without a task."""
-        outlet, said = Outlet(request, str), self._said(request, body)
-        outlet.begin(200, {}, len(said))
-        outlet.end(b"" if request.method == "HEAD" else said)
-        self.open.remove(request)
-        request.connection.answered(keep_alive=outlet.keep_alive)
-
-    def _said(self, request: Request, body: bytes) -> bytes:
-        self.done.append((request.method, request.raw_path, body))
-        said = Asked(request.method, request.raw_path, body).mark
-        return said + b"." * (200_000 if request.raw_path.startswith("/big") else 0)
-
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """In a task."""
-        assert isinstance(request, Request)
-        request.connection.picked_up()
-        if request.handed is None:
-            assert not self.open, "asked for while another is under way"
-            self.open.append(request)
-        try:
-            return await self._answered(request)
-        except (PayloadEncodingError, TimeoutError):
-            self.done.append((request.method, request.raw_path, None))
-            response = web.Response(status=400, body=b"damaged")
-            response.force_close()
-            return response
-        finally:
-            self.open.remove(request)
-
-    async def _answered(self, request: Request) -> web.StreamResponse:
-        if request.raw_path.startswith("/late"):
-            await asyncio.sleep(1.0)
-        body = request.handed
-        if body is None:
-            body = b"" if request.raw_path.startswith("/skip") else await _whole(request)
-        return web.Response(body=self._said(request, body))
-
-    def malformed(self, client: str, status: int) -> None:
-        """It could not be parsed."""
-        assert (client, status // 100) == ("192.0.2.7", 4)
-
-    def dropped(self, request: Request) -> None:
-        """Its client has left before a task had it."""
-        if request in self.open:
-            self.open.remove(request)
-
-
-async def _whole(request: Request) -> bytes:
-    body = b""
-    async with asyncio.timeout(BODY_S):
-        while part := await request.content.readany():
-            body += part
-    return body
 
 
 # -- the check ---------------------------------------------------------------------------------
@@ -510,21 +283,8 @@ def _is_in_time(talk: Talk, found: Found) -> None:
     assert talk.quiet_s <= KEEPALIVE_S + SOON_S
 
 
-class _Ear(logging.Handler):
-    """Hears what libraries complain of; of what could not be parsed they may."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.heard: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, HttpProcessingError):
-            self.heard.append(f"{record.getMessage()} {error!r}")
-
-
 def _run(talk: Coroutine[Any, Any, Talk]) -> Talk:
-    ear, loop = _Ear(), _Loop()
+    ear, loop = Ear(), StillLoop()
     loggers = [logging.getLogger(name) for name in ("aiohttp", "asyncio")]
     loop.set_exception_handler(lambda _, context: ear.heard.append(str(context)))
     for logger in loggers:

@@ -172,7 +172,7 @@ def test_what_was_decided_can_be_priced_again() -> None:
     bench.up("a", "m:1", "n:1", loaded=["m:1"])
     bench.up("b", "m:1", "n:1", loaded=["n:1"])
     chain = ((1, 200), (2, 900))
-    for number, model in enumerate(["m:1", "m:1", "n:1", "m:1", "n:1", "m:1"]):
+    for number, model in enumerate(["n:1", "m:1", "m:1", "n:1", "m:1", "n:1", "m:1"]):
         client = bench.submit(model, id=f"r{number}", prompt_tokens=1000 + number, chain=chain)
         bench.sleep(1.0)
         for lease in client.leases if number % 2 else ():

@@ -52,6 +52,11 @@ def test_nothing_above_the_configured_is_believed() -> None:
     assert belief.believed("m") == 3
 
 
+def test_more_may_be_configured_than_would_ever_be_believed() -> None:
+    """The operator knows his host: that many are used from the first call on."""
+    assert SlotBelief(4 * MOST).believed("m") == 4 * MOST
+
+
 def test_a_new_configuration_counts_at_once(belief: SlotBelief) -> None:
     """Whoever kept the number sees by the edition that it may be stale."""
     belief.first_byte("m", 8, 1.0, was_probe=False)

@@ -60,7 +60,8 @@ async def test_many_callers_make_one_load() -> None:
         assert {reply.get("x-balancer-route") for reply in replies} == {"cold", "warm"}
         assert sum(loads(rig).values()) == 1
         (load,) = ours(rig)
-        assert json.loads(load.body) == {"model": "m:latest", "prompt": "", "stream": False}
+        sent = {"model": "m:latest", "prompt": "", "stream": False, "keep_alive": "1800s"}
+        assert json.loads(load.body) == sent
 
 
 @virtual
@@ -125,7 +126,7 @@ async def test_a_model_that_embeds_is_loaded_by_embedding(route: str) -> None:
         (load,) = ours(rig)
         assert (load.path, json.loads(load.body)) == (
             "/api/embed",
-            {"model": "e:latest", "input": []},
+            {"model": "e:latest", "input": [], "keep_alive": "1800s"},
         )
 
 
@@ -179,23 +180,31 @@ async def test_the_calls_options_go_into_the_load() -> None:
 
 @virtual
 async def test_other_options_are_another_copy() -> None:
-    """A runner with another context is no copy for this call: it gets a load on a free host."""
+    """A runner with another context is no copy for this call; in the end each has its own host."""
     async with running(2, models=models()) as rig:
-        for context in (4096, 16384, 4096, 16384):
-            body = CHAT | {"options": {"num_ctx": context}}
-            assert is_whole(await rig.ask("POST", "/api/chat", body), "/api/chat")
-        assert loads(rig) == {"a": 1, "b": 1}
+
+        async def in_turn(rounds: int) -> None:
+            for context in (4096, 16384) * rounds:
+                body = CHAT | {"options": {"num_ctx": context}}
+                assert is_whole(await rig.ask("POST", "/api/chat", body), "/api/chat")
+
+        await in_turn(2)
+        before = loads(rig)
+        assert min(before.values()) == 1
+        assert sum(before.values()) <= 3
+        await in_turn(4)
+        assert loads(rig) == before
 
 
 @pytest.mark.parametrize("keep_alive", [0, "0", "0s", "0m", 0.0, "0h0m0s"])
 @virtual
 async def test_a_call_that_unloads_behind_itself(keep_alive: Any) -> None:
-    """keep_alive 0 is not sent on the load, which would end it at once; the call itself has it."""
+    """The load does not have it, which would end it at once; the call itself does."""
     async with running(1, models=models()) as rig:
         reply = await rig.ask("POST", "/api/chat", CHAT | {"keep_alive": keep_alive})
         assert is_whole(reply, "/api/chat")
         (load,) = ours(rig)
-        assert "keep_alive" not in json.loads(load.body)
+        assert json.loads(load.body)["keep_alive"] == "1800s"
         assert loads(rig) == {"a": 1}
         assert rig.loaded() == {"a": []}
 

@@ -33,7 +33,8 @@ def rows(told: Any) -> dict[str, Any]:
 @virtual
 async def test_it_goes_where_it_was_said_to_go() -> None:
     """A free copy first; then the reason of each; and the call follows."""
-    async with running(3, models=models(0.0)) as rig:
+    greedy = {"routing.strategy": "least-loaded"}
+    async with running(3, models=models(0.0), config=greedy) as rig:
         await rig.warm("b", "m")
         told = await explain(rig)
         assert (told["explain_version"], told["model"]) == (1, "m:latest")

@@ -1,5 +1,5 @@
 """
-One exchange over one connection: what is parsed, what is pushed, what may be used again.
+One transaction over one connection: what is parsed, what is pushed, what may be used again.
 
 Without sockets, since every cut of every answer is tried; over sockets in test_connections.
 """
@@ -27,8 +27,8 @@ from balancer.net.connection import (
     PIECE_BYTES,
     SEND_STALL_S,
     STALE_S,
-    Connection,
-    Exchange,
+    BackendConnection,
+    Transaction,
 )
 from balancer.net.wheel import Wheel
 
@@ -74,7 +74,7 @@ class FakeTransport:
         self.room = math.inf
         self.buffered = 0
         self.limits: tuple[int, int] | None = None
-        self.protocol: Connection | None = None
+        self.protocol: BackendConnection | None = None
 
     def set_write_buffer_limits(self, high: int, low: int) -> None:
         self.limits = high, low
@@ -116,20 +116,20 @@ class FakeTransport:
 class FakeHome:
     """Remembers what it was told."""
 
-    free: list[Connection] = field(default_factory=list)
-    gone: list[Connection] = field(default_factory=list)
-    repeated: list[Exchange] = field(default_factory=list)
+    free: list[BackendConnection] = field(default_factory=list)
+    gone: list[BackendConnection] = field(default_factory=list)
+    repeated: list[Transaction] = field(default_factory=list)
 
-    def back(self, connection: Connection) -> None:
+    def back(self, connection: BackendConnection) -> None:
         assert not connection.is_busy
         self.free.append(connection)
 
-    def lost(self, connection: Connection) -> None:
+    def lost(self, connection: BackendConnection) -> None:
         self.gone.append(connection)
 
-    def stale(self, exchange: Exchange) -> None:
-        assert exchange.connection is None
-        self.repeated.append(exchange)
+    def stale(self, transaction: Transaction) -> None:
+        assert transaction.connection is None
+        self.repeated.append(transaction)
 
 
 class Tape:
@@ -197,16 +197,16 @@ class Bench:
     def renew(self) -> None:
         """Another connection."""
         self.line = FakeTransport()
-        self.connection = Connection(self.home, self.loop.time)
+        self.connection = BackendConnection(self.home, self.loop.time)
         self.connection.connection_made(cast("Any", self.line))
         self.line.protocol = self.connection
 
-    def begin(self, tape: Tape | None = None, body: bytes = b"{}", **more: Any) -> Exchange:
-        """Begin an exchange."""
+    def begin(self, tape: Tape | None = None, body: bytes = b"{}", **more: Any) -> Transaction:
+        """Begin a transaction."""
         told = {"bare": False, "patient": True, "idle_s": 300.0} | more
-        exchange = Exchange(tape or Tape(), b"HEAD\r\n\r\n", body, self.wheel, **told)
-        self.connection.begin(exchange)
-        return exchange
+        transaction = Transaction(tape or Tape(), b"HEAD\r\n\r\n", body, self.wheel, **told)
+        self.connection.begin(transaction)
+        return transaction
 
     def feed(self, *pieces: bytes) -> None:
         """Reads, as long as it is not closed."""
@@ -244,7 +244,7 @@ def test_a_short_answer() -> None:
     bench, tape = Bench(), Tape()
     order: list[object] = []
     tape.at["end"] = lambda: order.append(list(bench.home.free))
-    exchange = bench.begin(tape, b"body")
+    transaction = bench.begin(tape, b"body")
     assert (bytes(bench.line.written), bench.line.writes) == (b"HEAD\r\n\r\nbody", 1)
     assert bench.line.limits == (HIGH_WATER, LOW_WATER)
     bench.feed(OK + b"Content-Type:  a/b \r\nX-\xc3\xbc: 1\r\n".replace(b"X-\xc3\xbc", b"X-u"),
@@ -253,8 +253,8 @@ def test_a_short_answer() -> None:
     assert tape.headers == [("Content-Type", "a/b"), ("X-u", "1"), ("x", "ü\udcff"),
                             ("Content-Length", "5")]  # fmt: skip
     assert order == [[bench.connection]]
-    assert (exchange.connection, exchange.sink, len(bench.wheel)) == (None, None, 0)
-    assert exchange.body == exchange.head == b""
+    assert (transaction.connection, transaction.sink, len(bench.wheel)) == (None, None, 0)
+    assert transaction.body == transaction.head == b""
 
 
 @st.composite
@@ -262,7 +262,8 @@ def answers(draw: st.DrawFn) -> tuple[bytes, bytes, str]:
     """A legal answer, its body, and how it is framed: length, chunked, eof."""
     body = draw(st.binary(max_size=200))
     framing = draw(st.sampled_from(["length", "chunked", "eof"]))
-    interim = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\nContent-Length: 9\r\n\r\n"
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\nContent-Length: 9\r\n\r\n"
+    interim = draw(st.sampled_from([early, b"HTTP/1.1 104 X\r\nLink: x\r\n\r\n"]))
     wire = interim * draw(st.integers(0, 8))
     wire += b"HTTP/1.1 %d\r\n" % draw(st.sampled_from([200, 201, 400, 404, 500, 503, 599]))
     for n in range(draw(st.integers(0, 4))):
@@ -363,6 +364,9 @@ ODD = {
     "switching": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     "switching, told": b"HTTP/1.1 101 S\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
     "nine interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 9 + SHORT,
+    "an interim body": b"HTTP/1.1 104 X\r\nContent-Length: 3\r\n\r\nabc" + SHORT,
+    "an interim body in chunks": b"HTTP/1.1 104 X\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"3\r\nabc\r\n0\r\n\r\n" + SHORT,
     "length and chunks": OK + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "chunks and length": OK + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
     "two lengths": OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok",
@@ -411,6 +415,16 @@ def test_what_is_odd_never_leaves_a_connection_to_be_used(name: str) -> None:
     assert bench.line.closing
     for free in bench.home.free:  # it came back with its answer, and what came behind closed it
         assert free.is_closing
+
+
+@pytest.mark.parametrize("stray", [b"\n", b"\r\n", b"\r\n\r\n"])
+def test_line_ends_around_an_answer_mean_nothing(stray: bytes) -> None:
+    """Whatever they came with: the next answer over the connection is the next answer."""
+    bench = Bench()
+    for answer in (stray + SHORT, SHORT + stray, CHUNKED + b"0\r\n\r\n" + stray, SHORT):
+        tape = bench.told(answer)
+        assert (tape.status, tape.ends, bench.kept) == (200, [None], True)
+        assert tape.body == (b"ok" if SHORT in answer else b"")
 
 
 @pytest.mark.parametrize(("count", "kind"), [(0, None), (1, None), (8, None), (9, "malformed")])
@@ -610,16 +624,16 @@ def test_a_used_connection_lost_without_a_byte_is_stale(
     """Nobody is told; its home has the request sent once more."""
     bench = Bench()
     bench.warm()
-    exchange = bench.begin(tape := Tape())
+    transaction = bench.begin(tape := Tape())
     if eof:
         bench.connection.eof_received()
     bench.connection.connection_lost(error)
-    assert bench.home.repeated == [exchange]
-    assert (tape.ends, exchange.connection, exchange.body) == ([], None, b"{}")
-    assert exchange.sink is tape
+    assert bench.home.repeated == [transaction]
+    assert (tape.ends, transaction.connection, transaction.body) == ([], None, b"{}")
+    assert transaction.sink is tape
     assert not bench.connection.is_busy
     bench.renew()
-    bench.connection.begin(exchange)
+    bench.connection.begin(transaction)
     bench.feed(SHORT)
     assert tape.ends == [None]
 
@@ -652,8 +666,8 @@ def test_a_connection_that_is_closed_already_is_not_written_to() -> None:
     bench = Bench()
     bench.warm()
     bench.line.closing = True
-    exchange = bench.begin()
-    assert bench.home.repeated == [exchange]
+    transaction = bench.begin()
+    assert bench.home.repeated == [transaction]
 
 
 def test_a_transport_that_closes_while_we_send_is_not_written_to() -> None:
@@ -720,16 +734,16 @@ def test_sending_has_a_limit_that_grows_with_the_request() -> None:
 def test_a_pause_is_no_silence() -> None:
     """While nothing is read no limit passes; afterwards it counts from there."""
     bench = Bench()
-    exchange = bench.begin(tape := Tape(), idle_s=20.0)
+    transaction = bench.begin(tape := Tape(), idle_s=20.0)
     bench.feed(OK + b"Content-Length: 9\r\n\r\n")
-    exchange.pause()
-    exchange.pause()
+    transaction.pause()
+    transaction.pause()
     assert not bench.line.reading
     bench.feed(b"o")  # one read may still come
     bench.loop.sleep(1e4)
     assert (tape.body, tape.ends) == (b"o", [])
-    exchange.resume()
-    exchange.resume()
+    transaction.resume()
+    transaction.resume()
     assert bench.line.reading
     bench.loop.sleep(19.9)
     assert tape.ends == []
@@ -740,19 +754,19 @@ def test_a_pause_is_no_silence() -> None:
 def test_a_pause_from_before_the_connection_holds() -> None:
     """Who pauses while it connects is not read to."""
     bench = Bench()
-    exchange = Exchange(Tape(), b"", b"", bench.wheel, bare=False, patient=True, idle_s=1.0)
-    exchange.pause()
-    bench.connection.begin(exchange)
+    transaction = Transaction(Tape(), b"", b"", bench.wheel, bare=False, patient=True, idle_s=1.0)
+    transaction.pause()
+    bench.connection.begin(transaction)
     assert not bench.line.reading
-    exchange.resume()
+    transaction.resume()
     assert bench.line.reading
 
 
 def test_a_connection_comes_back_reading() -> None:
     """Else its end would not be noticed."""
     bench, tape = Bench(), Tape()
-    exchange = bench.begin(tape)
-    tape.at["data"] = exchange.pause
+    transaction = bench.begin(tape)
+    tape.at["data"] = transaction.pause
     bench.feed(SHORT)
     assert tape.ends == [None]
     assert bench.kept
@@ -766,11 +780,11 @@ def test_a_connection_comes_back_reading() -> None:
 def test_an_abort_from_within_the_sink(when: str) -> None:
     """Nothing is told after it, and nothing is kept; at the end there is nothing left to abort."""
     bench, tape = Bench(), Tape()
-    exchange = bench.begin(tape)
+    transaction = bench.begin(tape)
 
     def abort() -> None:
-        exchange.abort()
-        exchange.abort()
+        transaction.abort()
+        transaction.abort()
         tape.deaf = True
 
     tape.at[when] = abort
@@ -789,20 +803,20 @@ def test_an_abort_from_within_the_sink(when: str) -> None:
 def test_an_abort_at_each_byte_of_the_answer(at: int) -> None:
     """The connection is closed then and there; whatever comes later is for nobody."""
     bench = Bench()
-    exchange = bench.begin(tape := Tape())
+    transaction = bench.begin(tape := Tape())
     bench.feed(SHORT[:at])
-    exchange.abort()
+    transaction.abort()
     tape.deaf = True
     assert bench.line.closing
     bench.connection.data_received(SHORT[at:])
     bench.connection.resume_writing()
     bench.connection.connection_lost(None)
-    exchange.pause()
-    exchange.resume()
+    transaction.pause()
+    transaction.resume()
     assert (tape.ends, bench.home.free, len(bench.wheel)) == ([], [], 0)
 
 
-def test_the_next_exchange_may_begin_from_within_the_end() -> None:
+def test_the_next_transaction_may_begin_from_within_the_end() -> None:
     """Over the same connection, which carries one at a time."""
     bench, first, second = Bench(), Tape(), Tape()
 
@@ -821,29 +835,29 @@ def test_the_next_exchange_may_begin_from_within_the_end() -> None:
 def test_a_sink_may_be_replaced() -> None:
     """Whoever relays takes over from whoever judged, at any point before the end."""
     bench, first, second = Bench(), Tape(), Tape()
-    exchange = bench.begin(first)
+    transaction = bench.begin(first)
 
     def hand_over() -> None:
         second.status = 200
-        exchange.turn(second)
+        transaction.turn(second)
 
     first.at["head"] = hand_over
     bench.feed(SHORT)
     assert (first.pieces, second.pieces, second.ends) == ([], [b"ok"], [None])
-    exchange.turn(Tape())
-    assert exchange.sink is None
+    transaction.turn(Tape())
+    assert transaction.sink is None
 
 
 def test_when_anything_moved() -> None:
     """Without a connection nothing ever did."""
     bench = Bench()
-    exchange = Exchange(Tape(), b"", b"", bench.wheel, bare=False, patient=True, idle_s=1.0)
-    assert exchange.moved_at() == -math.inf
-    bench.connection.begin(exchange)
+    transaction = Transaction(Tape(), b"", b"", bench.wheel, bare=False, patient=True, idle_s=1.0)
+    assert transaction.moved_at() == -math.inf
+    bench.connection.begin(transaction)
     bench.loop.sleep(5.0)
-    assert exchange.moved_at() == bench.loop.now - 5.0
+    assert transaction.moved_at() == bench.loop.now - 5.0
     bench.feed(b"H")
-    assert exchange.moved_at() == bench.loop.now
+    assert transaction.moved_at() == bench.loop.now
 
 
 def test_a_bug_in_a_sink_is_told() -> None:
@@ -884,13 +898,13 @@ def test_a_bug_in_a_sink_s_last_word_is_told() -> None:
 class States(RuleBasedStateMachine):
     """
     Whatever happens in whatever order: the tape checks what it is told, and what may carry the next
-    exchange has answered the last one whole.
+    transaction has answered the last one whole.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bench = Bench()
-        self.exchange: Exchange | None = None
+        self.transaction: Transaction | None = None
         self.tape = Tape()
         self.wire = b""
         self.body, self.framing = b"", ""
@@ -902,7 +916,7 @@ class States(RuleBasedStateMachine):
         """The present connection's."""
         return self.bench.line
 
-    @precondition(lambda self: self.exchange is None)
+    @precondition(lambda self: self.transaction is None)
     @rule(
         answer=answers(),
         extra=st.sampled_from([b"", b"", b"", b"x", SHORT]),
@@ -932,11 +946,11 @@ class States(RuleBasedStateMachine):
         self.fed, self.size, self.full = 0, size, full
         self.line.room = 5 if full else math.inf
         self.tape = Tape()
-        self.exchange = self.bench.begin(
+        self.transaction = self.bench.begin(
             self.tape, b"b" * size, patient=patient, idle_s=20.0, bare=False
         )
 
-    @precondition(lambda self: self.exchange is not None and self.fed < len(self.wire))
+    @precondition(lambda self: self.transaction is not None and self.fed < len(self.wire))
     @rule(size=st.integers(1, 300))
     def read(self, size: int) -> None:
         """Some bytes of the answer."""
@@ -953,32 +967,32 @@ class States(RuleBasedStateMachine):
             self.bench.feed(self.wire[self.fed :])
             assert self.line.closing
 
-    @precondition(lambda self: self.exchange is not None)
+    @precondition(lambda self: self.transaction is not None)
     @rule()
     def drain(self) -> None:
         """The kernel takes what there is."""
         self.line.drain()
 
-    @precondition(lambda self: self.exchange is not None)
+    @precondition(lambda self: self.transaction is not None)
     @rule(what=st.sampled_from(["pause", "resume"]))
     def steer(self, what: str) -> None:
         """Back-pressure."""
-        getattr(self.exchange, what)()
+        getattr(self.transaction, what)()
 
     @rule(seconds=st.floats(0.0, 50.0))
     def wait(self, seconds: float) -> None:
         """Time passes."""
         self.bench.loop.sleep(seconds)
 
-    @precondition(lambda self: self.exchange is not None)
+    @precondition(lambda self: self.transaction is not None)
     @rule()
     def abort(self) -> None:
         """The client has gone."""
-        assert self.exchange is not None
-        self.exchange.abort()
+        assert self.transaction is not None
+        self.transaction.abort()
         self.tape.deaf = True
         assert self.line.closing or self.tape.ends
-        self.exchange = None
+        self.transaction = None
 
     @rule(error=st.sampled_from([None, ConnectionResetError(104, "x")]), eof=st.booleans())
     def lose(self, error: Exception | None, *, eof: bool) -> None:
@@ -989,19 +1003,19 @@ class States(RuleBasedStateMachine):
         self.bench.connection.connection_lost(error)
         if self.bench.home.repeated:
             assert self.fed == 0
-            (exchange,) = self.bench.home.repeated
+            (transaction,) = self.bench.home.repeated
             self.bench.home.repeated.clear()
             self.bench.renew()
-            self.bench.connection.begin(exchange)
+            self.bench.connection.begin(transaction)
 
     @invariant()
     def is_sane(self) -> None:
-        """At most one end; a free connection has no exchange, and nothing unsent."""
+        """At most one end; a free connection has no transaction, and nothing unsent."""
         assert len(self.tape.ends) <= 1
         assert self.body.startswith(self.tape.body)
         if self.tape.ends == [None] and self.framing != "eof":
             assert self.tape.body == self.body
-        assert len(self.bench.wheel) == (self.exchange is not None and not self.tape.ends)
+        assert len(self.bench.wheel) == (self.transaction is not None and not self.tape.ends)
         for free in self.bench.home.free:
             if not free.is_closing:
                 assert not free.is_busy
@@ -1011,7 +1025,7 @@ class States(RuleBasedStateMachine):
                 assert len(self.line.written) == 8 + self.size
         if self.tape.ends:
             assert self.line.closing or self.bench.home.free
-            self.exchange = None
+            self.transaction = None
 
 
 States.TestCase.settings = settings(

@@ -147,7 +147,8 @@ async def test_what_is_not_simply_answered_is_the_same_too(path: str, body: Any)
 @both
 async def test_a_connection_is_kept_through_all_kinds_of_answers() -> None:
     """Direct, handed over and failed over, refused, told at once: one after the other, in order."""
-    async with warm(2, speed=100.0) as (rig, tasks):
+    in_turn = {"routing.strategy": "round-robin"}  # the next is another's, on a new connection
+    async with warm(2, speed=100.0, config=in_turn) as (rig, tasks):
         await rig.warm("b", "m")
         asking = await Asking.of(rig, "/api/chat", CHAT, X_Request_Id="1")
         await asking.head()

@@ -31,7 +31,7 @@ from balancer.net.listener import (
     SMALL,
     SMALL_BODY_S,
     WRITE_STALL_S,
-    Connection,
+    ClientConnection,
     Request,
     check_parser,
     listen,
@@ -914,14 +914,14 @@ def test_private_names_of_a_connection_are_still_there(name: str) -> None:
     """What is read here must be what aiohttp writes, and the other way round."""
     slots = [n for cls in RequestHandler.__mro__ for n in getattr(cls, "__slots__", ())]
     assert slots.count(name) == 1
-    assert name not in Connection.__slots__
+    assert name not in ClientConnection.__slots__
 
 
 def test_all_private_names_are_in_that_list() -> None:
     """Read off the source: those of ours are slots, the rest is aiohttp's."""
-    source = inspect.getsource(Connection)
+    source = inspect.getsource(ClientConnection)
     used = {word.split("(")[0] for word in _attributes(source) if word.startswith("_")}
-    ours = {*Connection.__slots__, *vars(Connection)}
+    ours = {*ClientConnection.__slots__, *vars(ClientConnection)}
     assert used - ours - {"_message", "_payload"} == {*PRIVATE}
 
 
@@ -935,7 +935,7 @@ def test_hooks_are_still_called_as_we_override_them() -> None:
     assert list(inspect.signature(web.BaseRequest._prepare_hook).parameters) == ["self", "response"]
     for name in ("handle_error", "resume_reading", "force_close", "start", "_process_keepalive"):
         wanted = list(inspect.signature(getattr(RequestHandler, name)).parameters)
-        assert list(inspect.signature(getattr(Connection, name)).parameters) == wanted, name
+        assert list(inspect.signature(getattr(ClientConnection, name)).parameters) == wanted, name
     for name in (
         "connection_made",
         "data_received",
@@ -987,7 +987,7 @@ async def test_the_server_hands_its_settings_to_each_connection() -> None:
     front: Any = SimpleNamespace(handle=None, malformed=None)
     server = make_server(front, keepalive_s=75.0, head_timeout_s=3.0, max_header=1000)
     connection = server()
-    assert isinstance(connection, Connection)
+    assert isinstance(connection, ClientConnection)
     assert (connection.keepalive_timeout, connection.head_timeout_s) == (75.0, 3.0)
     assert (connection.max_field_size, connection.max_headers) == (1000, 128)
     assert connection._max_head == 4000
