@@ -54,6 +54,7 @@ from balancer.core.events import (
     Stopping,
 )
 from balancer.core.limits import Limits
+from balancer.core.memory import Memory
 from balancer.core.pins import Pin, Pins
 from balancer.core.pool import GateSettings, Pool, PoolSettings
 from balancer.core.retry import Budget
@@ -225,6 +226,7 @@ class Balancer:
         self.reads = Reads(self.pool, self.upstream, self.prober, clock, config.models.version)
         self.proxy = Proxy(
             proxy_settings(config),
+            Memory(config.server.replay_memory_bytes),
             self.dispatcher,
             self.upstream,
             self.budget,
@@ -579,10 +581,9 @@ def prober_settings(config: Config) -> ProberSettings:
 
 def proxy_settings(config: Config) -> ProxySettings:
     """What the proxy needs."""
-    server, streaming = config.server, config.streaming
+    streaming = config.streaming
     return ProxySettings(
-        server.max_body_bytes,
-        server.replay_memory_bytes,
+        config.server.max_body_bytes,
         config.timeouts.total_s,
         streaming.heartbeat_after_s,
         streaming.heartbeat_s,

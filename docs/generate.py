@@ -9,6 +9,7 @@ from typing import Final
 
 from balancer.core import dialect, verdicts
 from balancer.ops import metrics
+from docs import situations
 
 _VERDICTS: Final = """\
 # What counts as a failure
@@ -67,10 +68,23 @@ def differences() -> str:
     return f"## Everywhere\n\n{everywhere}\n## In places\n\n{head}{rows}"
 
 
+def routing() -> str:
+    """The page as it stands, with what `explain` tells put in anew between its marks."""
+    page = (Path(__file__).parent / "routing.md").read_text(encoding="utf-8")
+    for title, text in situations.texts().items():
+        begin, end = f"<!-- explain: {title} -->\n", "<!-- end -->"
+        before, mark, rest = page.partition(begin)
+        if not mark:
+            raise LookupError(f"routing.md has no place for {title!r}")
+        page = f"{before}{mark}```text\n{text}\n```\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 PAGES: Final = {
     "differences.md": _DIFFERENCES + differences(),
     "errors.md": _ERRORS + dialect.document(),
     "metrics.md": metrics.document(),
+    "routing.md": routing(),
     "verdicts.md": _VERDICTS + verdicts.document(),
 }
 

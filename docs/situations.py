@@ -75,8 +75,8 @@ def _history(model: Model, until: float, every: float = 5.0, together: int = 1) 
 
 def warm_and_free() -> dict[str, Any]:
     """Two hosts have the model in memory, with free slots."""
-    world = _world([_machine("big", "rtx4090"), _machine("old", "rtx3060")], big=[CHAT], old=[CHAT])
-    return explained(world, _history(CHAT, 300.0, 3.0, 3), 300.0, model=CHAT.name)
+    world = _world([_machine("big", "rtx4090"), _machine("old", "rtx3090")], big=[CHAT], old=[CHAT])
+    return explained(world, _history(CHAT, 200.0, 3.0, 3), 200.0, model=CHAT.name)
 
 
 def held_for_the_faster() -> dict[str, Any]:
@@ -86,9 +86,8 @@ def held_for_the_faster() -> dict[str, Any]:
         gpu=[CHAT],
         cpu=[CHAT],
     )
-    history = _history(CHAT, 600.0, 60.0, 3)
-    jobs = [*history, Job(700.0, CHAT.name, 800, 260)]
-    return explained(world, jobs, 701.0, model=CHAT.name, prompt_tokens="900")
+    jobs = [*_history(CHAT, 200.0, 10.0), Job(200.0, CHAT.name, 800, 260)]
+    return explained(world, jobs, 201.0, model=CHAT.name, prompt_tokens="900")
 
 
 def cold_with_eviction() -> dict[str, Any]:
@@ -112,9 +111,9 @@ def batch_gives_way() -> dict[str, Any]:
     world = _world([_machine("shared", "a100", slots=10)], shared=[CHAT])
     history = _history(CHAT, 200.0)
     chats = [Job(299.0 + 0.01 * turn, CHAT.name, 300, 900) for turn in range(9)]
-    batch = Job(299.5, CHAT.name, 2000, 300, who="nightly", batch=True)
+    batch = Job(299.1, CHAT.name, 2000, 300, who="nightly", batch=True)
     jobs = [*history, *chats, batch]
-    return explained(world, jobs, 301.0, model=CHAT.name, call=f"c{len(jobs) - 1}")
+    return explained(world, jobs, 300.0, model=CHAT.name, call=f"c{len(jobs) - 1}")
 
 
 SITUATIONS: Final = {
@@ -128,7 +127,7 @@ SITUATIONS: Final = {
         cold_with_eviction,
     ),
     "Another num_ctx": ("explain llama3.1 --num-ctx 16384", another_context),
-    "Batch gives way": ("explain llama3.1 --call c47", batch_gives_way),
+    "Batch gives way": ("explain llama3.1 --call c46", batch_gives_way),
 }
 
 
@@ -138,7 +137,3 @@ def texts() -> dict[str, str]:
         title: f"$ ollama-balancer {command}\n" + "\n".join(screen.explained(situation()))
         for title, (command, situation) in SITUATIONS.items()
     }
-
-
-if __name__ == "__main__":
-    print("\n\n".join(texts().values()))

@@ -24,6 +24,9 @@ PROGRAMS = ("ollama-balancer", "olb")
 
 # What looks like a setting, or like an option of a command, and belongs to somebody else.
 NO_SETTINGS = {"error.code", "journald.conf", "ai.example.org"}
+# Fields of the log.
+NO_SETTINGS |= {f"route.{name}" for name in ("kind", "backend", "runner_up", "cost_s", "wait_s")}
+NO_SETTINGS |= {"route.predicted_ttft_s", "route.cached_tokens"}
 NO_OPTIONS = {"--profile": "docker compose"}
 
 

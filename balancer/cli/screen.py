@@ -259,11 +259,13 @@ def _turn_told(doc: Document) -> Iterable[str]:
     """A call's place in the queue, where there is an order to tell of."""
     turn, call = doc.get("turn"), doc.get("call")
     if call and call["waits"]:
-        yield f"call {plain(call['id'])} waits for {span(call['waited_s'])}"
+        yield f"call {plain(call['id'])} has waited for {span(call['waited_s'])}"
+    elif call:
+        yield f"call {plain(call['id'])} does not wait any more: the rest is of one like it"
     if turn and doc["queued"]:
         yield (
-            f"{turn['ahead']} ahead of it, by fair shares (tag {turn['tag']:.2f}, the queue is at "
-            f"{turn['virtual_time']:.2f})"
+            f"{turn['ahead']} of them ahead of it, by fair shares: tag {turn['tag']:.2f}, and the "
+            f"queue is at {turn['virtual_time']:.2f}"
         )
     for past in doc["decisions"] if call else ():
         others = ", ".join(f"{each['backend']} {each['total_s']:.2f} s" for each in past["options"])

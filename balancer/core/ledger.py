@@ -333,6 +333,9 @@ class Ledger:
             self._quickness(model, tracks.values(), now, window_s, reading_s)
             for model, tracks in self.models.items()
         ]
+        if not self.speed.is_measured:  # there is nothing yet that it could be slower than
+            self._suppose(now, loading=loading)
+            return
         if not loading:
             seen += [_lateness(track, now) for track in self.tracks()]
         told = [ratio for ratio in seen if ratio is not None]
@@ -340,6 +343,16 @@ class Ledger:
             return  # nothing to go by is not the same as idle
         before = self.speed.edition
         self.speed.observe(min(told, default=None), now)
+        if self.speed.edition != before:
+            self.edition += 1
+
+    def _suppose(self, now: float, *, loading: bool) -> None:
+        """A first prompt that takes long shows that it was guessed wrong, before it has ended."""
+        before = self.speed.edition
+        for track in self.tracks():
+            if not loading and track.clean and _lateness(track, now) is not None:
+                rate = work(track.prompt, 0) / (now - track.at) * track.share
+                self.speed.suppose_prompt(track.model, track.size, rate)
         if self.speed.edition != before:
             self.edition += 1
 

@@ -135,6 +135,7 @@ class Speed:
     ) -> None:
         self.prompt_rate, self.decode_rate, self.penalty = PROMPT_RATE, DECODE_RATE, PENALTY
         self.load_rate = LOAD_RATE
+        self._assumed = (self.prompt_rate, self.decode_rate, self.load_rate)
         self.slow_factor = 1.0
         self.edition = 0
         self._weight = weight
@@ -287,16 +288,25 @@ class Speed:
         return bool(self._samples["prompt"] and self._samples["decode"])
 
     def assume(self, prompt_rate: float, decode_rate: float, load_rate: float) -> None:
-        """What others of its kind can do; counts until something is measured."""
-        before = (self.prompt_rate, self.decode_rate, self.load_rate)
-        is_cpu = before[:2] == CPU[:2]
-        if not self._samples["prompt"] and not is_cpu:
-            self.prompt_rate = prompt_rate
-        if not self._samples["decode"] and not is_cpu:
-            self.decode_rate = decode_rate
-        if not self._samples["load"]:
-            self.load_rate = load_rate
-        if before != (self.prompt_rate, self.decode_rate, self.load_rate):
+        """What others can do is taken to hold here, where nothing at all has been seen."""
+        guess = prompt_rate, decode_rate, load_rate
+        known = self.prompt_rate, self.decode_rate, self.load_rate
+        samples = (self._samples[kind] for kind in ("prompt", "decode", "load"))
+        before = self._assumed
+        self._assumed = guess
+        new = [
+            g if not n and k == old else k
+            for g, k, old, n in zip(guess, known, before, samples, strict=True)
+        ]
+        if tuple(new) != known:
+            self.prompt_rate, self.decode_rate, self.load_rate = new
+            self._changed()
+
+    def suppose_prompt(self, model: str, size: Size, tokens_per_s: float) -> None:
+        """A prompt is read no faster than that, as far as it has come; no sample yet."""
+        usual = self.prompt(model, size)
+        if not self._samples["prompt"] and tokens_per_s < usual:
+            self.prompt_rate = max(BOUNDS["prompt_rate"][0], self.prompt_rate * tokens_per_s / usual)
             self._changed()
 
     def offloaded(self, model: str, is_so: bool) -> None:  # noqa: FBT001 - the only thing told

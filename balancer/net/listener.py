@@ -245,7 +245,7 @@ class ClientConnection(RequestHandler):
             had: Bytes of its body from before.
         """
         body = self._last_body
-        if body is None or not body.is_eof() or self._holds_more:
+        if data.endswith(HEAD_END) or body is None or not body.is_eof() or self._holds_more:
             return False
         size = 0 if self._is_chunked else body.total_bytes - had
         return not HEAD_END.endswith(data[: len(data) - size][-len(HEAD_END) :])

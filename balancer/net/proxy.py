@@ -80,7 +80,6 @@ class ProxySettings:
     """
 
     max_body: int = 256 * 1024 * 1024
-    replay_memory: int = 512 * 1024 * 1024
     total_s: float | None = None
     heartbeat_after_s: float | None = 20.0
     heartbeat_s: float | None = 15.0
@@ -188,13 +187,13 @@ class Proxy:
     The handler of every route that one backend answers.
 
     Args:
+        memory: Of which the bodies take their room.
         unload: Answers a call that unloads a model, which goes to every backend that has it.
         token: Ours in ``Via``.
         stamp: The wall time as Ollama writes it.
         limits: What each key may use.
 
     Attributes:
-        memory: Of which the bodies take their room.
         stopping: From now on a backend's connection that ends was ended by us.
         explore: Finds out who has a route that not everybody has, before a model is loaded for it.
         fetch: Begins to pull what a call needs and nobody has; the future tells why it failed,
@@ -206,6 +205,7 @@ class Proxy:
     def __init__(
         self,
         settings: ProxySettings,
+        memory: Memory,
         dispatcher: Dispatcher,
         upstream: Upstream,
         budget: Budget,
@@ -216,6 +216,7 @@ class Proxy:
         limits: Limits | None = None,
     ) -> None:
         self.settings = settings
+        self.memory = memory
         self.limits = limits or Limits(clock)
         self.dispatcher = dispatcher
         self.upstream = upstream
@@ -223,7 +224,6 @@ class Proxy:
         self.clock = clock
         self._unload = unload
         self._stamp = stamp
-        self.memory = Memory(settings.replay_memory)
         self.stopping = False
         self.forwarded = Forwarding(token)
         self.contexts: Contexts | None = None

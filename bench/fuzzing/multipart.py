@@ -40,6 +40,7 @@ MODEL = re.compile(
     rb'^content-disposition:[ \t]*form-data[ \t]*;(.*;)?[ \t]*name=("model"|model(?=[;\s]|$))',
     re.IGNORECASE | re.MULTILINE,
 )
+LONE = re.compile(rb"\r(?!\n)|(?<!\r)\n")  # a line end to readers of mail alone
 CLOSED = re.compile(rb"\A(?:(?!\r\n--b--).)*\r\n--b--(\r\n|\Z)", re.DOTALL)
 KINDS = (
     "multipart/form-data; boundary=b",
@@ -74,7 +75,7 @@ def check(data: bytes, rng: random.Random) -> None:
     if re.search(rb"boundary=\"?b\"?\s*(;|$)", kind, re.IGNORECASE) is None:
         return  # the others look for this one
     assert _lenient(body) == found.encode(), "a lenient reader finds another model"
-    if found and not {*"\r\n"} & {*found} and CLOSED.search(body):
+    if found and LONE.search(body) is None and CLOSED.search(body):
         assert _mail(body) == found, "a reader of mail finds another model"
         new = replaced(body, content_type, "model", "new:1")
         assert field(new, content_type, "model") == "new:1"

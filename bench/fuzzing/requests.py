@@ -157,6 +157,8 @@ def _head(data: bytes, at: int) -> tuple[str, str, bytes, Headers, int]:
     line, start = _match(LINE, data, at), at
     headers: Headers = []
     at = line.end()
+    if at - start > CLEAR_BYTES:
+        raise _UnclearError
     while not data.startswith(b"\r\n", at):
         found = _match(HEADER, data, at)
         name, value = found[1].lower(), found[2]

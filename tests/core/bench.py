@@ -281,7 +281,8 @@ class Bench(PoolBench):
         self.pool.end_load(load.backend, load.key, ended)
         attempt = answer = None
         if verdict is not Verdict.OK:
-            attempt = Attempt(len(load.ticket.attempts) + 1, load.backend, ended)
+            before = 0 if load.ticket is None else len(load.ticket.attempts)
+            attempt = Attempt(before + 1, load.backend, ended)
             answer = Answer(500, "application/json", b'{"error":"no"}')
         self.dispatcher.load_ended(load, attempt, answer, 1.0)
         return load

@@ -248,8 +248,8 @@ async def test_what_waits_is_seen_in_the_status() -> None:
             for row in told["queue"]["calls"]
         ]
         assert sorted(waiting) == [
-            ("r1", "m", 1, "key:few", "interactive"),
-            ("r3", "m", 2, "key:jobs", "batch"),
+            ("r1", "m", 2, "key:few", "interactive"),  # a first call goes before a second one
+            ("r3", "m", 1, "key:jobs", "batch"),
         ]
         assert all(row["waited_s"] >= 0.5 for row in told["queue"]["calls"])
         assert told["queue"]["per_class"] == {"interactive": 1, "batch": 1}

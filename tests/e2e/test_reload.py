@@ -72,6 +72,19 @@ async def test_a_backend_is_added() -> None:
 
 
 @virtual
+async def test_the_memory_for_bodies_changes_at_once() -> None:
+    """What is taken of it stays taken."""
+    async with running(1, models=models(0.0), config={"server.replay_memory": 1000}) as rig:
+        memory = rig.balancer.proxy.memory
+        hold = memory.hold(2000)
+        assert memory.is_over
+        assert (await reload(rig, server__replay_memory=3000)).status == 200
+        assert (memory.limit, memory.held, memory.is_over) == (3000, 2000, False)
+        assert rig.balancer.proxy.memory is memory
+        hold.give_back()
+
+
+@virtual
 async def test_a_backend_is_removed() -> None:
     """Its running stream ends well; it gets no new call, no check, and nobody blames it."""
     async with running(2, models=models(0.0)) as rig:
@@ -280,3 +293,18 @@ async def test_a_reload_under_traffic_costs_no_call() -> None:
             assert is_whole(await each.rest(), "/api/chat")
             each.close()
         assert {call.outcome for call in rig.calls()} == {"ok"}
+
+
+@virtual
+async def test_what_is_known_of_routing_outlasts_what_does_not_concern_it() -> None:
+    """Only another way of routing begins anew, with what the last one has learned."""
+    async with running(2, models=models(0.0)) as rig:
+        await served_by(rig)
+        before = rig.balancer.dispatcher.learned()
+        assert before["lengths"]
+        scheduler = rig.balancer.dispatcher._scheduler  # noqa: SLF001 - nobody else is told
+        await reload(rig, queue__max_wait="9s", backends=places(rig, "a"))
+        assert rig.balancer.dispatcher._scheduler is scheduler  # noqa: SLF001
+        await reload(rig, routing__affinity__ttl="5m")
+        assert rig.balancer.dispatcher._scheduler is not scheduler  # noqa: SLF001
+        assert rig.balancer.dispatcher.learned()["lengths"] == before["lengths"]

@@ -972,10 +972,13 @@ async def test_each_request_is_taken_off_once(kind: str) -> None:
         (connection,) = desk.server.connections
         parser: Any = connection._parser
         told = list[str]()
-        connection._parser = SimpleNamespace(  # type: ignore[assignment]
-            feed_data=parser.feed_data,
-            message_consumed=lambda: (told.append(kind), parser.message_consumed()),
-        )
+
+        def consumed() -> None:
+            told.append(kind)
+            parser.message_consumed()
+
+        watched: Any = SimpleNamespace(feed_data=parser.feed_data, message_consumed=consumed)
+        connection._parser = watched
         wire.writer.write(get(f"/{kind}/0") + post(f"/{kind}/1") + get("/now"))
         await replies(wire, 3)
         assert len(told) == 3

@@ -124,3 +124,34 @@ async def test_a_document_cut_after_its_beginning_was_sent_is_cut_for_the_client
     assert reply.status == 200
     assert reply.ended in ("cut", "reset")
     assert [told.outcome for told in await rig.ended()] == ["upstream_error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "record", "last"),
+    [
+        ("/api/chat", CHAT, NDJSON, LINE, DONE),
+        (*V1, [("Content-Type", "text/event-stream")], b'data: {"a":1}\n\n', b"data: [DONE]\n\n"),
+    ],
+)
+@virtual
+async def test_each_record_counts_however_they_come(
+    path: str, body: Any, headers: Any, record: bytes, last: bytes
+) -> None:
+    """Several in one read, or one in two: whoever watches the pace of a backend sees them all."""
+    async with running(1, models=models()) as rig:
+        await rig.warm("a", "m")
+        half = len(record) // 2
+        later = [(1.0, record * 5), (1.0, record[:half]), (1.0, record[half:]), (1.0, last)]
+        segments = [record, *later]
+        rig.fleet["a"].script(path, headers=headers, segments=segments, framing="chunked")
+        asking = await Asking.of(rig, path, body)
+        await asking.head()
+        (run,) = rig.balancer.pool.runs()
+        seen = []
+        for _ in segments:
+            await asyncio.sleep(0.9)
+            seen.append(run.records)
+            await asyncio.sleep(0.1)
+        assert seen == [1, 6, 6, 7, 8]
+        asking.hang_up()
+        await rig.ended()

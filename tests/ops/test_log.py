@@ -33,6 +33,8 @@ from balancer.core.events import (
     CheckEnded,
     ConfigApplied,
     ConfigRejected,
+    DrainEnded,
+    DrainRequested,
     Event,
     HealthFlipped,
     HostPassedOver,
@@ -45,9 +47,12 @@ from balancer.core.events import (
     Mishap,
     OrderEnded,
     RetryGranted,
+    SampleDiscarded,
     Serving,
+    SlotsBelieved,
     Stopped,
     Stopping,
+    Straggling,
     Suspected,
     SwitchesLost,
     SwitchMoved,
@@ -151,6 +156,13 @@ TOLD: list[tuple[Event, str, str]] = [
     (OrderEnded(1.0, "pull", "m", "", (), (), finished=False), "warning", "order_broken_off"),
     (LearnedLost(1.0, "/var/lib/b/state.learned.json", "old"), "warning", "learned_lost"),
     (SwitchesLost(1.0, "/var/lib/b/state.json", "not JSON"), "warning", "switches_lost"),
+    (told(DECISION), "debug", "planned"),
+    (DrainRequested(1.0, "gpu0", "m", "n", 4.0, 12.0), "info", "model_drain_requested"),
+    (DrainEnded(1.0, "gpu0", "m", "n", "late", 60.0), "info", "model_drain_ended"),
+    (SlotsBelieved(1.0, "gpu0", "m", 2, 3, "seen"), "debug", "slots_believed"),
+    (Straggling(1.0, "gpu0", 0.4, "slow"), "warning", "backend_speed"),
+    (Straggling(1.0, "gpu0", 1.0, "recovered"), "info", "backend_speed"),
+    (SampleDiscarded(1.0, "gpu0", "prompt_rate", 1e9), "info", "sample_discarded"),
     (ConfigApplied(1.0, ("health.fall",), ()), "info", "config_reloaded"),
     (ConfigApplied(1.0, (), ("server.listen",)), "warning", "config_reloaded"),
     (ConfigRejected(1.0, ("config.yaml:3:1 backends: unknown",)), "error", "config_rejected"),
@@ -258,6 +270,7 @@ CALLS = st.builds(
     alias=TEXTS,
     num_ctx=st.none() | AMOUNTS,
     num_ctx_asked=st.none() | AMOUNTS,
+    planned=st.none() | st.just(DECISION),
 )
 
 
@@ -301,6 +314,46 @@ def test_a_rewritten_context_is_told_beside_the_one_asked_for() -> None:
     assert (line["num_ctx"], line["num_ctx_asked"]) == (8192, 3000)
     assert "num_ctx_asked" not in lines(replace(CALL, num_ctx=8192))[0]
     assert "num_ctx" not in lines(CALL)[0]
+
+
+def test_what_was_foreseen_is_told_beside_what_came() -> None:
+    """Where it went and why, and what the runner-up was; nothing where nobody foresees."""
+    (line,) = lines(replace(CALL, planned=DECISION))
+    assert {name: value for name, value in line.items() if name.startswith("route.")} == {
+        "route.reason": "failover",
+        "route.kind": "go",
+        "route.backend": "gpu0",
+        "route.runner_up": "gpu1",
+        "route.cost_s": 0.87,
+        "route.wait_s": 0.0,
+        "route.predicted_ttft_s": 0.42,
+        "route.cached_tokens": 100,
+    }
+    assert [name for name in lines(CALL)[0] if name.startswith("route.")] == ["route.reason"]
+
+
+def test_a_decision_can_be_made_again_from_its_line() -> None:
+    """The line is JSON proper, with all that the prices were made from."""
+    (line,) = lines(told(DECISION))
+    assert (line["request_id"], line["route.kind"], line["knobs"]) == ("r1", "go", DECISION.knobs)
+    best, other = line["found"]
+    assert (best["backend"], other["backend"]) == ("gpu0", "gpu1")
+    assert best["terms"]["total"] == pytest.approx(0.87)
+    assert best["inputs"]["prompt_rate"] == 1000.0
+    assert best["inputs"]["load_s"] == "inf"
+
+
+def test_a_load_tells_its_price() -> None:
+    """What goes for it, how long it should take, and what that will cost others."""
+    (line,) = lines(LoadStarted(1.0, "gpu0", "m", "call", ("n", "o"), 3.5, 1.25))
+    told_ = {name: line[name] for name in ("reason", "victims", "expected_ms", "evict_s")}
+    assert told_ == {
+        "reason": "call",
+        "victims": ["n", "o"],
+        "expected_ms": 3500.0,
+        "evict_s": 1.25,
+    }
+    assert "evict_s" not in lines(LoadStarted(1.0, "gpu0", "m", "asked for"))[0]
 
 
 def test_a_load_once_more_says_why() -> None:

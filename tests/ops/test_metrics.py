@@ -19,6 +19,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from balancer.core.decisions import Decisions
 from balancer.core.domain import Attempt, BreakerState, Outcome, Switch, Usage, Verdict
 from balancer.core.events import (
     AttemptFailed,
@@ -29,9 +30,11 @@ from balancer.core.events import (
     ConfigApplied,
     ConfigRejected,
     LoadEnded,
+    LoadStarted,
     Mishap,
     RetryGranted,
 )
+from balancer.core.spread import Spread
 from balancer.ops.metrics import (
     METRICS,
     PREFIX,
@@ -151,6 +154,8 @@ def test_the_table_is_sound() -> None:
         "version",
         "python",
         "generation",
+        "kind",
+        "result",
     }
     names = [metric.name for metric in METRICS]
     assert len(set(names)) == len(names)
@@ -542,6 +547,55 @@ def test_what_runs_has_labels_before_what_merely_exists() -> None:
     bench.shown = replace(bench.shown, queues=())
     assert bench.value("model_loaded", backend="gpu0", model="m4:latest") == 1
     assert bench.value("model_available", backend="gpu0", model="other") == 3
+
+
+def test_what_the_plan_did() -> None:
+    """Its counts and spreads are shown as they stand; who is not slow is at full speed."""
+    decisions, passes, late = Decisions(), Spread((0.001, 0.1)), Spread((1.0,))
+    decisions.kinds["go"], decisions.evaluations, decisions.declined = 5, 7, 2
+    decisions.prefix_tokens["expected"], decisions.prefix_tokens["seen"] = 300.0, 200.0
+    decisions.foretold("gpu0", 0.5, 1.0)
+    decisions.gated.observe(3.0)
+    decisions.slow["gpu1"] = 0.4
+    passes.observe(0.01)
+    late.observe(4.0)
+    bench = Bench("a:latest")
+    bench.shown = Snapshot(
+        backends=(Row(), Row("gpu1")),
+        decisions=decisions,
+        pass_s=passes,
+        late={"longer": late},
+        believed={("gpu0", "a:latest"): 3},
+    )
+    value = bench.value
+    assert value("plan_decisions_total", kind="go") == 5
+    assert value("plan_decisions_total", kind="load") == 0
+    assert value("plan_evaluations_total") == 7
+    assert value("declined_free_slot_total") == 2
+    assert value("prefix_tokens_total", kind="expected") == 300
+    assert value("prefix_tokens_total", kind="seen") == 200
+    assert value("ttft_prediction_ratio_sum", backend="gpu0") == 2.0
+    assert value("ttft_prediction_ratio_bucket", backend="gpu0", le="1.5") == 0
+    assert value("ttft_prediction_ratio_bucket", backend="gpu0", le="2.0") == 1
+    assert value("batch_gated_seconds_count") == 1
+    assert value("plan_duration_seconds_bucket", le="0.001") == 0
+    assert value("plan_duration_seconds_bucket", le="0.1") == 1
+    assert value("queue_wait_estimate_error_seconds_sum", result="longer") == 4.0
+    assert value("backend_slots_believed", backend="gpu0", model="a:latest") == 3
+    assert value("backend_slow_factor", backend="gpu0") == 1.0
+    assert value("backend_slow_factor", backend="gpu1") == 0.4
+
+
+def test_loads_and_what_went_for_them() -> None:
+    """By reason, as long as it is one of the plan's; each model that went counts."""
+    bench = Bench().tell(
+        LoadStarted(1.0, "gpu0", "a", "call", ("b", "c")),
+        LoadStarted(1.0, "gpu0", "a", "ahead"),
+        LoadStarted(1.0, "gpu0", "a", "trial of a breaker"),
+    )
+    reasons = ("call", "ahead", "other")
+    assert [bench.value("model_loads_total", reason=reason) for reason in reasons] == [1, 1, 1]
+    assert bench.value("evictions_total") == 2
 
 
 def test_the_oldest_of_the_rest() -> None:
