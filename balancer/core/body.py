@@ -242,6 +242,8 @@ def read(
         raise BadRequest("invalid UTF-8 in request body") from None
     except RecursionError:
         raise BadRequest("exceeded max depth") from None
+    except msgspec.MsgspecError:  # of what was hopped over, and is wanted after all
+        raise BadRequest(_complaint(body)) from None
 
 
 def renamed(route: Route, body: bytes | bytearray, content_type: str, model: str) -> bytes:
@@ -326,7 +328,7 @@ def _read_loosely(route: Route, body: bytes | bytearray) -> Body:
         fields = _known(_LOOSE, _members(_LOOSE, body, _outline(body)))
         model = _text(fields.get("model")) or _text(fields.get("name"))
         return _named(model, streaming=_flag(fields.get("stream")))
-    except (BadRequest, UnicodeDecodeError, RecursionError):
+    except (BadRequest, UnicodeDecodeError, RecursionError, msgspec.MsgspecError):
         raise UnknownRoute(f"no model is named in the body for {route.path}") from None
 
 

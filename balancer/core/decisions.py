@@ -10,8 +10,9 @@ Laws:
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from heapq import nsmallest
@@ -19,7 +20,7 @@ from typing import Final, NamedTuple
 
 from balancer.core.cost import Kind, Need, Quote, Terms, price
 from balancer.core.domain import PlacementKey
-from balancer.core.events import Emit, Event, Hears, Planned, Weighed
+from balancer.core.events import Emit, Event, Foreseen, Hears, Planned, Weighed
 from balancer.core.knobs import Knobs
 from balancer.core.spread import Spread
 
@@ -84,8 +85,6 @@ class Decision(NamedTuple):
         others = [each for each in self.found if each is not self.chosen]
         return [self.chosen, *nsmallest(TOLD - 1, others, key=rank)]
 
-    # What the log tells of it.
-
     @property
     def kind(self) -> str:
         """go, hold or load."""
@@ -99,28 +98,21 @@ class Decision(NamedTuple):
     @property
     def runner_up(self) -> str:
         """The cheapest other one; empty: there was none."""
-        others = [each for each in self.found if each is not self.chosen]
-        return min(others, key=rank).backend if others else ""
+        name, least, chosen = "", math.inf, self.chosen
+        for each in self.found:
+            total = each[1][0]
+            if (total < least or (total == least and each[0] < name)) and each is not chosen:
+                name, least = each[0], total
+        return name
 
-    @property
-    def cost_s(self) -> float:
-        """The predicted price."""
-        return self.chosen.terms.total
-
-    @property
-    def wait_s(self) -> float:
-        """The predicted wait, for a slot or a load."""
-        return self.chosen.terms.wait
-
-    @property
-    def first_token_s(self) -> float:
-        """The predicted time to the first token."""
-        return self.chosen.terms.first_token_s
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that need not be read again, as far as is known."""
-        return round(self.chosen.terms.cached)
+    def foreseen(self) -> Foreseen:
+        """What the log tells of it."""
+        chosen = self.chosen
+        terms = chosen.terms
+        total, kind, wait, cached = terms[0], terms[1], terms[2], terms[-1]
+        first_s = terms.first_token_s
+        runner_up, name = self.runner_up, chosen.backend
+        return Foreseen(kind.value, name, runner_up, total, wait, first_s, round(cached))
 
 
 def listed(choice: Choice, prompt: float) -> dict[str, float]:
@@ -143,6 +135,13 @@ def listed(choice: Choice, prompt: float) -> dict[str, float]:
         "promised": choice.promised,
         "slow_factor": quote.slow,
     }
+
+
+def _cheapest(found: Sequence[Choice], chosen: Choice) -> list[Choice]:
+    """So many as are told, in no order; quick where there are many."""
+    ranked = sorted([(each[1][0], each[0]) for each in found if each is not chosen])
+    names = {name for _, name in ranked[: TOLD - 1]}
+    return [each for each in found if each[0] in names or each is chosen]
 
 
 def version(knobs: Knobs) -> str:
@@ -202,7 +201,6 @@ class Decisions:
         emit: Told of everything that is rare, and of decisions if they are heard.
 
     Attributes:
-        kinds: Decisions by kind.
         evaluations: Calls for which all backends were priced.
         declined: Calls that held for a better backend beside a free slot.
         ratios: Of each backend, time to first token over what was predicted.
@@ -216,7 +214,7 @@ class Decisions:
         self.emit = emit
         self.hears = hears
         self.ring: deque[Decision] = deque(maxlen=KEPT)
-        self.kinds: Counter[str] = Counter({kind.value: 0 for kind in Kind})
+        self._kinds = dict.fromkeys(Kind, 0)
         self.evaluations = 0
         self.declined = 0
         self.ratios: dict[str, Spread] = {}
@@ -224,12 +222,17 @@ class Decisions:
         self.prefix_tokens = {"expected": 0.0, "seen": 0.0}
         self.slow: dict[str, float] = {}
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many there were of each."""
+        return {kind.value: count for kind, count in self._kinds.items()}
+
     def add(self, decision: Decision) -> None:
         """Keep one."""
         if len(decision.found) > MANY:
-            decision = decision._replace(found=decision.options)
+            decision = decision._replace(found=_cheapest(decision.found, decision.chosen))
         self.ring.append(decision)
-        self.kinds[decision.chosen.terms.kind.value] += 1
+        self._kinds[decision.chosen.terms.kind] += 1
         if self.hears(Planned):
             self.emit(told(decision))
 

@@ -12,6 +12,7 @@ Laws:
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -192,7 +193,9 @@ class Dispatcher:
         self._seq = 0
         self._planning = False
         self._again = False
-        self._seen_version = -1
+        self._seen_outlook: object = None
+        self._pushed = 0
+        self._ends: list[tuple[float, bool, int, Ticket]] = []  # a heap; some are out of date
         self._is_timed = False  # the shell was asked to call
         self._due = math.inf  # then
         pool.note = self._note
@@ -271,6 +274,7 @@ class Dispatcher:
         self._check(ticket)
         self._seq = max(self._seq, seq)
         self._owners[ticket] = _Owner(on_grant, on_refuse)
+        self._may_wait_until(ticket, limit_at)
         self._admission.entered(call.key.model)
         self._scheduler.enqueue(ticket)
         self.kick()
@@ -453,7 +457,7 @@ class Dispatcher:
         for ticket in self._scheduler.waiting():
             # The queue's limit rested while the load was under way.
             if ticket.call.key == load.key and load.backend not in ticket.excluded:
-                ticket.limit_at = self._limit(ticket, now)
+                self._may_wait_until(ticket, self._limit(ticket, now))
         if attempt is not None and load.ticket is not None:
             self._refuse(load.ticket, LoadFailed(attempt, answer))
         self.kick()
@@ -466,7 +470,7 @@ class Dispatcher:
             self._again = True
             self._plan(MAX_PASSES)
         else:
-            self._seen_version = self._pool.version
+            self._seen_outlook = self._pool.outlook
 
     def _plan(self, passes: int) -> None:
         self._planning = True
@@ -494,9 +498,9 @@ class Dispatcher:
         owners = self._owners
         if owners:
             # What may not wait at all still gets a free slot: so some expire after the plan.
-            self._expire([t for t in owners if t.limit_at < now or _is_late(t, now)], now)
-        if self._pool.version != self._seen_version:
-            self._seen_version = self._pool.version
+            self._expire(self._late(now, planned=False), now)
+        if self._pool.outlook != self._seen_outlook:
+            self._seen_outlook = self._pool.outlook
             self._review()
         wake, began = math.inf, self._stopwatch()
         effects = self._scheduler.plan(now)
@@ -514,9 +518,9 @@ class Dispatcher:
                 case _:
                     wake = min(wake, effect.at)
         if owners:
-            self._expire([t for t in owners if t.limit_at <= now], now)
-            limits = [ticket.limit_at for ticket in owners]
-            wake = min([wake, self._pool.next_change(now), *limits])
+            self._expire(self._late(now, planned=True), now)
+            limit_at = self._ends[0][0] if self._ends else math.inf
+            wake = min(wake, self._pool.next_change(now), limit_at)
         self._wake(wake)
 
     def _commit(self, commit: Commit, now: float) -> None:
@@ -592,7 +596,7 @@ class Dispatcher:
                 self._refuse(ticket, DeadlineExceeded("The call's own deadline has passed."))
             elif self._is_loading(ticket):
                 # The load budget bounds this wait, not the queue's limit.
-                ticket.limit_at = self._limit(ticket, now)
+                self._may_wait_until(ticket, self._limit(ticket, now))
             else:
                 self._refuse(ticket, self._overdue(ticket))
 
@@ -600,6 +604,33 @@ class Dispatcher:
         """Whether a load is under way that may yet serve the call."""
         candidates = self._pool.candidates(ticket.call, ticket.excluded)
         return any(c.residency is Residency.LOADING for c in candidates)
+
+    def _may_wait_until(self, ticket: Ticket, at: float) -> None:
+        ticket.limit_at = at
+        deadline = ticket.call.deadline
+        is_ours = deadline is None or deadline > at  # where both end, its own deadline is told
+        self._pushed += 1
+        heapq.heappush(self._ends, (at, is_ours, self._pushed, ticket))
+        if len(self._ends) > 2 * len(self._owners) + 64:
+            self._ends = [entry for entry in self._ends if self._is_current(entry)]
+            heapq.heapify(self._ends)
+
+    def _is_current(self, entry: tuple[float, bool, int, Ticket]) -> bool:
+        return entry[3] in self._owners and entry[3].limit_at == entry[0]
+
+    def _late(self, now: float, *, planned: bool) -> list[Ticket]:
+        """Whose limit has passed; those at theirs only when *planned* for, or by their deadline."""
+        late, ends = [], self._ends
+        while ends:
+            at, is_ours, _, ticket = ends[0]
+            if not self._is_current(ends[0]):
+                heapq.heappop(ends)
+            elif at < now or (at <= now and (planned or not is_ours)):
+                heapq.heappop(ends)
+                late.append(ticket)
+            else:
+                break
+        return late
 
     def _limit(self, ticket: Ticket, now: float) -> float:
         limit_at = now + max(1.0, self._admission.limits.max_wait_s)
@@ -649,11 +680,6 @@ class Dispatcher:
         self._scheduler.withdraw(ticket)
         self._admission.left(ticket.call.key.model)
         return owner
-
-
-def _is_late(ticket: Ticket, now: float) -> bool:
-    deadline = ticket.call.deadline
-    return deadline is not None and deadline <= now
 
 
 def _can_wait(prospect: Prospect, now: float, limit_at: float) -> bool:

@@ -8,7 +8,7 @@ counters and pages. `at` is monotonic seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from balancer.core.domain import (
     Attempt,
@@ -73,36 +73,28 @@ class AttemptFailed(AttemptEnded):
     """One that says something against the backend, or the way there."""
 
 
+class Foreseen(NamedTuple):
+    """
+    What was foreseen of an attempt when its backend was chosen; times in seconds.
+
+    `kind`: go, hold, load. `runner_up`: the next best backend; empty: there was none. `cost_s`: the
+    price. `cached_tokens`: of the prompt, thought to be cached there.
+    """
+
+    kind: str
+    backend: str
+    runner_up: str
+    cost_s: float
+    wait_s: float
+    first_token_s: float
+    cached_tokens: int
+
+
 class Planning(Protocol):
-    """What was foreseen of an attempt when its backend was chosen; times in seconds."""
+    """Whatever chose the backend of an attempt, and foresaw something of it."""
 
-    @property
-    def kind(self) -> str:
-        """go, hold or load."""
-
-    @property
-    def backend(self) -> str:
-        """Where it was sent."""
-
-    @property
-    def runner_up(self) -> str:
-        """The next best; empty: there was none."""
-
-    @property
-    def cost_s(self) -> float:
-        """The predicted price."""
-
-    @property
-    def wait_s(self) -> float:
-        """The predicted wait."""
-
-    @property
-    def first_token_s(self) -> float:
-        """The predicted time to the first token."""
-
-    @property
-    def cached_tokens(self) -> int:
-        """Of the prompt, thought to be cached there."""
+    def foreseen(self) -> Foreseen:
+        """What it was; found only if somebody asks."""
 
 
 @record

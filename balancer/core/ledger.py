@@ -129,8 +129,10 @@ class Ledger:
     models: dict[str, dict[int, Track]] = field(default_factory=dict)
     drain: Drain | None = None
     asked_load: PlacementKey | None = None  # a load was asked for and is not seen yet
+    going: frozenset[str] = frozenset()  # models that are unloaded for it: nothing goes there
     expected: tuple[str, tuple[InMemory, ...]] | None = None  # a load's model, and what stays
     failed: dict[PlacementKey, float] = field(default_factory=dict)  # not to be loaded until then
+    rests_until: float = -math.inf  # no drain before, as the last one came to nothing
     loaded_at: dict[str, float] = field(default_factory=dict)
     last_used: dict[str, float] = field(default_factory=dict)
     first_byte_at: dict[str, float] = field(default_factory=dict)

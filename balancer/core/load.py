@@ -228,6 +228,11 @@ class Load:
 
     # -- time ----------------------------------------------------------------------------------
 
+    @property
+    def is_changing(self) -> bool:
+        """Whether time alone may allow more here."""
+        return bool(self._rests) or self._ramp_from != -math.inf
+
     def next_change_s(self) -> float:
         """Seconds until time alone allows more here: a cool-off ends, a slot is added; or inf."""
         now = self._clock()

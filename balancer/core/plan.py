@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -83,6 +83,7 @@ ASKED_TICKS: Final = 8
 MOST_QUOTES: Final = 100_000
 KEPT_TICKS: Final = 2  # for which a call behind others need not be weighed anew
 WORSE_S: Final = 1e-6
+JOURNAL: Final = 64
 FEW: Final = 4  # backends that moved, up to which only these are priced again
 RATIO_GAIN: Final = 0.05
 PROMPT_GAIN: Final = 0.05
@@ -197,6 +198,10 @@ class Queue:
     fresh: bool = True  # who waits is not who was looked at last
     seen: int = -1  # what had moved when it was looked at
     tick: int = -1
+    free: set[str] = field(default_factory=set)  # backends with a free slot, as of these
+    free_of: Mapping[str, Place] | None = None
+    free_seen: int = -1
+    free_tick: int = -1
     mixed: bool = False  # routes that not every backend may have
 
 
@@ -258,13 +263,15 @@ class Plan:
         self._tracks: dict[int, tuple[Ledger, Track]] = {}  # by identity of the call
         self._models: dict[str, Model] = {}
         self._counts: dict[str, int] | None = None  # copies, by model
+        self._slots_of: dict[str, tuple[int, int]] = {}  # by model: tick, slots of all copies
         self._wants: dict[str, tuple[int, float, float]] = {}  # by model: tick, wanted, of late
         self._ratios: dict[str, float] = {}  # tokens to estimated tokens, by model
         self._quotes: dict[tuple[str, PlacementKey], tuple[int, int, Copy, Quote | None]] = {}
         self._rooms_made: dict[tuple[str, PlacementKey], _Making] = {}
         self._serial = 0  # counts what has moved
-        self._moved_at: dict[str, int] = {}  # by backend
+        self._journal: deque[str] = deque(maxlen=JOURNAL)  # the backends, the latest last
         self._editions: dict[str, int] = {}
+        self._named: dict[tuple[PlacementKey, str], tuple[Sequence[Place], dict[str, Place]]] = {}
         self._promised: dict[PlacementKey, dict[str, int]] = {}  # in this pass
         self._memory: dict[str, tuple[InMemory, ...]] = {}
         self._foreign: dict[tuple[str, str], float] = {}
@@ -386,7 +393,7 @@ class Plan:
                 self._load_answered(fact)
             case LoadRefused(backend, _):
                 ledger = self._ledger(backend)
-                ledger.asked_load = None
+                ledger.asked_load, ledger.going = None, frozenset()
                 ledger.moved()
             case Changed(backend, dead, at):
                 self._changed(backend, at, dead=dead)
@@ -532,7 +539,7 @@ class Plan:
 
     def _load_answered(self, fact: LoadAnswered) -> None:
         ledger = self._ledger(fact.backend)
-        ledger.asked_load = None
+        ledger.asked_load, ledger.going = None, frozenset()
         if fact.ok:
             if fact.load_s > 0.0:
                 ledger.speed.learn_load(self._size(fact.key.model), fact.load_s)
@@ -554,7 +561,7 @@ class Plan:
         self._counts = None
         if dead:
             self.prefixes.drop(backend)
-            ledger.drain = None
+            ledger.drain, ledger.going = None, frozenset()
         before = self._memory.pop(backend, ())
         after = self._in_memory(backend)
         gone = {it.model for it in before} - {it.model for it in after}
@@ -728,6 +735,8 @@ class Plan:
             quote.first_byte_s, quote.slots = self._view.usual_s(name, model), BEYOND
             return quote
         if quote.resident:
+            if model in ledger.going:
+                return None
             self._quote_runs(quote, ledger, now)
             return quote
         loading = self._view.loading_on(name)
@@ -827,7 +836,17 @@ class Plan:
             not ledger.is_busy(it.model)
             and not self._is_pinned(ledger.name, it.model)
             and now - self._foreign.get((ledger.name, it.model), -math.inf) > FOREIGN_S
+            and not self._is_awaited(ledger, it.model, now)
         )
+
+    def _is_awaited(self, ledger: Ledger, model: str, now: float) -> bool:
+        """Whether it was just loaded for somebody who has not come to it yet."""
+        at = ledger.loaded_at.get(model, -math.inf)
+        if ledger.last_used.get(model, -math.inf) >= at:
+            return False
+        if now - at > 2.0 * ledger.speed.load_s(self._size(model)):
+            return False
+        return any(key.model == model for key in self._queues)
 
     def _bytes(self, backend: str, key: PlacementKey) -> int:
         """Memory that the model will take there."""
@@ -886,6 +905,17 @@ class Plan:
             if choice is not None:
                 found.append(choice)
         return found
+
+    def _by_name(self, call: Call, excluded: frozenset[str]) -> Mapping[str, Place]:
+        """Where the call may be served now."""
+        places = self._view.places(call, excluded)
+        of = (call.key, call.route.feature)
+        known = self._named.get(of)
+        if known is None or known[0] is not places or len(known[0]) != len(places):
+            if len(self._named) > 4096:
+                self._named.clear()
+            known = self._named[of] = (places, {place.name: place for place in places})
+        return known[1]
 
     def _priced(
         self, place: Place, waiter: Waiter, promised: Mapping[str, int], now: float
@@ -1012,7 +1042,14 @@ class Plan:
             if editions.get(name) != ledger.edition:
                 editions[name] = ledger.edition
                 self._serial += 1
-                self._moved_at[name] = self._serial
+                self._journal.append(name)
+
+    def _moved_since(self, serial: int) -> set[str] | None:
+        """The backends that have moved since; None: more than are remembered."""
+        count = self._serial - serial
+        if count > len(self._journal):
+            return None
+        return {self._journal[-at] for at in range(1, count + 1)}
 
     def _is_overloaded(self, now: float) -> bool:
         knobs = self.knobs
@@ -1039,6 +1076,7 @@ class Plan:
         waiters = queue.waiters[: knobs.plan_depth]
         many = any(w.ticket.call.fair_key != waiters[0].ticket.call.fair_key for w in waiters)
         free = self._free(queue, now)
+        share: int | None = None
         for depth, waiter in enumerate(waiters):
             ticket, found = waiter.ticket, None
             call = ticket.call
@@ -1051,8 +1089,11 @@ class Plan:
                     if waiter.gated_at is None:
                         waiter.gated_at = now
                     continue
-            if many and self._is_over_share(call):
-                continue
+            if many:
+                if share is None:
+                    share = self._share_of_slots(queue.key)
+                if self._in_flight.get((queue.key.model, call.fair_key), 0) >= share:
+                    continue
             if not self._may_start(call, self._started[call.owner]):
                 continue
             before = waiter.choice
@@ -1084,13 +1125,13 @@ class Plan:
                 effects.append(self._commit(waiter, best, found or [best], now))
                 gate = None
                 self._notice()
-                free.pop(name, None)
-                if self._has_room(free, name, queue.key, ticket, promised, now):
-                    free[name] = True
+                free.discard(name)
+                if self._has_room(name, call, promised, now):
+                    free.add(name)
                 continue
             promised[name] = promised.get(name, 0) + 1
-            if name in free and not self._has_room(free, name, queue.key, ticket, promised, now):
-                del free[name]
+            if name in free and not self._has_room(name, call, promised, now):
+                free.discard(name)
             if before is None or before.backend != name or before.terms.kind is not kind:
                 self._record(waiter, best, found or [best], now)
             if kind is LOAD:
@@ -1102,36 +1143,35 @@ class Plan:
                 break
         return True
 
-    def _free(self, queue: Queue, now: float) -> dict[str, bool]:
+    def _free(self, queue: Queue, now: float) -> set[str]:
         """The backends where a slot of this key is free, for any route that is waited for."""
-        free = {}
-        calls = [queue.waiters[0].ticket.call]
+        call = queue.waiters[0].ticket.call
         if queue.mixed:
             by_feature = {w.ticket.call.route.feature: w.ticket.call for w in queue.waiters}
-            calls = list(by_feature.values())
-        for call in calls:
-            for place in self._view.places(call, frozenset()):
-                quote = self._quote(place, queue.key, now)
-                if quote is not None and (quote.is_free() or quote.may_probe):
-                    free[place.name] = True
-        return free
+            return {
+                place.name
+                for each in by_feature.values()
+                for place in self._by_name(each, frozenset()).values()
+                if self._has_room(place.name, each, {}, now)
+            }
+        places = self._by_name(call, frozenset())
+        moved = self._moved_since(queue.free_seen) if queue.free_of is places else None
+        if moved is None or queue.free_tick != self._ticks:
+            queue.free, moved = set(), set(places)
+        for name in moved:
+            queue.free.discard(name)
+            place = places.get(name)
+            quote = None if place is None else self._quote(place, queue.key, now)
+            if quote is not None and (quote.is_free() or quote.may_probe):
+                queue.free.add(name)
+        queue.free_of, queue.free_seen, queue.free_tick = places, self._serial, self._ticks
+        return set(queue.free)
 
-    def _has_room(
-        self,
-        free: Mapping[str, bool],
-        name: str,
-        key: PlacementKey,
-        ticket: Ticket,
-        promised: Mapping[str, int],
-        now: float,
-    ) -> bool:
+    def _has_room(self, name: str, call: Call, promised: Mapping[str, int], now: float) -> bool:
         """Whether a slot is left there beyond those promised."""
-        del free
-        for place in self._view.places(ticket.call, frozenset()):
-            if place.name == name:
-                quote = self._quote(place, key, now)
-                return quote is not None and quote.is_free(promised.get(name, 0))
-        return False
+        place = self._by_name(call, frozenset()).get(name)
+        quote = None if place is None else self._quote(place, call.key, now)
+        return quote is not None and quote.is_free(promised.get(name, 0))
 
     def _is_stuck(self, waiter: Waiter) -> bool:
         """Whether nobody could take it a moment ago, and nothing has moved since."""
@@ -1146,18 +1186,18 @@ class Plan:
         best = waiter.choice
         if best is None or waiter.barred or best.terms.kind is LOAD:
             return None
-        moved = [name for name, at in self._moved_at.items() if at > waiter.seen]
-        if len(moved) > FEW:
+        moved = self._moved_since(waiter.seen)
+        if moved is None or len(moved) > FEW:
             return None
         if not moved:
             return best if best.terms.kind is HOLD else None
         if self._tiers:
             return None
         call = waiter.ticket.call
-        places = {p.name: p for p in self._view.places(call, waiter.ticket.excluded)}
+        places = self._by_name(call, waiter.ticket.excluded)
         if best.backend not in places:
             return None
-        for name in moved:
+        for name in sorted(moved):
             place = places.get(name)
             option = None if place is None else self._priced(place, waiter, promised, now)
             if name == best.backend:
@@ -1176,21 +1216,21 @@ class Plan:
             waiter.declined_until = now + max(self.knobs.decline_s, 2.0 * best.terms.wait)
         return now > waiter.declined_until
 
-    def _is_over_share(self, call: Call) -> bool:
-        """Whether its key has its share of the slots while another waits."""
-        mine = self._in_flight.get((call.key.model, call.fair_key), 0)
-        if not mine:
-            return False
-        slots = self._all_slots(call.key)
-        return mine >= max(1, math.floor(slots * (1.0 - self.knobs.batch_reserve)))
+    def _share_of_slots(self, key: PlacementKey) -> int:
+        """Slots that one key may have while another waits."""
+        return max(1, math.floor(self._all_slots(key) * (1.0 - self.knobs.batch_reserve)))
 
     def _all_slots(self, key: PlacementKey) -> int:
         """Slots of all copies in memory."""
-        return sum(
-            self._view.slots(name, key.model)
-            for name in self._backends
-            if any(it.model == key.model for it in self._in_memory(name))
-        )
+        known = self._slots_of.get(key.model)
+        if known is None or known[0] != self._ticks:
+            total = sum(
+                self._view.slots(name, key.model)
+                for name in self._backends
+                if any(it.model == key.model for it in self._in_memory(name))
+            )
+            known = self._slots_of[key.model] = (self._ticks, total)
+        return known[1]
 
     def _is_gate_open(self, queue: Queue, waiter: Waiter, now: float) -> bool:
         """Whether batch may take slots of this key now."""
@@ -1263,6 +1303,7 @@ class Plan:
     ) -> None:
         ledger = self._ledger(quote.backend)
         ledger.asked_load = quote.key
+        ledger.going = frozenset(victim.model for victim in quote.victims)
         ledger.drain = None
         ledger.moved()
         self._expect(ledger, quote)
@@ -1346,6 +1387,8 @@ class Plan:
             ledger = self._ledger(place.name)
             if ledger.drain is not None or self._view.loading_on(place.name) is not None:
                 continue
+            if now < ledger.rests_until:
+                continue
             if ledger.failed.get(key, -math.inf) > now:
                 continue
             options += self._drain_options(ledger, key, now)
@@ -1408,7 +1451,9 @@ class Plan:
                 self._end_drain(ledger, drain, "nobody waits", now)
                 continue
             if now >= drain.until or not self._is_nowhere(drain.wanted, waiter):
-                why = "late" if now >= drain.until else "found elsewhere"
+                why = "found elsewhere"
+                if now >= drain.until:
+                    why, ledger.rests_until = "late", now + (now - drain.since)
                 self._end_drain(ledger, drain, why, now)
                 continue
             if ledger.is_busy(drain.victim):
@@ -1637,7 +1682,8 @@ class Plan:
                 f"{patience_s:.0f} s at the longest"
             )
         others = any(each.ticket.call.fair_key != call.fair_key for each in queue.waiters)
-        if others and self._is_over_share(call):
+        mine = self._in_flight.get((call.key.model, call.fair_key), 0)
+        if others and mine >= self._share_of_slots(call.key):
             return "waits: its key has its share of the slots, and others wait"
         return ""
 
@@ -1653,6 +1699,8 @@ class Plan:
     def _why_no_candidate(self, place: Place, key: PlacementKey, now: float) -> str:
         ledger, drain = self._ledger(place.name), self._ledger(place.name).drain
         loading = self._view.loading_on(place.name)
+        if key.model in ledger.going:
+            return "is being unloaded there, to make room"
         if drain is not None and drain.wanted != key:
             wanted = names.display(drain.wanted.model)
             if drain.victim == key.model:

@@ -422,7 +422,6 @@ class Pool:
                 self._dismiss(member)
             else:
                 member.backend = new
-                self._moves += 1  # told below, for all
                 member.load.configured = new.slots
                 interval_s = self._interval_s(new)
                 member.health.configure(interval_s, self.settings.fall, self.settings.rise)
@@ -436,6 +435,7 @@ class Pool:
             self.members[name] = self.members.pop(name)
         self.priorities = tiers(backends)
         self._forget_places()
+        self._moves += 1
         self.note(Changed(at=self.now()))
         self._touch()
         return joined, left
@@ -940,7 +940,7 @@ class Pool:
 
     def next_change(self, now: float) -> float:
         """When a wait by the clock ends that no event will tell of; inf: none does."""
-        waits = [m.load.next_change_s() for m in self.members.values()]
+        waits = [m.load.next_change_s() for m in self.members.values() if m.load.is_changing]
         rules = [m.gate.rule for m in self.members.values() if m.gate.one_at_a_time]
         waits += [rule.window_s / rule.buckets for rule in rules]
         return now + min(waits, default=math.inf)
@@ -1397,7 +1397,7 @@ class Pool:
         if moved:
             member.switch = switch
             self._forget_places()
-            self.note(Changed(name, at=self.now()))
+            self._stir(name)
             self._emit(SwitchMoved(self.now(), name, switch, by))
             self._tell_drained(member)
         self._touch()
@@ -1427,6 +1427,11 @@ class Pool:
         return any_open
 
     # -- seeing --------------------------------------------------------------------------------
+
+    @property
+    def outlook(self) -> tuple[int, int]:
+        """Another one whenever waiting may have become vain; what ends only makes room."""
+        return self._moves, self.catalog.edition
 
     def runs(self) -> list[Run]:
         """All that runs."""

@@ -19,7 +19,7 @@ from balancer.core.contexts import Contexts, Placed, context_of
 from balancer.core.decisions import Decision, Decisions, listed
 from balancer.core.dispatch import Dispatcher, Forecast
 from balancer.core.domain import Call, Principal, Purpose, Residency, Role
-from balancer.core.errors import BadRequest
+from balancer.core.errors import BadRequest, Forbidden
 from balancer.core.pool import Pool, Standing
 from balancer.core.scheduler import Option
 from balancer.core.sharing import ANONYMOUS, Share, Sharing
@@ -78,6 +78,7 @@ class Explain:
         Raises:
             BadRequest: No model, or not the name of one, or a number that is none; no such key or
                 call.
+            Forbidden: The key may not use it.
         """
         now, asked = self._clock(), query.get("call", "")
         waiting = self._dispatcher.waiting()
@@ -91,6 +92,9 @@ class Explain:
         if asked and not past:
             raise BadRequest(f"No call {asked[:64]!r} waits, nor was one decided on of late.")
         call = self._call(query, past[0].key.model if past else query.get("model", ""))
+        if not names.covered(call.principal.models, call.key.model):
+            globs = ", ".join(call.principal.models)
+            raise Forbidden(f"The key {call.principal.name!r} may use: {globs}.")
         alias = self._pool.catalog.aliases.find(call.key.model)
         if alias is not None:
             calls = [self._call(query, model) for model in alias.models]

@@ -37,8 +37,9 @@ WORDS = (
     *(b"Content-Disposition: form-data; name=model\r\n\r\n", b"name*=x", b"name*0=mo; name*1=del"),
 )
 MODEL = re.compile(
-    rb'^content-disposition:[ \t]*form-data[ \t]*;(.*;)?[ \t]*name=("model"|model(?=[;\s]|$))',
-    re.IGNORECASE | re.MULTILINE,
+    rb"(?i:^content-disposition:[ \t]*form-data[ \t]*;(.*;)?[ \t]*name=)"
+    rb'("model"|model(?=[;\s]|$))',
+    re.MULTILINE,
 )
 LONE = re.compile(rb"\r(?!\n)|(?<!\r)\n")  # a line end to readers of mail alone
 CLOSED = re.compile(rb"\A(?:(?!\r\n--b--).)*\r\n--b--(\r\n|\Z)", re.DOTALL)

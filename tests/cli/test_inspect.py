@@ -192,12 +192,82 @@ def test_explain(command: Command, more: dict[str, Any], code: ExitCode, words: 
 def test_explain_asks_for_what_was_said(command: Command) -> None:
     """Every option is in the question; a name may hold what a URL may not."""
     path = (
-        "/_balancer/explain?model=hf.co%2Fa%2Fb%3Aq4&num_ctx=8&prompt_tokens=9&exclude=a&exclude=b"
+        "/_balancer/explain?model=hf.co%2Fa%2Fb%3Aq4&num_ctx=8&prompt_tokens=9&key=k&session=s"
+        "&exclude=a&exclude=b"
     )
     with serving({path: (200, explanation())}) as stub:
         options = ("--num-ctx", "8", "--prompt-tokens", "9", "--exclude", "a", "--exclude", "b")
-        there = ("--admin", f"127.0.0.1:{stub.port}")
+        there = ("--key", "k", "--session", "s", "--admin", f"127.0.0.1:{stub.port}")
         assert command("explain", "hf.co/a/b:q4", *options, *there).exit_code == ExitCode.OK
+
+
+def priced(name: str, order: int | None, **terms: float) -> dict[str, Any]:
+    """A row with a price."""
+    usual = {"wait_s": 0.0, "prefill_s": 0.5, "evict_s": 0.0, "total_s": 0.5, "share": 1.0}
+    usual |= {"new_tokens": 300.0, "cached_tokens": 0.0, "promised": 0, "slow_factor": 1.0}
+    return {
+        "name": name,
+        "may_serve": True,
+        "order": order,
+        "state": "in memory",
+        "residency": "loaded",
+        "in_flight": 1,
+        "slots": 2,
+        "kind": "go",
+        "reason": "costs least: 0.50 s",
+        "terms": usual | terms if order else {},
+        "victims": [],
+    }
+
+
+def test_explain_shows_each_term_that_is_something(command: Command) -> None:
+    """In its own column; the rest of what is known of a candidate stands beside it."""
+    found = [
+        priced("a", 1, cached_tokens=100.0, new_tokens=200.0, promised=1),
+        priced("b", 2, wait_s=2.0, evict_s=1.5, total_s=4.0, share=2.0, slow_factor=0.4)
+        | {"kind": "load", "victims": [{"model": "old", "evict_s": 1.5}]},
+        priced("c", None) | {"reason": "no room"},
+    ]
+    doc = explanation(backends=found)
+    with serving({"/_balancer/explain?model=m": (200, doc)}) as stub:
+        lines = command("explain", "m", "--admin", f"127.0.0.1:{stub.port}").stdout.splitlines()
+    assert lines[2].split() == (
+        ["BACKEND", "MODEL", "THERE", "RUNNING", "WAIT", "PROMPT", "EVICTS", "TOTAL", "WHY"]
+    )
+    a, b, c = lines[3:]
+    assert "1 of 2, 1 promised  0     0.50    0       0.50" in a
+    assert a.endswith("can start; 100 of 300 tokens cached")
+    assert b.endswith(
+        "must load; shared with 1 more; unloads old (1.50); slow today (40% of its speed)"
+    )
+    assert c.split()[0] == "–"
+    assert c.endswith("no room")
+
+
+@pytest.mark.parametrize(
+    ("waits", "words"),
+    [
+        (
+            True,
+            ["call r1 has waited for 3 s", "1 of them ahead of it", "hold a (a 2.00 s, b 3.50 s)"],
+        ),
+        (False, ["call r1 does not wait any more", "attempt 1, 4 s ago"]),
+    ],
+)
+def test_explain_a_call(command: Command, waits: bool, words: list[str]) -> None:
+    """Its place in the queue, and what was decided on it."""
+    past = {"attempt": 1, "s_ago": 4.0, "kind": "hold", "backend": "a"}
+    past["options"] = [{"backend": "a", "total_s": 2.0}, {"backend": "b", "total_s": 3.5}]
+    doc = explanation(
+        queued=2,
+        call={"id": "r1", "waits": waits, "waited_s": 3.0},
+        turn={"ahead": 1, "tag": 2.5, "virtual_time": 2.0},
+        decisions=[past],
+    )
+    with serving({"/_balancer/explain?model=m&call=r1": (200, doc)}) as stub:
+        told = command("explain", "m", "--call", "r1", "--admin", f"127.0.0.1:{stub.port}")
+    for word in words:
+        assert word in told.stdout
 
 
 def test_explain_passes_a_refusal_on(command: Command) -> None:

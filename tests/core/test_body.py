@@ -1258,6 +1258,19 @@ def test_a_control_character_in_an_image_is_left_to_the_backend() -> None:
 
 
 @pytest.mark.parametrize(
+    "fields", ['"model":"%s"', '"model":"m","keep_alive":"%s"', '"model":"m","options":{"x":"%s"}']
+)
+def test_a_control_character_in_what_is_wanted_is_refused(fields: str) -> None:
+    """However large it is: what is hopped over at first is read in the end."""
+    image = f"{IMAGE[: len(IMAGE) // 2]}\n{IMAGE[len(IMAGE) // 2 :]}"
+    body = f'{{{fields % image},"prompt":""}}'
+    assert "in string literal" in refusal("generate", body).text
+    if '"m"' not in fields:
+        with pytest.raises(UnknownRoute):
+            read(COUNT_TOKENS, body.encode())
+
+
+@pytest.mark.parametrize(
     "text",
     [
         IMAGE * 4,

@@ -1230,6 +1230,22 @@ def test_who_would_wait_in_vain_is_refused_on_arrival(bench: Bench) -> None:
     assert at_rest(bench)
 
 
+def test_how_wrong_an_estimate_was_is_counted(bench: Bench) -> None:
+    """Whether the wait was longer or shorter, and by how much; passes are timed beside it."""
+    running = busy(bench, 30.0)
+    waiting = bench.submit()
+    bench.sleep(5.0)
+    settle(bench, running.pop())
+    assert not waiting.waits
+    late = bench.dispatcher.late
+    assert late["shorter"].sum == pytest.approx(10.0)
+    assert sum(late["longer"].counts) == 0
+    assert sum(late["shorter"].counts) == 1
+    assert sum(bench.dispatcher.pass_s.counts) > 0
+    for client in (*running, waiting):
+        settle(bench, client)
+
+
 def test_a_call_with_little_time_is_refused_sooner(bench: Bench) -> None:
     """By its own deadline; who has time enough waits."""
     running = busy(bench, 30.0)

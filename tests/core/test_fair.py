@@ -34,6 +34,15 @@ def test_a_newcomer_stands_at_the_head(queue: FairQueue) -> None:
     assert queue.tag("heavy", 1.0, 1.0, 0.0) == 100.0
 
 
+def test_the_next_tag_can_be_known_beforehand(queue: FairQueue) -> None:
+    """Of who has a line and of who has none; nothing comes of asking."""
+    queue.tag("ann", 2.0, 1.0, 0.0)
+    queue.advance(1.0)
+    for who, tag in (("ann", 2.0), ("bob", 1.0)):
+        assert queue.next_tag(who) == queue.next_tag(who) == tag
+        assert queue.tag(who, 1.0, 1.0, 0.0) == tag
+
+
 def test_what_was_cheaper_than_thought_is_settled(queue: FairQueue) -> None:
     """And what was dearer: later calls stand earlier or later for it, by weight."""
     queue.tag("ann", 2.0, 1.0, 0.0)

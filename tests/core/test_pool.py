@@ -1683,11 +1683,11 @@ def test_a_provider_that_keeps_its_list_to_itself_hides_no_model_of_ours(bench: 
 def test_there_is_a_choice_where_more_than_one_has_the_model(bench: PoolBench) -> None:
     """As lists and members have it now."""
     is_choice = bench.pool.is_choice
-    bench.start("a", "m:1", "n:1")
-    assert not is_choice(key("m:1").model)
-    bench.start("b", "m:1")
-    assert (is_choice(key("m:1").model), is_choice(key("n:1").model)) == (True, False)
-    bench.lists("b", "m:1", "n:1")
-    assert is_choice(key("n:1").model)
-    bench.shape("a")
-    assert not is_choice(key("n:1").model)
+    bench.start("c", "x:1", "y:1")
+    assert not is_choice(key("x:1").model)
+    bench.start("d", "x:1")
+    assert (is_choice(key("x:1").model), is_choice(key("y:1").model)) == (True, False)
+    bench.lists("d", "x:1", "y:1")
+    assert is_choice(key("y:1").model)
+    bench.shape("c")
+    assert not is_choice(key("y:1").model)

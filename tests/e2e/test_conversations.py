@@ -1,4 +1,4 @@
-"""Conversations: a next turn goes where its beginning is cached, told by how it begins or by name."""
+"""Conversations: a next turn goes where its beginning is cached, told by how it begins."""
 
 from __future__ import annotations
 

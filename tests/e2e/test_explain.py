@@ -203,3 +203,100 @@ async def test_a_lower_tier_comes_last() -> None:
             reply = await rig.ask("POST", "/api/chat", CHAT)
             assert (reply.status, reply.get("x-balancer-backend")) == (200, goes_to)
             rig.fleet["b"].faults.refuse()
+
+
+@virtual
+async def test_the_plan_tells_what_a_price_is_made_of() -> None:
+    """Term by term; and what was decided on the calls before."""
+    async with running(2, models=models(0.0)) as rig:
+        await rig.warm("a", "m")
+        assert (await explain(rig))["decisions"] == []
+        await rig.ask("POST", "/api/chat", CHAT, X_Request_Id="mine")
+        told = await explain(rig, prompt_tokens=1000)
+        best, other = rows(told)["a"], rows(told)["b"]
+        assert (best["kind"], other["kind"]) == ("go", "load")
+        for row in (best, other):
+            seconds = {k: v for k, v in row["terms"].items() if k.endswith("_s")}
+            assert seconds.pop("total_s") == pytest.approx(sum(seconds.values()), abs=1e-3)
+        assert other["terms"]["wait_s"] > best["terms"]["wait_s"] == 0.0
+        assert told["turn"]["ahead"] == 0
+        (past,) = told["decisions"]
+        assert (past["call"], past["kind"], past["backend"]) == ("mine", "go", "a")
+        assert [each["backend"] for each in past["options"]] == ["a", "b"]
+        assert (await explain(rig, call="mine"))["call"] == {
+            "id": "mine",
+            "waits": False,
+            "waited_s": None,
+        }
+
+
+@virtual
+async def test_without_a_length_the_mean_prompt_counts() -> None:
+    """Of the calls for that model so far."""
+    async with running(1, models=models(0.0)) as rig:
+        await rig.warm("a", "m")
+        long = CHAT | {"messages": [{"role": "user", "content": "word " * 800}]}
+        await rig.ask("POST", "/api/chat", long)
+        assert (await explain(rig))["prompt_tokens"] == pytest.approx(1000, abs=50)
+        assert (await explain(rig, prompt_tokens=10))["prompt_tokens"] == 10
+
+
+@virtual
+async def test_a_call_that_waits_can_be_asked_about() -> None:
+    """By its id: for what it holds, since when, and how many are before it."""
+    async with running(1, models=models(0.0), backend={"slots": 1}) as rig:
+        await rig.warm("a", "m")
+        rig.fleet["a"].faults.slow(50.0)
+        first = await Asking.of(rig, "/api/chat", CHAT)
+        await asyncio.sleep(0.1)
+        others = []
+        for number in range(2):
+            rig_call = {"X-Request-Id": f"w{number}"}
+            others.append(await Asking.of(rig, "/api/chat", CHAT, **rig_call))
+            await asyncio.sleep(0.1)
+        told = await explain(rig, call="w1")
+        assert (told["call"]["id"], told["call"]["waits"]) == ("w1", True)
+        assert (told["outcome"]["kind"], told["outcome"]["backend"]) == ("queue", "a")
+        assert told["turn"]["ahead"] == 1
+        assert rows(told)["a"]["kind"] == "hold"
+        for asking in (first, *others):
+            asking.close()
+
+
+@virtual
+async def test_whose_call_it_would_be() -> None:
+    """A key's own models, share and class count, and a session's name for that key alone."""
+    keys: list[dict[str, Any]] = [
+        {"name": "few", "role": "user", "key": "key-of-few-0000000000", "models": ["m"]}
+    ]
+    keys.append({"name": "slow", "role": "user", "key": "key-of-slow-000000000", "priority": 10})
+    async with running(2, models=models(0.0), config={"auth.keys": keys}) as rig:
+        await rig.warm("a", "m")
+        await rig.warm("b", "m")
+        assert (await explain(rig, key="few"))["outcome"]["kind"] == "now"
+        refused = await rig.ask("GET", "/_balancer/explain?model=other&key=few")
+        assert (refused.status, "'few' may use: m" in error_of(refused)) == (403, True)
+        assert (await explain(rig, model="other"))["outcome"]["kind"] == "load"
+        mine = {"Authorization": "Bearer key-of-few-0000000000", "X_Session_Id": "s1"}
+        reply = await rig.ask("POST", "/api/chat", CHAT, **mine)
+        went = reply.get("x-balancer-backend") or ""
+
+        async def cached(**asked: Any) -> float:
+            told = await explain(rig, prompt_tokens=1000, **asked)
+            terms: dict[str, float] = rows(told)[went]["terms"]
+            return terms["cached_tokens"]
+
+        assert await cached(key="few", session="s1") > 0
+        assert await cached(key="few", session="s2") == 0
+        assert await cached(key="slow", session="s1") == 0
+        assert await cached(session="s1") == 0
+
+
+@pytest.mark.parametrize("query", ["?call=nobody", "?model=m&key=nobody"])
+@virtual
+async def test_who_is_not_there_cannot_be_explained(query: str) -> None:
+    """400, and who was asked about."""
+    async with running(1, models=models(0.0)) as rig:
+        reply = await rig.ask("GET", f"/_balancer/explain{query}")
+        assert reply.status == 400
+        assert "nobody" in error_of(reply)

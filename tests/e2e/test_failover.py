@@ -411,6 +411,7 @@ async def test_all_full_for_a_moment_is_waited_out() -> None:
 async def test_a_model_that_cannot_load_on_one_host() -> None:
     """B serves it, A's other models stay in use, and one load of ours tries A again, in vain."""
     async with running(2, models=models()) as rig:
+        await rig.warm("a", "other")
         rig.fleet["a"].faults.fail("m", NO_GPU)
         first = await rig.ask("POST", "/api/chat", CHAT)
         assert is_whole(first, "/api/chat")

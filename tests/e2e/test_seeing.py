@@ -129,6 +129,8 @@ async def test_the_fields_of_a_line() -> None:
     last = json.loads(reply.body.splitlines()[-1])
     (line,) = [x for x in map(json.loads, out.getvalue().splitlines()) if x["event"] == "request"]
     took = line.pop("duration_ms"), line.pop("ttft_ms"), line.pop("queue_ms")
+    foreseen = line.pop("route.cost_s"), line.pop("route.predicted_ttft_s")
+    assert foreseen[0] > foreseen[1] > 0.0
     assert line == {
         "timestamp": "2001-09-09T01:46:40.000Z",
         "level": "info",
@@ -144,6 +146,10 @@ async def test_the_fields_of_a_line() -> None:
         "backend.name": "b",
         "attempt.count": 2,
         "route.reason": "failover",
+        "route.kind": "go",
+        "route.backend": "b",
+        "route.wait_s": 0.0,
+        "route.cached_tokens": 0,
         "bytes_in": len(json.dumps(CHAT)),
         "bytes_out": len(reply.body),
         "gen_ai.usage.input_tokens": last["prompt_eval_count"],

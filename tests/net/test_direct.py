@@ -106,6 +106,7 @@ async def test_an_answer_is_the_same_either_way(route: str, config: str) -> None
             assert len(records(direct)) == len(records(slow))
         same: dict[str, Any] = {
             "at": 0.0,
+            "planned": None,
             "duration_s": 0.0,
             "first_byte_s": 0.0,
             "upstream_s": 0.0,

@@ -142,7 +142,7 @@ async def test_each_record_counts_however_they_come(
         await rig.warm("a", "m")
         half = len(record) // 2
         later = [(1.0, record * 5), (1.0, record[:half]), (1.0, record[half:]), (1.0, last)]
-        segments = [record, *later]
+        segments: list[Any] = [record, *later]
         rig.fleet["a"].script(path, headers=headers, segments=segments, framing="chunked")
         asking = await Asking.of(rig, path, body)
         await asking.head()

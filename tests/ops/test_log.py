@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from balancer.core import events
+from balancer.core.decisions import told
 from balancer.core.domain import Attempt, BreakerState, Outcome, Switch, Usage, Verdict
 from balancer.core.events import (
     AttemptEnded,
@@ -69,12 +70,14 @@ from balancer.ops.log import (
     shown_address,
     shown_path,
 )
+from tests.core.deciding import choice, decision
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from balancer.ops.log import ClientAddress, Format, Level, Log
 
+DECISION = decision(choice("gpu0", cached=100.0), choice("gpu1", prompt_rate=500.0))
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CALL = CallEnded(
     at=12.0,
@@ -324,9 +327,9 @@ def test_what_was_foreseen_is_told_beside_what_came() -> None:
         "route.kind": "go",
         "route.backend": "gpu0",
         "route.runner_up": "gpu1",
-        "route.cost_s": 0.87,
+        "route.cost_s": 0.872,
         "route.wait_s": 0.0,
-        "route.predicted_ttft_s": 0.42,
+        "route.predicted_ttft_s": 0.432,
         "route.cached_tokens": 100,
     }
     assert [name for name in lines(CALL)[0] if name.startswith("route.")] == ["route.reason"]
@@ -338,7 +341,7 @@ def test_a_decision_can_be_made_again_from_its_line() -> None:
     assert (line["request_id"], line["route.kind"], line["knobs"]) == ("r1", "go", DECISION.knobs)
     best, other = line["found"]
     assert (best["backend"], other["backend"]) == ("gpu0", "gpu1")
-    assert best["terms"]["total"] == pytest.approx(0.87)
+    assert best["terms"]["total"] == pytest.approx(0.872)
     assert best["inputs"]["prompt_rate"] == 1000.0
     assert best["inputs"]["load_s"] == "inf"
 

@@ -45,6 +45,7 @@ from balancer.ops.metrics import (
     Snapshot,
     document,
 )
+from tests.core.deciding import choice, decision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -162,7 +163,8 @@ def test_the_table_is_sound() -> None:
     for metric in METRICS:
         assert set(metric.labels) <= allowed
         assert (metric.kind == "counter") is metric.name.endswith("_total")
-        assert (metric.kind == "histogram") is bool(metric.buckets)
+        is_fed = metric.kind == "histogram" and not metric.scraped
+        assert is_fed is bool(metric.buckets)
         assert not re.search(r"_(ms|milliseconds|percent|avg)\b", metric.name)
 
 
@@ -552,7 +554,9 @@ def test_what_runs_has_labels_before_what_merely_exists() -> None:
 def test_what_the_plan_did() -> None:
     """Its counts and spreads are shown as they stand; who is not slow is at full speed."""
     decisions, passes, late = Decisions(), Spread((0.001, 0.1)), Spread((1.0,))
-    decisions.kinds["go"], decisions.evaluations, decisions.declined = 5, 7, 2
+    for _ in range(5):
+        decisions.add(decision(choice("gpu0")))
+    decisions.evaluations, decisions.declined = 7, 2
     decisions.prefix_tokens["expected"], decisions.prefix_tokens["seen"] = 300.0, 200.0
     decisions.foretold("gpu0", 0.5, 1.0)
     decisions.gated.observe(3.0)

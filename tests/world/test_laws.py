@@ -280,7 +280,8 @@ class World(Bench):
         if load is not None:
             attempt = answer = None
             if verdict is not V.OK:
-                attempt = Attempt(len(load.ticket.attempts) + 1, name, result)
+                before = 0 if load.ticket is None else len(load.ticket.attempts)
+                attempt = Attempt(before + 1, name, result)
                 answer = Answer(500, "application/json", b"{}")
             self.dispatcher.load_ended(load, attempt, answer, 1.0)
         if trial is not None:
