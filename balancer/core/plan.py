@@ -29,7 +29,16 @@ from balancer.core.cost import GO, HOLD, LOAD, Need, Quote, price
 from balancer.core.decisions import Choice, Decision, Decisions, listed, version
 from balancer.core.decisions import rank as _rank
 from balancer.core.demand import Demand
-from balancer.core.domain import Backend, Call, PlacementKey, Purpose, Residency, Verdict
+from balancer.core.domain import (
+    Backend,
+    Call,
+    PlacementKey,
+    Principal,
+    Purpose,
+    Residency,
+    Role,
+    Verdict,
+)
 from balancer.core.events import (
     DrainEnded,
     DrainRequested,
@@ -41,8 +50,10 @@ from balancer.core.fair import FairQueue
 from balancer.core.knobs import Knobs
 from balancer.core.ledger import Drain, Ledger, Track
 from balancer.core.lengths import Lengths
+from balancer.core.pins import Pins, missing
 from balancer.core.prefix import Prefixes
 from balancer.core.room import DEFAULT_CONTEXT, GB, Room, estimate
+from balancer.core.routes import find
 from balancer.core.running import Run
 from balancer.core.scheduler import (
     Began,
@@ -80,6 +91,8 @@ FAILED_LOAD_S: Final = 10.0  # a load for nobody that failed is not repeated bef
 CLASS_WINDOW_S: Final = 60.0
 BACKGROUND_TICKS: Final = 4
 ASKED_TICKS: Final = 8
+PINNED: Final = "24h"  # keep-alive of a pinned model; a client's own replaces it
+NOBODY: Final = Principal("placement", Role.USER)
 MOST_QUOTES: Final = 100_000
 KEPT_TICKS: Final = 2  # for which a call behind others need not be weighed anew
 WORSE_S: Final = 1e-6
@@ -109,6 +122,10 @@ class Place(Protocol):
 
 class Sight(View, Protocol):
     """What the plan may see of the pool."""
+
+    @property
+    def pins(self) -> Pins:
+        """What is to be kept in memory."""
 
     def backends(self) -> Sequence[Backend]:
         """All there are, those that are away included."""
@@ -285,7 +302,7 @@ class Plan:
         self._backends: dict[str, Backend] = {}
         self._tiers = False
         self._learned: Mapping[str, Any] = {}
-        self._typical: dict[PlacementKey, Call] = {}
+        self._stand_ins: dict[PlacementKey, Call] = {}
         self._prompts: dict[str, float] = {}  # tokens as estimated, on average, by model
         self._refresh_backends()
 
@@ -325,10 +342,6 @@ class Plan:
         self.demand.arrived(key, now)
         if key.options:  # what an eviction costs, all variants of the model have to bear
             self.demand.arrived(PlacementKey(key.model), now)
-        if key not in self._typical:
-            if len(self._typical) > 1000:
-                self._typical.clear()
-            self._typical[key] = replace(call, body=b"", chain=(), deadline=None)
 
     def _weight(self, call: Call) -> float:
         return self.knobs.batch_weight if call.batch else 1.0
@@ -888,8 +901,17 @@ class Plan:
             self._counts = counts
         return self._counts
 
-    def _is_pinned(self, backend: str, model: str) -> bool:  # noqa: ARG002 - see `pins`
-        return False
+    def _is_pinned(self, backend: str, model: str) -> bool:
+        """Whether an operator wants it to stay there."""
+        pins = self._view.pins
+        if not pins:
+            return False
+        holders = [
+            name
+            for name in self._backends
+            if any(it.model == model for it in self._in_memory(name))
+        ]
+        return pins.protects(backend, model, holders)
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -990,7 +1012,8 @@ class Plan:
         return self._tick_at if self._tracks or self._queues or self._is_wanted() else math.inf
 
     def _is_wanted(self) -> bool:
-        return False
+        """Whether there is something to watch though nothing runs and nobody waits."""
+        return bool(self._view.pins)
 
     def _start_ticking(self, now: float) -> None:
         """After a pause nothing was watched: begin anew."""
@@ -1309,7 +1332,7 @@ class Plan:
         self._expect(ledger, quote)
         for victim in quote.victims:
             self.prefixes.drop(quote.backend, victim.model)
-        keep_alive = f"{self.knobs.warm_keep_alive_s:.0f}s"
+        keep_alive = PINNED if why == "pin" else f"{self.knobs.warm_keep_alive_s:.0f}s"
         told = (quote.key, why, quote.victims, keep_alive, quote.load_s, quote.evict_s)
         effects.append(Load(ticket, quote.backend, *told))
 
@@ -1552,13 +1575,37 @@ class Plan:
         loading = sum(self._view.loading_on(name) is not None for name in self._backends)
         if loading >= max(1, len(self._backends) / 8):
             return
+        if self._view.pins and self._load_pinned(now, effects):
+            return
         best: tuple[float, str, Quote] | None = None
-        for key in tuple(self.demand.keys()):  # noqa: SIM118 - it is no mapping
+        for key in self.demand.keys():  # noqa: SIM118 - it is no mapping
             option = self._copy_ahead(key, now)
             if option is not None and (best is None or option[:2] < best[:2]):
                 best = option
         if best is not None:
             self._start_load(None, best[2], "ahead", now, effects)
+
+    def _load_pinned(self, now: float, effects: list[Effect]) -> bool:
+        """Begin to load a pinned model that is not where it should be; False: all are."""
+        here: dict[str, list[PlacementKey]] = {}
+        for name in self._backends:
+            keys = [it.key or PlacementKey(it.model) for it in self._in_memory(name)]
+            loading = self._view.loading_on(name)
+            if loading is not None and loading.key is not None:
+                keys.append(loading.key)
+            here[name] = keys
+        for pin in self._view.pins:
+            places = self._by_name(self._stand_in(pin.key), frozenset())
+            lack = missing(pin, here, list(places))
+            if not lack.count:
+                continue
+            quotes = (self._quote(places[name], pin.key, now) for name in lack.where)
+            able = [q for q in quotes if q is not None and q.may_load]
+            if able:
+                best = min(able, key=lambda q: (q.evict_s + q.load_s, q.backend))
+                self._start_load(None, best, "pin", now, effects)
+                return True
+        return False
 
     def _copy_ahead(self, key: PlacementKey, now: float) -> tuple[float, str, Quote] | None:
         knobs = self.knobs
@@ -1566,8 +1613,6 @@ class Plan:
         if fast * knobs.demand_fast_s < knobs.copy_demand:
             return None
         probe = self._stand_in(key)
-        if probe is None:
-            return None
         capacity, any_copy, cold = 0.0, False, []
         for place in self._view.places(probe, frozenset(), exists=False):
             quote = self._quote(place, key, now)
@@ -1599,9 +1644,20 @@ class Plan:
         slots = max(1, quote.slots)
         return slots / (quote.mean_answer * quote.tpot_s(slots) + 0.3)
 
-    def _stand_in(self, key: PlacementKey) -> Call | None:
+    def _stand_in(self, key: PlacementKey) -> Call:
         """A call that does not exist, for *key*."""
-        return self._typical.get(key)
+        known = self._stand_ins.get(key)
+        if known is None:
+            if len(self._stand_ins) > 1000:
+                self._stand_ins.clear()
+            embeds = self._model(key.model).embeds
+            route = find("POST", "/api/embed" if embeds else "/api/generate")
+            shown = names.display(key.model)
+            known = self._stand_ins[key] = Call(
+                "", route, shown, key, True, Purpose.LOAD, False, NOBODY, 0.0, None, b"",
+                embedding=embeds,
+            )
+        return known
 
     # -- seeing --------------------------------------------------------------------------------
 

@@ -47,7 +47,8 @@ class Watched(Plan):
                 assert self.asked[effect.backend] == 1, f"a second load on {effect.backend}"
         self.asked.clear()
         self._look_at_drains(now)
-        if WakeAt(now) not in effects:  # else it is not done yet
+        if WakeAt(now) not in effects and not any(isinstance(each, Load) for each in effects):
+            # Else another pass follows at once.
             for queue in self._queues.values():
                 self._look_at_queue(queue, now)
         return effects
