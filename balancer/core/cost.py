@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -20,6 +20,7 @@ from balancer.core.knobs import Knobs
 from balancer.core.speeds import work
 
 FIXED_PREFILL_S: Final = 0.02
+REMOTE_AT_ONCE: Final = 8  # calls that whoever only passes them on takes without slowing down
 BETWEEN_S: Final = 0.2  # from one call's end to the next one's begin in a runner's queue
 
 
@@ -81,6 +82,7 @@ class Quote:
         remote: It only passes calls on; *first_byte_s* is all that is known of it.
         bonus_s: For a preference.
         tier: Higher ones come first.
+        measured: Its speeds are more than a guess.
         slow: Today's speed there as a share of its own past; the rates have it in them.
     """
 
@@ -112,7 +114,7 @@ class Quote:
     bonus_s: float = 0.0
     tier: int = 0
     slow: float = 1.0
-    copies: int = field(default=0)
+    measured: bool = True
 
     def tpot_s(self, streams: float) -> float:
         """Seconds for a token with that many streams of the model here."""
@@ -185,14 +187,14 @@ def price(quote: Quote, need: Need, cached: float, promised: int, knobs: Knobs) 
     else:
         return None
     if quote.remote:
-        total = quote.first_byte_s + knobs.decode_weight * need.answer / quote.decode_rate
-        decode = total - quote.first_byte_s
+        decode = knobs.decode_weight * need.answer / quote.decode_rate
+        crowd = 1.0 + quote.in_flight / REMOTE_AT_ONCE
+        total = (quote.first_byte_s + decode) * crowd
         return Terms(total, kind, 0.0, 0.0, quote.first_byte_s, 1.0, decode, 0.0, 0.0, 0.0, 0.0)
     share, answer = quote.share, need.answer
     prefill = work(need.prompt - cached, cached) / quote.prompt_rate + FIXED_PREFILL_S
     streams = quote.in_flight + promised + 1
-    if streams > quote.slots:
-        streams = quote.slots
+    streams = min(streams, quote.slots)
     decode = disturb = 0.0
     if answer:
         per_token_s = (1.0 + quote.penalty * (streams - 1.0)) / quote.decode_rate

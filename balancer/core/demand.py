@@ -49,6 +49,13 @@ class Demand:
             return 0.0
         return rates[1] * self._kept(rates[0], now, self.fast_s)
 
+    def recent(self, key: PlacementKey, now: float) -> float:
+        """Calls of late, counted: a single one is one, however short the time since the start."""
+        rates = self._rates.get(key)
+        if rates is None:
+            return 0.0
+        return rates[1] * self.fast_s * math.exp(min(rates[0] - now, 0.0) / self.fast_s)
+
     def slow(self, key: PlacementKey, now: float) -> float:
         """Calls per second, in the long run."""
         rates = self._rates.get(key)

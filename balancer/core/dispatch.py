@@ -277,7 +277,7 @@ class Dispatcher:
         self._may_wait_until(ticket, limit_at)
         self._admission.entered(call.key.model)
         self._scheduler.enqueue(ticket)
-        self.kick()
+        self.kick(now)  # so that one that may not wait at all is planned for, too
         if ticket.state is WAITING:
             self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
         return ticket
@@ -308,9 +308,7 @@ class Dispatcher:
         if self._again:
             self._plan(MAX_PASSES - 1)
         elif not self._is_timed:
-            at = self._scheduler.wake_at()
-            if at < math.inf:
-                self._wake(at)
+            self._arm()
         return True
 
     def _check(self, ticket: Ticket) -> None:
@@ -462,24 +460,38 @@ class Dispatcher:
             self._refuse(load.ticket, LoadFailed(attempt, answer))
         self.kick()
 
-    def kick(self) -> None:
-        """Plan, and carry out what was planned; re-entrant calls are folded into one more pass."""
+    def kick(self, now: float | None = None) -> None:
+        """
+        Plan, and carry out what was planned; re-entrant calls are folded into one more pass.
+
+        Args:
+            now: For whom it is done; None: the clock's.
+        """
         if self._planning:
             self._again = True
         elif self._owners or (self._is_timed and self._clock() >= self._due):
             self._again = True
-            self._plan(MAX_PASSES)
+            self._plan(MAX_PASSES, now)
         else:
             self._seen_outlook = self._pool.outlook
+            if not self._is_timed:
+                self._arm()
 
-    def _plan(self, passes: int) -> None:
+    def _arm(self) -> None:
+        """Have us called when the scheduler wants to be asked though nothing happens."""
+        at = self._scheduler.wake_at()
+        if at < math.inf:
+            self._wake(at)
+
+    def _plan(self, passes: int, now: float | None = None) -> None:
         self._planning = True
         try:
             for _ in range(passes):
                 if not self._again:
                     break
                 self._again = False
-                self._pass(self._clock())
+                self._pass(self._clock() if now is None else now)
+                now = None
         finally:
             self._planning = False
         if self._again:  # enough for one turn of the loop

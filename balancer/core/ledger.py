@@ -154,6 +154,15 @@ class Ledger:
         """Whether nothing of ours runs here."""
         return not self.models
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt of ours is being read here, or waits for that."""
+        for tracks in self.models.values():
+            for track in tracks.values():
+                if not track.decoding:
+                    return True
+        return False
+
     def tracks(self) -> Iterator[Track]:
         """All calls here."""
         for tracks in self.models.values():

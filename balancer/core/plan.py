@@ -427,25 +427,25 @@ class Plan:
             return
         if known is not None:  # it runs elsewhere since
             self._strike(*known, run.at)
-        track = self._enter(call, run.backend, run.at, None)
+        track = self._enter(call, run.backend, run.at, self._need(call), None)
         track.run, track.probing = run, run.probe
 
-    def _enter(self, call: Call, backend: str, now: float, choice: Choice | None) -> Track:
+    def _enter(
+        self, call: Call, backend: str, now: float, need: Need, choice: Choice | None
+    ) -> Track:
         """Count a call as begun on a backend."""
-        ledger, model = self._ledger(backend), call.key.model
-        size, need = self._size(model), self._need(call)
-        quote = choice.quote if choice is not None else None
-        share = float(ledger.look(model, now)[2])
-        if quote is not None and choice is not None:
-            cached, first_s = choice.terms.cached, choice.terms.first_token_s
-            prefill_s = choice.terms.prefill
+        ledger, model = self.ledgers.get(backend) or self._ledger(backend), call.key.model
+        size = self._model(model).size
+        if choice is not None:
+            quote, terms = choice.quote, choice.terms
+            cached, first_s, prefill_s = terms.cached, terms.first_token_s, terms.prefill
+            share = quote.share
+            is_clean = quote.resident and not ledger.is_reading
         else:
-            cached = 0.0
+            cached, is_clean = 0.0, False
+            share = float(ledger.look(model, now)[2])
             prefill_s = work(need.prompt, 0.0) / ledger.speed.prompt(model, size) + 0.02
             first_s = prefill_s * share
-        is_clean = (
-            quote is not None and quote.resident and not any(t.reads for t in ledger.tracks())
-        )
         track = Track(
             call, now, size, need.prompt, cached, prefill_s, first_s, need.answer, share, is_clean
         )
@@ -739,6 +739,7 @@ class Plan:
             embeds=embeds,
             remote=place.remote,
             slow=speed.slow_factor,
+            measured=speed.is_measured,
         )
         if backend is not None:
             quote.tier = backend.priority
@@ -804,8 +805,6 @@ class Plan:
     ) -> None:
         """What a load there would take, and whom it would put out."""
         key = quote.key
-        if ledger.failed.get(key, -math.inf) > now:
-            return
         drain = ledger.drain
         if drain is not None and drain.wanted != key:
             return
@@ -977,7 +976,12 @@ class Plan:
         fits = [c for c in found if not c.short]
         usable = fits or found
         if not self._tiers:
-            return min(usable, key=_rank)
+            best_of_all = min(usable, key=_rank)
+            if best_of_all.terms.kind is HOLD and not best_of_all.quote.measured:
+                # Nobody waits for what a guess promises while something known is free.
+                free = [c for c in usable if c.terms.kind is GO]
+                return min(free, key=_rank) if free else best_of_all
+            return best_of_all
         best: Choice | None = None
         for tier in sorted({c.quote.tier for c in usable}, reverse=True):
             here = min((c for c in usable if c.quote.tier == tier), key=_rank)
@@ -1283,7 +1287,7 @@ class Plan:
         classes.add(now, batch=call.batch)
         quote = choice.quote
         probe = not quote.embeds and not quote.remote and quote.in_flight >= quote.slots
-        track = self._enter(call, choice.backend, now, choice)
+        track = self._enter(call, choice.backend, now, waiter.need, choice)
         if probe:
             belief = self._view.belief(choice.backend)
             if belief is not None:
@@ -1332,7 +1336,9 @@ class Plan:
         self._expect(ledger, quote)
         for victim in quote.victims:
             self.prefixes.drop(quote.backend, victim.model)
-        keep_alive = PINNED if why == "pin" else f"{self.knobs.warm_keep_alive_s:.0f}s"
+        keep_alive = None  # a call that waits for a load gets the host's own default
+        if ticket is None:
+            keep_alive = PINNED if why == "pin" else f"{self.knobs.warm_keep_alive_s:.0f}s"
         told = (quote.key, why, quote.victims, keep_alive, quote.load_s, quote.evict_s)
         effects.append(Load(ticket, quote.backend, *told))
 
@@ -1365,7 +1371,7 @@ class Plan:
         """Nothing is free and more wait: would another copy serve them sooner?"""
         weight = self.knobs.decode_weight
         copies = [c for c in found if c.terms.kind is HOLD]
-        cold = [c for c in found if c.terms.kind is LOAD]
+        cold = [c for c in found if c.terms.kind is LOAD and not self._has_failed(c.quote, now)]
         if not cold:
             return
         per = math.ceil((rest + 1) / max(1, len(copies)))
@@ -1600,17 +1606,23 @@ class Plan:
             if not lack.count:
                 continue
             quotes = (self._quote(places[name], pin.key, now) for name in lack.where)
-            able = [q for q in quotes if q is not None and q.may_load]
+            able = [
+                q for q in quotes if q is not None and q.may_load and not self._has_failed(q, now)
+            ]
             if able:
                 best = min(able, key=lambda q: (q.evict_s + q.load_s, q.backend))
                 self._start_load(None, best, "pin", now, effects)
                 return True
         return False
 
+    def _has_failed(self, quote: Quote, now: float) -> bool:
+        """Whether a load of it failed there lately: for nobody it is not repeated yet."""
+        return self._ledger(quote.backend).failed.get(quote.key, -math.inf) > now
+
     def _copy_ahead(self, key: PlacementKey, now: float) -> tuple[float, str, Quote] | None:
         knobs = self.knobs
         fast = self.demand.fast(key, now)
-        if fast * knobs.demand_fast_s < knobs.copy_demand:
+        if self.demand.recent(key, now) < knobs.copy_demand:
             return None
         probe = self._stand_in(key)
         capacity, any_copy, cold = 0.0, False, []
@@ -1623,7 +1635,7 @@ class Plan:
             if quote.resident or quote.load_left_s is not None:
                 any_copy = True
                 capacity += self._capacity(quote)
-            elif quote.may_load:
+            elif quote.may_load and not self._has_failed(quote, now):
                 cold.append(quote)
         if any_copy and fast < knobs.copy_load * capacity:
             return None
