@@ -18,7 +18,7 @@ from dataclasses import fields
 from heapq import nsmallest
 from typing import Final, NamedTuple
 
-from balancer.core.cost import Kind, Need, Quote, Terms, price
+from balancer.core.cost import GO, Kind, Need, Quote, Terms, price
 from balancer.core.domain import PlacementKey
 from balancer.core.events import Emit, Event, Foreseen, Hears, Planned, Weighed
 from balancer.core.knobs import Knobs
@@ -47,6 +47,15 @@ class Choice(NamedTuple):
     quote: Quote
     promised: int
     short: bool
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it would take one slot more than is believed in."""
+        return (
+            self.terms.kind is GO
+            and self.quote.may_probe
+            and self.quote.in_flight >= self.quote.slots
+        )
 
 
 def rank(choice: Choice) -> tuple[float, str]:

@@ -975,6 +975,10 @@ class Plan:
             return found[0]
         fits = [c for c in found if not c.short]
         usable = fits or found
+        probes = [c for c in usable if c.is_probe]
+        if probes and any(c.terms.kind is GO and not c.is_probe for c in usable):
+            # What is tried beyond a backend's slots may have to wait: not beside a free one.
+            usable = [c for c in usable if not c.is_probe]
         if not self._tiers:
             best_of_all = min(usable, key=_rank)
             if best_of_all.terms.kind is HOLD and not best_of_all.quote.measured:
