@@ -433,8 +433,7 @@ class Dispatcher:
 
     def is_warm_elsewhere(self, call: Call, excluded: frozenset[str]) -> bool:
         """Whether a backend that is not *excluded* has the model in memory."""
-        candidates = self._pool.candidates(call, excluded)
-        return any(c.residency is Residency.LOADED for c in candidates)
+        return Residency.LOADED in self._pool.residencies(call, excluded)
 
     def withdraw(self, ticket: Ticket) -> None:
         """The owner is gone; idempotent."""
@@ -614,8 +613,7 @@ class Dispatcher:
 
     def _is_loading(self, ticket: Ticket) -> bool:
         """Whether a load is under way that may yet serve the call."""
-        candidates = self._pool.candidates(ticket.call, ticket.excluded)
-        return any(c.residency is Residency.LOADING for c in candidates)
+        return Residency.LOADING in self._pool.residencies(ticket.call, ticket.excluded)
 
     def _may_wait_until(self, ticket: Ticket, at: float) -> None:
         ticket.limit_at = at

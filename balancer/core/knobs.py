@@ -62,7 +62,7 @@ class Knobs:
     hope_s: float = 1.6
     hope_per_token_s: float = 0.0007
     tick_s: float = 0.5
-    evaluations: int = 64
+    evaluations: int = 24
     decline_s: float = 10.0
     tier_patience_s: float = 10.0
     prefer_s: float = 0.5

@@ -96,6 +96,7 @@ NOBODY: Final = Principal("placement", Role.USER)
 MOST_QUOTES: Final = 100_000
 KEPT_TICKS: Final = 2  # for which a call behind others need not be weighed anew
 WORSE_S: Final = 1e-6
+QUOTE_S: Final = 1.0  # for which a quote holds where nothing moves; so they grow old one by one
 JOURNAL: Final = 64
 FEW: Final = 4  # backends that moved, up to which only these are priced again
 RATIO_GAIN: Final = 0.05
@@ -198,7 +199,8 @@ class Waiter:
     gated_at: float | None = None  # when it gave way first, as batch
     barred: str = ""  # a backend whose slot was not to be had in this pass
     seen: int = -1  # what had moved when it was weighed last
-    tick: int = -1  # at which it was weighed in full
+    tick: int = -1  # from which on that may be kept for a while
+    weighed: int = -1  # the tick at which it was weighed in full
 
     @property
     def order(self) -> tuple[float, int]:
@@ -215,6 +217,7 @@ class Queue:
     fresh: bool = True  # who waits is not who was looked at last
     seen: int = -1  # what had moved when it was looked at
     tick: int = -1
+    looked: list[Waiter] = field(default_factory=list)  # who was weighed last
     free: set[str] = field(default_factory=set)  # backends with a free slot, as of these
     free_of: Mapping[str, Place] | None = None
     free_seen: int = -1
@@ -283,7 +286,7 @@ class Plan:
         self._slots_of: dict[str, tuple[int, int]] = {}  # by model: tick, slots of all copies
         self._wants: dict[str, tuple[int, float, float]] = {}  # by model: tick, wanted, of late
         self._ratios: dict[str, float] = {}  # tokens to estimated tokens, by model
-        self._quotes: dict[tuple[str, PlacementKey], tuple[int, int, Copy, Quote | None]] = {}
+        self._quotes: dict[tuple[str, PlacementKey], tuple[int, float, Copy, Quote | None]] = {}
         self._rooms_made: dict[tuple[str, PlacementKey], _Making] = {}
         self._serial = 0  # counts what has moved
         self._journal: deque[str] = deque(maxlen=JOURNAL)  # the backends, the latest last
@@ -698,13 +701,13 @@ class Plan:
         ledger = self.ledgers.get(name) or self._ledger(name)
         known = self._quotes.get((name, key))
         if known is not None:
-            edition, ticks, seen, quote = known
-            if edition == ledger.edition and ticks == self._ticks and seen is copy:
+            edition, at, seen, quote = known
+            if edition == ledger.edition and seen is copy and now - at < QUOTE_S:
                 return quote
         elif len(self._quotes) > MOST_QUOTES:
             self._quotes.clear()
         quote = self._make_quote(place, key, ledger, now)
-        self._quotes[name, key] = (ledger.edition, self._ticks, copy, quote)
+        self._quotes[name, key] = (ledger.edition, now, copy, quote)
         return quote
 
     def _make_quote(
@@ -1056,7 +1059,10 @@ class Plan:
         queues = [
             q for q in self._queues.values() if q.fresh or q.seen != serial or q.tick != tick
         ]
+        queues = [q for q in queues if q.fresh or q.tick != tick or not self._is_settled(q, now)]
         queues.sort(key=_head_order)
+        for queue in queues:
+            queue.looked.clear()
         overloaded = self._is_overloaded(now)
         for hopeful in (True, False) if overloaded else (None,):
             for queue in queues:
@@ -1065,6 +1071,30 @@ class Plan:
                     return
         for queue in queues:
             queue.fresh, queue.seen, queue.tick = False, serial, tick
+
+    def _is_settled(self, queue: Queue, now: float) -> bool:
+        """Whether what has moved can change nothing for those who are next; quick to tell."""
+        moved, looked = self._moved_since(queue.seen), queue.looked
+        if moved is None or len(moved) > FEW or not 0 < len(looked) <= FEW:
+            return False
+        if queue.free or queue.mixed:
+            return False
+        for waiter in looked:
+            best = waiter.choice
+            if best is None or best.terms.kind is not HOLD or best.backend in moved:
+                return False
+            if not moved.isdisjoint(waiter.ticket.excluded):  # those behind it may go there
+                return False
+            places = self._by_name(waiter.ticket.call, waiter.ticket.excluded)
+            for name in moved:
+                place = places.get(name)
+                option = None if place is None else self._priced(place, waiter, {}, now)
+                if option is None:
+                    continue
+                if option.terms.kind is GO or option.terms.total < best.terms.total:
+                    return False
+        queue.seen = queue.free_seen = self._serial
+        return True
 
     def _notice(self) -> None:
         """Count what has moved since it was looked at last."""
@@ -1134,8 +1164,10 @@ class Plan:
                     return False
                 found = self._weigh(waiter, promised, now)
                 best = self._best(found)
-                waiter.tick = ticks
+                waiter.weighed = ticks
+                waiter.tick = ticks - (ticket.seq & 1)  # not all at once, next time
             waiter.choice, waiter.seen, waiter.barred = best, self._serial, ""
+            queue.looked.append(waiter)
             if best is None:
                 is_patient = now - ticket.queued_at >= knobs.drain_after_s
                 if is_patient and self._is_nowhere(queue.key, waiter):
@@ -1208,7 +1240,7 @@ class Plan:
         """Whether nobody could take it a moment ago, and nothing has moved since."""
         if waiter.choice is not None or waiter.barred:
             return False
-        return waiter.tick == self._ticks and waiter.seen == self._serial
+        return waiter.weighed == self._ticks and waiter.seen == self._serial
 
     def _again(
         self, waiter: Waiter, promised: Mapping[str, int], now: float
@@ -1526,7 +1558,7 @@ class Plan:
                 self._mind_slots(ledger, now)
         if self._ticks % BACKGROUND_TICKS == 0:
             self._guess_speeds()
-            self._place_ahead(now, effects)
+        self._place_ahead(now, effects)
 
     def _tell_slowness(
         self, ledger: Ledger, before: float, now: float, *, learned: bool
@@ -1585,10 +1617,11 @@ class Plan:
         loading = sum(self._view.loading_on(name) is not None for name in self._backends)
         if loading >= max(1, len(self._backends) / 8):
             return
-        if self._view.pins and self._load_pinned(now, effects):
+        part = self._ticks % BACKGROUND_TICKS  # each tick a part of them, so that none is long
+        if not part and self._view.pins and self._load_pinned(now, effects):
             return
         best: tuple[float, str, Quote] | None = None
-        for key in self.demand.keys():  # noqa: SIM118 - it is no mapping
+        for key in sorted(self.demand.keys(), key=_model)[part::BACKGROUND_TICKS]:
             option = self._copy_ahead(key, now)
             if option is not None and (best is None or option[:2] < best[:2]):
                 best = option
@@ -1872,3 +1905,7 @@ def _why_held(best: Choice, found: Sequence[Choice]) -> str:
         other = min(free, key=_rank)
         text += f", which costs less than {other.backend}, where a slot is free"
     return text
+
+
+def _model(key: PlacementKey) -> str:
+    return key.model

@@ -877,8 +877,22 @@ class Pool:
 
     def has_room(self, call: Call) -> bool:
         """Whether a copy in memory has a free slot; of those of the highest tier."""
-        found = highest(self.candidates(call, frozenset()), self.priorities)
-        return any(c.residency is LOADED and c.in_flight < c.slots for c in found)
+        if self.priorities:
+            found = highest(self.candidates(call, frozenset()), self.priorities)
+            return any(c.residency is LOADED and c.in_flight < c.slots for c in found)
+        key, now = call.key, self.now()
+        for place in self._open(self._places(call), call, frozenset()):
+            load = place.member.load
+            if self._residency(place, key, now) is LOADED:
+                if load.in_flight(key.model) < _slots(place, load.slots(key.model)):
+                    return True
+        return False
+
+    def residencies(self, call: Call, excluded: frozenset[str]) -> set[Residency]:
+        """How *call* finds its model, on the backends that may serve it now."""
+        now = self.now()
+        places = self._open(self._places(call), call, excluded)
+        return {self._residency(place, call.key, now) for place in places}
 
     def backends(self) -> list[Backend]:
         """All there are, those that are away included."""

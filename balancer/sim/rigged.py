@@ -9,6 +9,7 @@ list are left out: `ollama` has these.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -84,6 +85,8 @@ class LoopTimeline(Timeline):
     def _arm(self) -> None:
         """Keep the one timer of the loop's at what comes next."""
         heap = self._heap
+        while heap and heap[0][2] is None:  # cancelled
+            heapq.heappop(heap)
         due = heap[0][0] if heap else math.inf
         if due == self._due and self._timer is not None:
             return
@@ -235,7 +238,7 @@ class Answer:
         self._embeds = path == "/api/embed"
         self._is_whole = self._embeds or body.get("stream") is False
         kind = dialects.Chat if path == "/api/chat" else dialects.Generate
-        self._dialect = kind(Echo(body["model"], at.now_ns, Random(0), body))  # noqa: S311 - unused
+        self._dialect = kind(Echo(body["model"], at.now_ns, Random(0), body))
         self._work = work
         self._place = place
         self._written = 0
