@@ -6,7 +6,7 @@ READY := .venv/ready
 CLIENTS := .venv/clients
 NODE := tests/compat/node
 
-.PHONY: help run demo test clients lint docs bench faults cancel clean
+.PHONY: help run demo test clients lint docs bench bench-routing bench-deciding faults soak fuzz cancel clean
 
 help:
 	@echo 'make run    serve; ARGS="-b gpu1 -b gpu2" for your hosts'
@@ -14,9 +14,13 @@ help:
 	@echo 'make test   all tests; ARGS="-k name" for some'
 	@echo 'make clients the tests of all client libraries, Python (extra clients) and npm; needs npm'
 	@echo 'make lint   format, lint and types'
-	@echo 'make docs   write docs/metrics.md and docs/verdicts.md anew'
+	@echo 'make docs   write anew what docs/ has from the code: metrics, verdicts, errors, routing ...'
 	@echo 'make bench  CPU, delay and memory beside nginx, HAProxy and Go, about an hour; ARGS="--only chat --rounds 1"'
+	@echo 'make bench-routing   strategies in the virtual world, an hour; ARGS="--workloads chat --seeds 1"'
+	@echo 'make bench-deciding  CPU time of a decision; ARGS=--growth'
 	@echo 'make faults the fault table on real processes, about 45 minutes; ARGS="killed frozen" for some'
+	@echo 'make soak   many streams for ten minutes: memory and pauses'
+	@echo 'make fuzz   random bytes for every parser, a minute each; ARGS="--only body --seed 7"'
 	@echo 'make cancel how soon a host sees that a client has gone'
 	@echo 'make clean  remove .venv and caches'
 
@@ -42,6 +46,18 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/wire.py $(ARGS)
+
+bench-routing: $(READY)
+	$(BIN)/python bench/routing.py $(ARGS)
+
+bench-deciding: $(READY)
+	$(BIN)/python bench/deciding.py $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python bench/soak.py $(ARGS)
+
+fuzz: $(READY)
+	$(BIN)/python -m bench.fuzz $(ARGS)
 
 faults: $(READY)
 	$(BIN)/python bench/faults.py $(ARGS)
