@@ -332,8 +332,8 @@ class NumCtxBlock(Block):
 
     stands_whole = True
     policy: kinds.OneContextPolicy = "passthrough"
-    default: kinds.CountOrNull = None
-    max: kinds.CountOrNull = None
+    default: kinds.ContextOrNull = None
+    max: kinds.ContextOrNull = None
 
     @model_validator(mode="after")
     def _fits_policy(self) -> Self:

@@ -27,6 +27,7 @@ def build(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> settin
     backends = build_backends(file.backends, timeouts, listen, sources)
     priorities = freeze(settings.Priorities, file.queue.priorities)
     keys = build_keys(file.auth, sources, priorities)
+    _check_strategy(file, sources)
     _check_access(file, keys, sources)
     _check_admin(keys, file.auth.anonymous, sources)
     return settings.Config(
@@ -114,6 +115,19 @@ def _discovery(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> s
     if file.demo.enabled:
         block = block.model_copy(update={"sources": ()})
     return build_discovery(block, env, file.server.listen, sources.warn, wanted=not file.backends)
+
+
+def _check_strategy(file: blocks.File, sources: Sources) -> None:
+    """Warn of what only the plan heeds."""
+    strategy = file.routing.strategy
+    if strategy == "plan":
+        return
+    for is_set, path in (
+        (bool(file.models.pin), ("models", "pin")),
+        (file.queue.fair_by != "key", ("queue", "fair_by")),
+    ):
+        if is_set:
+            sources.warn(f"has no effect with routing.strategy: {strategy}, only with plan.", path)
 
 
 def _check_access(file: blocks.File, keys: Sequence[settings.Key], sources: Sources) -> None:

@@ -169,7 +169,8 @@ class _Row:
 
 
 def _number(value: Any) -> int | None:
-    return value if type(value) is int and value > 0 else None
+    """A number as Ollama counts; one with hundreds of digits could not be reckoned with."""
+    return value if type(value) is int and 0 < value < 1 << 63 else None
 
 
 def _shaped(value: Any, shape: Any) -> bool:

@@ -29,6 +29,7 @@ from balancer.core.domain import Call, Candidate, PlacementKey, Purpose, Residen
 from balancer.core.pool import Pool
 from balancer.core.verdicts import is_cloud
 
+MOST_ROUNDED: Final = 1 << 30  # tokens; beyond, no model has so many, and Ollama's numbers end soon
 LEAST_DEFAULT: Final = 4096  # tokens: the smallest context that Ollama gives by itself
 OPTIONED: Final = frozenset({"generate", "chat", "embed", "embeddings"})  # operations
 _THERE: Final = frozenset({Residency.LOADED, Residency.ON_DISK})  # as read not long ago
@@ -140,8 +141,8 @@ def _shared(
             found.append((rank, asked if as_sent else variant.context))
     if found:
         return min(found)[1]
-    if wanted is None:
-        return None
+    if wanted is None or wanted > MOST_ROUNDED:
+        return wanted
     rounded = 1 << (wanted - 1).bit_length()
     return rounded if rule.most is None else min(rounded, rule.most)
 

@@ -21,6 +21,7 @@ from balancer.core.speeds import work
 
 FIXED_PREFILL_S: Final = 0.02
 REMOTE_AT_ONCE: Final = 8  # calls that whoever only passes them on takes without slowing down
+EMBEDS_PER_S: Final = 20.0
 BETWEEN_S: Final = 0.2  # from one call's end to the next one's begin in a runner's queue
 
 
@@ -120,6 +121,14 @@ class Quote:
         """Seconds for a token with that many streams of the model here."""
         return (1.0 + self.penalty * (streams - 1.0)) / self.decode_rate
 
+    @property
+    def capacity(self) -> float:
+        """Calls per second that it can work off."""
+        if self.embeds:
+            return EMBEDS_PER_S
+        slots = max(1, self.slots)
+        return slots / (self.mean_answer * self.tpot_s(slots) + 0.3)
+
     def is_free(self, promised: int = 0, embed_work_s: float = 1.0) -> bool:
         """Whether a slot is free beyond those promised."""
         if not self.resident:
@@ -204,6 +213,4 @@ def price(quote: Quote, need: Need, cached: float, promised: int, knobs: Knobs) 
         disturb = knobs.disturb_weight * quote.decoding * (prefill + slower)
     backlog, bonus = quote.backlog_s, quote.bonus_s
     total = wait + backlog + prefill * share + decode + disturb + evict - bonus
-    return Terms(
-        total, kind, wait, backlog, prefill, share, decode, disturb, evict, bonus, cached
-    )
+    return Terms(total, kind, wait, backlog, prefill, share, decode, disturb, evict, bonus, cached)

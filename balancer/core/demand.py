@@ -88,12 +88,13 @@ class Demand:
         self._until_sweep = max(64, len(self._rates) // 2)
 
     def dump(self, now: float) -> dict[str, Any]:
-        """The rates as they are *now*, as plain JSON."""
+        """The rates as they are *now*, as plain JSON; not of what nobody wants any more."""
         return {
             "rates": [
                 [model, [list(each) for each in options], self.fast(key, now), self.slow(key, now)]
                 for key in self._rates
                 for model, options in (key,)
+                if self.slow(key, now) >= NEGLIGIBLE / self.slow_s
             ]
         }
 

@@ -544,8 +544,8 @@ class Dispatcher:
         lease = None
         if self._limits.may_start(call):
             lease = self._pool.lease(
-            call, commit.backend, number, why, probe=commit.probe, slots=commit.slots
-        )
+                call, commit.backend, number, why, probe=commit.probe, slots=commit.slots
+            )
         if lease is None:
             self._scheduler.note(CommitRefused(ticket, commit.backend))
             self._scheduler.enqueue(ticket)

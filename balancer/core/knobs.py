@@ -45,7 +45,7 @@ class Knobs:
     """
 
     decode_weight: float = 0.2
-    disturb_weight: float = 0.1
+    disturb_weight: float = 0.4
     eviction_weight: float = 1.0
     demand_fast_s: float = 120.0
     demand_slow_s: float = 1800.0

@@ -29,7 +29,7 @@ LEAST_WAIT_S: Final = 0.1  # of one that came sooner, too much is the network's
 CLEAN: Final = 0.7  # a backend slower than that against itself teaches nothing
 OVERDUE: Final = 3.0
 LEAST_EXPECTED: Final = 8.0  # tokens
-KEPT_PACE: Final = 0.6  # of what was counted, from one look to the next
+KEPT_PACE: Final = 0.8  # of what was counted, from one look to the next
 
 
 @dataclass(slots=True, eq=False)
@@ -181,6 +181,10 @@ class Ledger:
         """Whether any call of ours is on it."""
         return model in self.models
 
+    def has_failed(self, key: PlacementKey, now: float) -> bool:
+        """Whether a load of it failed here lately: for nobody it is not repeated yet."""
+        return self.failed.get(key, -math.inf) > now
+
     def streams(self, model: str) -> int:
         """Our streams of one model."""
         return sum(track.decoding for track in self.on(model))
@@ -304,9 +308,7 @@ class Ledger:
         if written is not None and written > LEAST_ANSWER and track.decoding:
             self._learn_decode(track, written, usage.decode_s, now)
 
-    def _learn_decode(
-        self, track: Track, written: int, decode_s: float | None, now: float
-    ) -> None:
+    def _learn_decode(self, track: Track, written: int, decode_s: float | None, now: float) -> None:
         span_s = now - track.first_at
         whole_s = span_s
         if not track.call.streaming:
@@ -322,9 +324,7 @@ class Ledger:
             return
         streams = max(1.0, (sums.stream_s - track.stream_s) / span_s)
         share = max(1.0, (sums.share_s - track.share_s) / span_s)
-        self.speed.learn_decode(
-            track.model, track.size, (written - 1) / free_s * share, streams
-        )
+        self.speed.learn_decode(track.model, track.size, (written - 1) / free_s * share, streams)
 
     def rest(self, now: float) -> None:
         """Nobody looked for a while: what was seen last says nothing of now."""
@@ -391,9 +391,10 @@ class Ledger:
         streams = [t for t in tracks if t.decoding]
         progress, streamed_s = 0, 0.0
         for track in streams:
-            if track.call.streaming:
+            # A stream that has just begun owes a burst that is still under way.
+            if track.call.streaming and now - track.first_at >= window_s:
                 progress += track.records - track.seen
-                streamed_s += min(window_s, now - track.first_at)
+                streamed_s += window_s
             track.seen = track.records
         if not streams or reading_s > 0.6 * window_s:
             return None

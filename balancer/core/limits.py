@@ -65,14 +65,18 @@ class Charge:
         self._prompt = prompt
         self._charged = charged
 
-    def settle(self, usage: Usage, records: int = 0) -> None:
+    def settle(self, usage: Usage, records: int = 0, *, left: bool = False) -> None:
         """
         It is over.
 
         Args:
             usage: As the backend told it, if it did.
             records: Of the answer that came, about one for each token.
+            left: The client did not stay to the end, while a backend was at it: what that has done
+                unseen counts as it was charged.
         """
+        if left and usage.tokens_out is None and not records:
+            return
         answer = max(usage.tokens_out or 0, records)
         prompt = usage.tokens_in
         if prompt is None:
@@ -170,6 +174,8 @@ class Limits:
             self._running[owner] = self._running.get(owner, 0) + 1
             if slots is not None:
                 self._slots[owner] = slots
+            else:
+                self._slots.pop(owner, None)  # the limit was lifted
 
     def _ended(self, owner: str) -> None:
         if owner:

@@ -883,9 +883,9 @@ class Pool:
         key, now = call.key, self.now()
         for place in self._open(self._places(call), call, frozenset()):
             load = place.member.load
-            if self._residency(place, key, now) is LOADED:
-                if load.in_flight(key.model) < _slots(place, load.slots(key.model)):
-                    return True
+            slots = _slots(place, load.slots(key.model))
+            if load.in_flight(key.model) < slots and self._residency(place, key, now) is LOADED:
+                return True
         return False
 
     def residencies(self, call: Call, excluded: frozenset[str]) -> set[Residency]:
@@ -1038,6 +1038,7 @@ class Pool:
                 wait_s = now - lease.granted_at
                 member.load.note_first_byte(lease.call.key.model, wait_s, alone=lease.alone)
             self.note(FirstByte(lease.run, now))
+            _end_probe(member, lease, now)
 
     def _member_of(self, lease: Lease) -> Member | None:
         """The member it was granted on; None: that has left the pool."""
@@ -1063,6 +1064,8 @@ class Pool:
             for permit in permits:
                 permit.settle(Mark.NEITHER)
         self.note(Ended(lease.run, outcome, now))
+        if not lease.began:
+            _end_probe(member, lease, now)
         kind = AttemptEnded if verdict in HARMLESS else AttemptFailed
         if kind is AttemptFailed or self._hears(kind):
             operation = call.route.operation
@@ -1523,6 +1526,12 @@ class Pool:
             source=member.backend.source,
             cloud=member.backend.cloud,
         )
+
+
+def _end_probe(member: Member | None, lease: Lease, now: float) -> None:
+    """A call that tried a slot too many is known by now: one whose end nobody told says nothing."""
+    if lease.run.probe and member is not None:
+        member.load.belief.undecided(lease.call.key.model, now)
 
 
 def _slots(place: _Place, believed: int) -> int:

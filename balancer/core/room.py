@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from balancer.core.catalog import InMemory
-from balancer.core.domain import PlacementKey
 
 GB: Final = 1_000_000_000
 MOST_MODELS: Final = 3  # Ollama's own default, for each GPU
@@ -83,8 +82,7 @@ class Room:
             self.whole = max(self.whole, total)
             if self.too_much is not None and total >= self.too_much:
                 self.too_much = None  # it did fit
-            if len(told) > self.most_models:
-                self.most_models = len(told)
+            self.most_models = max(self.most_models, len(told))
         elif any(it.vram_bytes for it in told):
             self.overfull(total)
 
@@ -94,7 +92,7 @@ class Room:
             self.too_much = total
 
     def pushed_out(self, total: int, count: int) -> None:
-        """A load made others go though they were thought to fit: so many bytes in so many models."""
+        """A load made others go that were thought to fit: so many bytes in so many models."""
         if self.configured is None:
             self.overfull(total)
         elif total <= AMPLE * self.configured and count > 1:
@@ -153,8 +151,3 @@ class Room:
             self.too_much = too_much
         if isinstance(count, int) and 1 <= count <= 1000:
             self.most_models = count
-
-
-def is_variant(it: InMemory, key: PlacementKey) -> bool:
-    """Whether it is the same model with whatever options: Ollama keeps one runner for it."""
-    return it.model == key.model

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
-from ipaddress import IPv6Network, ip_address
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Final, Literal
 
 from balancer.core.domain import INTERACTIVE, Principal
@@ -130,10 +130,13 @@ def _digest(text: str) -> str:
 
 
 def _network(address: str) -> str:
-    """Who has an address: of IPv6 everybody has 2**64."""
+    """Who has an address: of IPv6 everybody has 2**64. IPv4 in IPv6 clothes is IPv4."""
     if ":" not in address:
         return address
     try:
-        return str(IPv6Network((int(ip_address(address)), 64), strict=False))
+        ip = ip_address(address)
     except ValueError:
         return _short(address)
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(IPv6Network((int(ip), 64), strict=False))

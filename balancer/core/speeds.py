@@ -35,6 +35,7 @@ SLOWEST: Final = 0.05
 TRUTH_S: Final = 180.0
 FORGIVEN: Final = 0.01
 MOST_MODELS: Final = 1000
+MOST_TOLD: Final = 1e300  # a file may hold integers that are no float
 
 BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "prompt_rate": (1.0, 200_000.0),
@@ -202,6 +203,12 @@ class Speed:
         whole = self._pairs.get((model, False), _Pair())
         return _Pair(whole.prompt * OFFLOADED, whole.decode * OFFLOADED)
 
+    def weigh(self, weight: float) -> None:
+        """The operator thinks otherwise of it now."""
+        if weight != self._weight:
+            self._weight = weight
+            self._changed()
+
     def _opinion(self, kind: str) -> float:
         return self._weight if self._samples[kind] < OPINION_SAMPLES else 1.0
 
@@ -306,7 +313,9 @@ class Speed:
         """A prompt is read no faster than that, as far as it has come; no sample yet."""
         usual = self.prompt(model, size)
         if not self._samples["prompt"] and tokens_per_s < usual:
-            self.prompt_rate = max(BOUNDS["prompt_rate"][0], self.prompt_rate * tokens_per_s / usual)
+            self.prompt_rate = max(
+                BOUNDS["prompt_rate"][0], self.prompt_rate * tokens_per_s / usual
+            )
             self._changed()
 
     def offloaded(self, model: str, is_so: bool) -> None:  # noqa: FBT001 - the only thing told
@@ -387,7 +396,7 @@ class Speed:
     def _is_kept(self, kind: str, value: Any) -> bool:
         if is_in_bounds(kind, value):
             return True
-        number = isinstance(value, (int, float))
+        number = isinstance(value, (int, float)) and abs(value) <= MOST_TOLD
         self._discard(kind, float(value) if number else math.nan)
         return False
 

@@ -9,9 +9,10 @@ from balancer.core.decisions import Decisions
 from balancer.core.domain import Call
 from balancer.core.greedy import POLICIES, Greedy
 from balancer.core.knobs import Knobs
-from balancer.core.plan import Plan, Sight
+from balancer.core.plan import Plan
 from balancer.core.prefix import SESSION_S
 from balancer.core.scheduler import Scheduler
+from balancer.core.sight import Sight
 
 STRATEGIES: Final = ("plan", *POLICIES)
 
@@ -36,6 +37,8 @@ def build(
     Raises:
         KeyError: There is none of that name.
     """
+    if decisions is not None:
+        decisions.slow.clear()  # as seen by whoever went before
     if name == "plan":
         plan = Plan(view, knobs, may_start=may_start, decisions=decisions)
         plan.prefixes.session_s = session_s

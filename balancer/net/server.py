@@ -670,7 +670,8 @@ class Front:
             exchange.hold.give_back()
         if exchange.charge is not None:
             run = exchange.run if exchange.status < 400 else None
-            exchange.charge.settle(exchange.usage, 0 if run is None else run.records)
+            left = exchange.run is not None and exchange.outcome == "client_abort"
+            exchange.charge.settle(exchange.usage, 0 if run is None else run.records, left=left)
         exchange.reply = exchange.request.handed = None  # what is over must not stay in a circle
         now = self._clock()
         route = exchange.route

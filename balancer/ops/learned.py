@@ -79,7 +79,7 @@ class Learned:
                 kept, urls, age_s = _parse(file.read(LIMIT_BYTES), self._wall())
         except FileNotFoundError:
             return
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ArithmeticError, ValueError, RecursionError) as error:
             self._lost(reason(error))
             return
         now = self._urls()

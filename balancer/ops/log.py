@@ -507,7 +507,8 @@ class LogWriter:
                 fields = {**_place(backend), "factor": round(factor, 3), "reason": reason}
                 return WARNING if reason == "slow" else INFO, "backend_speed", fields
             case SampleDiscarded(backend=backend, kind=kind, value=value):
-                return INFO, "sample_discarded", {**_place(backend), "kind": kind, "value": value}
+                fields = {**_place(backend), "kind": kind, "value": _plain(value)}
+                return INFO, "sample_discarded", fields
             case LoadEnded(backend=backend, model=model, ok=ok, load_s=load_s, text=text):
                 fields = {**_place(backend, model), "duration_ms": _ms(load_s)}
                 fields["reloads"] = event.reloads

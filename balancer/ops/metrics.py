@@ -171,7 +171,7 @@ METRICS: Final = (
     ),
     _scraped("counter", "plan_evaluations_total", help="Calls for which all backends were priced."),
     _scraped_spread(
-        "plan_duration_seconds", help="One planning pass; there is none while nobody waits."
+        "plan_duration_seconds", help="One planning pass; while nobody waits there are few."
     ),
     _scraped(
         "counter",

@@ -26,7 +26,7 @@ from balancer.sim.timeline import Entry, Timeline
 
 VERSION: Final = "0.30.1"
 ANSWER_S: Final = 0.005  # of a question that needs no model
-WRITE_S: Final = 0.25  # between writes of a stream
+WRITE_S: Final = 0.05  # between writes of a stream; of longer ones a host looks slow for a while
 EPOCH_NS: Final = 1_767_225_600_000_000_000  # where virtual time begins
 STRANGE_TOKENS: Final = 128  # of an answer to nobody's job, unless it says how long
 _ROUTES: Final = {"/api/chat": "messages", "/api/generate": "prompt", "/api/embed": "input"}

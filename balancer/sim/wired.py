@@ -40,7 +40,7 @@ class Wired:
     Machines, models and settings of the product, to be run once.
 
     Args:
-        seed: Of the product's chance, and when between two of its looks at the hosts the jobs begin.
+        seed: Of the product's chance, and of when between two looks at the hosts the jobs begin.
         warm: Models in memory from the start, by machine.
         slots_known: Whether the product is told how many calls each machine takes at once.
         memory_known: Whether it is told how much memory each has for models.

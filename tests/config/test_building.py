@@ -201,14 +201,27 @@ def test_rules_about_contexts_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
+    ("strategy", "warned"), [("plan", []), ("least-loaded", ["models.pin", "queue.fair_by"])]
+)
+def test_what_only_the_plan_heeds_is_told(strategy: str, warned: list[str]) -> None:
+    """Whoever pins a model with another strategy would wait for it in vain."""
+    text = f"routing: {{strategy: {strategy}}}\nmodels: {{pin: [m]}}\nqueue: {{fair_by: user}}"
+    told = [w for w in load(text, {}).warnings if "has no effect with routing.strategy" in w]
+    assert len(told) == len(warned)
+    assert all(path in line for path, line in zip(warned, told, strict=True))
+    plain = load(f"routing: {{strategy: {strategy}}}", {}).warnings
+    assert not any("has no effect" in line for line in plain)
+
+
+@pytest.mark.parametrize(
     ("num_ctx", "text"),
     [
         ("policy: pin", "policy pin needs default: the context that every call gets."),
         ("policy: clamp", "policy clamp needs max: the most that a call may ask for."),
         ("default: 4096", "default does not belong to policy passthrough, but to the others."),
-        ("policy: reuse, max: 9", "max does not belong to policy reuse, but to clamp."),
-        ("policy: pin, default: 9, max: 9", "max does not belong to policy pin, but to clamp."),
-        ("policy: clamp, default: 9, max: 8", "default is more than max."),
+        ("policy: reuse, max: 900", "max does not belong to policy reuse, but to clamp."),
+        ("policy: pin, default: 900, max: 900", "max does not belong to policy pin, but to clamp."),
+        ("policy: clamp, default: 900, max: 800", "default is more than max."),
     ],
 )
 @pytest.mark.parametrize("under", ["", "overrides: {m: {"])
@@ -225,7 +238,9 @@ def test_a_context_rule_that_makes_no_sense(
     ("models", "text"),
     [
         ("num_ctx: {policy: pine}", 'models.num_ctx.policy: "pine" is not one of passthrough'),
-        ("num_ctx: {policy: pin, default: 0}", "is not a whole number of at least 1."),
+        ("num_ctx: {policy: pin, default: 0}", "is not a whole number of at least 256."),
+        ("num_ctx: {policy: pin, default: 32}", "32 is not a context: it counts tokens. 32k is"),
+        ("num_ctx: {policy: clamp, max: 128}", "128 is not a context: it counts tokens."),
         ("num_ctx: 4096", "models.num_ctx: needs a block of keys."),
         ("keep_alive: {policy: clamp}", "policy clamp needs max: the longest"),
         ("keep_alive: {max: 5m}", "max does not belong to policy passthrough, but to clamp."),

@@ -85,6 +85,12 @@ def test_clamp_is_at_most_its_most(asked: int | None, wanted: int | None) -> Non
     assert choose(Rule(Policy.CLAMP, most=4000), asked, 0, []) == wanted
 
 
+@pytest.mark.parametrize("asked", [(1 << 62) + 1, (1 << 63) - 1])
+def test_the_absurd_is_not_made_more_so(asked: int) -> None:
+    """Rounded up it would be no number of Ollama's, and come down as a tiny context."""
+    assert choose(REUSE, asked, 0, []) is None
+
+
 def test_clamp_takes_what_is_there_if_that_is_more() -> None:
     """It is in memory already: to load a smaller one beside it would save nothing."""
     assert choose(Rule(Policy.CLAMP, most=4000), 9000, 0, [Variant(8192)]) == 8192

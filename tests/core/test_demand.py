@@ -105,6 +105,14 @@ def test_rates_outlive_a_restart_by_their_age() -> None:
     assert again.slow(K, 8) == pytest.approx(found.slow(K, 160) * math.exp(-61 / 1800))
 
 
+def test_what_nobody_wants_any_more_is_not_kept() -> None:
+    """What is told of a pool at rest comes to an end: it need not be written for ever."""
+    found = Demand()
+    found.arrived(K, 0)
+    assert len(found.dump(3600)["rates"]) == 1
+    assert found.dump(12 * 3600) == {"rates": []}
+
+
 def test_what_was_kept_is_not_set_right_again() -> None:
     """It was, when it was told; the clock before this one has listened for long enough."""
     again = Demand(10, 100)

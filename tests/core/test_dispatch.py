@@ -775,6 +775,46 @@ def test_schedulers_can_be_exchanged_under_load(bench: Bench) -> None:
     assert bench.scheduler.waiting() != []  # the old one is not asked any more
 
 
+@pytest.mark.parametrize("policy", ["plan", "least-loaded"])
+@pytest.mark.parametrize(
+    "size", [0, -1, 1 << 63, pytest.param(10**400, id="huge"), 1e300, "7", True]
+)
+def test_a_backend_that_tells_nonsense_of_a_size_stops_nobody(policy: str, size: Any) -> None:
+    """Neither calls that start nor those that wait or need a load: it counts as not told."""
+    bench = Bench(policy)
+    for name in "ab":
+        bench.start(name, "m:1", "n:1", loaded=["m:1"])
+        told: list[Any] = [tag(model) | {"size": size} for model in ("m:1", "n:1")]
+        bench.pool.note_tags(name, told, bench.clock())
+    clients = [bench.submit() for _ in range(5)]
+    cold = bench.submit("n:1")
+    assert [bool(client.leases) for client in clients] == [True] * 4 + [False]
+    assert cold.waits
+    assert bench.loads
+    bench.close()
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_a_call_that_tries_a_slot_too_many_is_not_waited_for_by_another_scheduler(
+    bench: Bench, *, began: bool
+) -> None:
+    """Else no slot would ever be tried there again: nobody tells how it ended."""
+    belief, model = bench["a"].load.belief, canon("m:1")
+    belief.configured = None
+    belief.first_byte(model, 1, bench.clock(), was_probe=False)
+    bench.clock.advance(10.0)
+    assert belief.may_probe(model, bench.clock())
+    belief.probing(model, bench.clock())
+    lease = bench.pool.lease(call("m:1"), "a", 1, "warm", probe=True)
+    assert lease is not None
+    bench.dispatcher.exchange(Greedy(POLICIES["round-robin"], bench.pool))
+    if began:
+        lease.moved()
+    lease.settle(outcome(V.OK, bench.clock()))
+    bench.clock.advance(60.0)
+    assert belief.may_probe(model, bench.clock())
+
+
 def test_what_was_learned_goes_on_with_another_scheduler(bench: Bench) -> None:
     """By a reload; and from a file, with its age."""
     told = {"speeds": {"a": {}}}

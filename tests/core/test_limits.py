@@ -114,6 +114,29 @@ def test_what_no_backend_tells_is_counted(
     assert limits.standing("key:web")["tokens_per_minute"] == (left, 1000)
 
 
+def test_who_leaves_while_nothing_is_seen_yet_pays_as_charged(limits: Limits) -> None:
+    """The prompt was read, and an answer in one piece written in part; else it would be free."""
+    asked = of(tokens_per_minute=1000, more={"prompt_tokens": 100, "output_tokens": 50})
+    for usage, records, used in (
+        (Usage(), 0, 150),
+        (Usage(), 7, 107),
+        (Usage(tokens_in=90, tokens_out=3), 0, 93),
+    ):
+        before = limits.standing("key:web").get("tokens_per_minute", (1000, 1000))[0]
+        charge = limits.charge(asked)
+        assert charge is not None
+        charge.settle(usage, records, left=True)
+        assert limits.standing("key:web")["tokens_per_minute"][0] == before - used
+
+
+def test_a_limit_that_was_lifted_is_not_told(limits: Limits) -> None:
+    """A reload may lift it while calls run."""
+    limits.note(Began(Run(of(slots=2), "a", 0.0)))
+    assert limits.standing("key:web") == {"slots": (1, 2)}
+    limits.note(Began(Run(of(), "a", 0.0)))
+    assert limits.standing("key:web") == {}
+
+
 def test_more_than_a_minute_holds_is_waited_for(limits: Limits, clock: ManualClock) -> None:
     """A prompt larger than the limit comes through with a full minute, and is owed after."""
     large = of(tokens_per_minute=600, more={"prompt_tokens": 1200, "embedding": True})

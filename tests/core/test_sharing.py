@@ -60,6 +60,9 @@ def test_a_key_named_like_an_address_is_somebody_else() -> None:
         ("2001:db8::1", "2001:db8::ffff", True),
         ("2001:db8::1", "2001:db8:0:1::1", False),
         ("192.0.2.1", "192.0.2.2", False),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("::ffff:192.0.2.1", "::1", False),
         ("no:address", "no:address", True),
     ],
 )

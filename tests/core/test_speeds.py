@@ -293,6 +293,8 @@ def test_what_was_never_measured_is_not_kept() -> None:
         {"samples": {"prompt": 5}, "prompt_rate": "fast"},
         {"pairs": [["m", False, 1000.0, 1.0, 1, 1], ["m"], 3, [1, False, 1.0, 1.0, 1, 1]]},
         {"pairs": [["m", False, 1.0, 1.0, -1, 1]]},
+        {"samples": {"prompt": 5}, "prompt_rate": 10**400},
+        {"samples": {"prompt": -(10**400)}, "prompt_rate": 1000.0},
     ],
 )
 def test_what_cannot_be_is_not_taken_up(kept: dict[str, Any]) -> None:

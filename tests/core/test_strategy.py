@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from balancer.core.decisions import Decisions
 from balancer.core.domain import Call
 from balancer.core.greedy import POLICIES, Greedy
 from balancer.core.knobs import Knobs
@@ -39,6 +40,15 @@ def test_the_plan_gets_its_knobs() -> None:
     assert isinstance(told, Plan)
     assert isinstance(usual, Plan)
     assert (told.knobs.plan_depth, usual.knobs) == (7, Knobs())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_another_saw_today_is_forgotten(name: str) -> None:
+    """A newcomer watches anew, or not at all: nobody would take back that a backend is slow."""
+    decisions = Decisions()
+    decisions.slow["a"] = 0.4
+    build(name, PoolBench().pool, decisions=decisions)
+    assert decisions.slow == {}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

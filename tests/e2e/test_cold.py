@@ -60,7 +60,7 @@ async def test_many_callers_make_one_load() -> None:
         assert {reply.get("x-balancer-route") for reply in replies} == {"cold", "warm"}
         assert sum(loads(rig).values()) == 1
         (load,) = ours(rig)
-        sent = {"model": "m:latest", "prompt": "", "stream": False, "keep_alive": "1800s"}
+        sent = {"model": "m:latest", "prompt": "", "stream": False}
         assert json.loads(load.body) == sent
 
 
@@ -126,7 +126,7 @@ async def test_a_model_that_embeds_is_loaded_by_embedding(route: str) -> None:
         (load,) = ours(rig)
         assert (load.path, json.loads(load.body)) == (
             "/api/embed",
-            {"model": "e:latest", "input": [], "keep_alive": "1800s"},
+            {"model": "e:latest", "input": []},
         )
 
 
@@ -204,7 +204,7 @@ async def test_a_call_that_unloads_behind_itself(keep_alive: Any) -> None:
         reply = await rig.ask("POST", "/api/chat", CHAT | {"keep_alive": keep_alive})
         assert is_whole(reply, "/api/chat")
         (load,) = ours(rig)
-        assert json.loads(load.body)["keep_alive"] == "1800s"
+        assert "keep_alive" not in json.loads(load.body)
         assert loads(rig) == {"a": 1}
         assert rig.loaded() == {"a": []}
 

@@ -210,6 +210,30 @@ async def test_tokens_are_settled_as_the_backend_tells_them(headers: dict[str, s
         assert limits.standing("ip:127.0.0.1")["tokens_per_minute"][0] >= before
 
 
+@in_each_lane
+@virtual
+async def test_who_hangs_up_while_a_host_is_at_it_pays(headers: dict[str, str]) -> None:
+    """Also where nothing has come yet; who leaves the queue was never served, and pays nothing."""
+    async with running(
+        1, models=models(0.0), backend=ONE, config={"limits.tokens_per_minute": 1000}
+    ) as rig:
+        await rig.warm("a", "m")
+        limits = rig.balancer.limits
+        at_it = await Asking.of(rig, "/api/chat", QUIET, **headers)
+        await asyncio.sleep(0.5)
+        queued = await Asking.of(rig, "/api/chat", QUIET, **headers)
+        await rig.events.until(lambda: len(rig.balancer.dispatcher.waiting()) == 1)
+        charged = limits.standing("ip:127.0.0.1")["tokens_per_minute"][0]
+        queued.hang_up()
+        await rig.events.until(lambda: not rig.balancer.dispatcher.waiting())
+        at_it.hang_up()
+        await rig.events.until(lambda: not rig.balancer.pool.running)
+        await asyncio.sleep(0.1)
+        left = limits.standing("ip:127.0.0.1")["tokens_per_minute"][0]
+        assert charged < 1000 - 2 * 256 + 60
+        assert charged + 256 <= left < 1000 - 256 + 60
+
+
 @virtual
 async def test_too_long_an_answer_is_refused() -> None:
     """In the words of each dialect's own limit; who asks for less is served."""

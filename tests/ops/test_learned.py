@@ -152,6 +152,8 @@ def whole(**changed: Any) -> str:
         (whole(learned={"x": float("nan")}, at=int(NOW)), "NaN is no number"),
         (whole(at=int(NOW - OLDEST_S - 43_000)), "is 7 days old: what it says may not be true"),
         (whole(at=int(NOW - 9 * 86400)), "is 9 days old"),
+        (whole(at=10**400), "too large"),
+        (whole(at=-(10**400)), "too large"),
         ("[" * 100_000, ""),
         ("\udcff", ""),
     ],

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -211,6 +212,15 @@ def lines(*told: Event, level: Level = "debug", **rest: Any) -> list[dict[str, A
     for event in told:
         writer(event)
     return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_sample_that_is_no_number_is_json_all_the_same(value: float) -> None:
+    """What a file of old held may be anything; the line stays one that can be read."""
+    log, stream = make()
+    LogWriter(log)(SampleDiscarded(1.0, "gpu0", "pair", value))
+    line = json.loads(stream.getvalue(), parse_constant=pytest.fail)
+    assert line["value"] == str(value)
 
 
 def test_the_canonical_line() -> None:

@@ -17,7 +17,8 @@ import pytest
 from balancer.core.admission import QueueLimits
 from balancer.core.cost import GO
 from balancer.core.knobs import Knobs
-from balancer.core.plan import KEPT_TICKS, Plan, Queue, Waiter
+from balancer.core.plan import KEPT_TICKS, Plan
+from balancer.core.queues import Queue, Waiter
 from balancer.core.scheduler import Effect, Fact, Load, LoadAnswered, LoadRefused, WakeAt
 from balancer.sim.world import HOST_TYPES, Job, Machine, Mishap, Model, Report, World
 from tests.sim.test_world import calls, trouble
@@ -49,7 +50,7 @@ class Watched(Plan):
         self._look_at_drains(now)
         if WakeAt(now) not in effects and not any(isinstance(each, Load) for each in effects):
             # Else another pass follows at once.
-            for queue in self._queues.values():
+            for queue in self.queues.by_key.values():
                 self._look_at_queue(queue, now)
         return effects
 
@@ -59,7 +60,7 @@ class Watched(Plan):
             drain = ledger.drain
             if drain is not None:
                 self.seen["drains"] += 1
-                assert drain.wanted in self._queues, f"{ledger.name} drains for nobody"
+                assert drain.wanted in self.queues.by_key, f"{ledger.name} drains for nobody"
                 assert now < drain.until, f"{ledger.name} drains for ever"
             if ledger.going:
                 self.seen["going"] += 1
@@ -79,12 +80,10 @@ class Watched(Plan):
     def _is_held_back(self, waiter: Waiter) -> bool:
         """By the gate for batch, by its key's share, or by its owner's limit."""
         call = waiter.ticket.call
-        mine = self._in_flight.get((call.key.model, call.fair_key), 0)
-        has_its_share = mine >= self._share_of_slots(call.key)
-        return call.batch or has_its_share or not self._may_start(call, 0)
+        return call.batch or self.turns.has_its_share(call) or not self._may_start(call, 0)
 
     def _look_at_waiter(self, waiter: Waiter, promised: Counter[str], now: float) -> None:
-        found = self._weigh(waiter, promised, now, exists=False)
+        found = self.quotes.weigh(waiter, promised, now, exists=False)
         fits = [c for c in found if not c.short] or found
         free = [c for c in fits if c.terms.kind is GO and not c.quote.may_probe]
         if not free:
@@ -92,9 +91,9 @@ class Watched(Plan):
         best, told = min(free, key=lambda c: c.terms.total), waiter.ticket.call.id
         assert waiter.choice is not None, f"{told} waits beside a free slot on {best.backend}"
         assert waiter.choice.terms.kind is not GO, f"{told} may go, and waits"
-        assert waiter.tick > self._ticks - KEPT_TICKS, f"{told} was not looked at for long"
+        assert waiter.tick > self.books.ticks - KEPT_TICKS, f"{told} was not looked at for long"
         self.seen["declined"] += 1
-        if waiter.tick < self._ticks:  # since then time alone may have changed the prices
+        if waiter.tick < self.books.ticks:  # since then time alone may have changed the prices
             return
         assert waiter.choice.terms.total <= best.terms.total + EPSILON_S, (
             f"{told} waits for {waiter.choice.terms} beside {best.terms}"
@@ -103,10 +102,10 @@ class Watched(Plan):
     def left_over(self) -> list[str]:
         """What is still counted though nothing runs."""
         kinds = {
-            "waiting": self._waiters,
-            "queues": self._queues,
-            "tracks": self._tracks,
-            "in flight": self._in_flight,
+            "waiting": self.queues.waiters,
+            "queues": self.queues.by_key,
+            "tracks": self.books.tracks,
+            "in flight": self.books.in_flight,
             "busy": [each for each in self.ledgers.values() if not each.is_idle],
             "drains": [each for each in self.ledgers.values() if each.drain is not None],
             "going": [each for each in self.ledgers.values() if each.going],

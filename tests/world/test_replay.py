@@ -148,7 +148,7 @@ def test_a_sample_beyond_belief_is_told_once() -> None:
     assert run.shell is not None
     plan = run.shell.scheduler
     assert isinstance(plan, Plan)
-    speed, size = plan.ledgers["a"].speed, plan._size("m:latest")
+    speed, size = plan.ledgers["a"].speed, plan.books.model("m:latest").size
     for _ in range(3):
         speed.learn_prompt("m:latest", size, 1e9)
     (event,) = of(SampleDiscarded, told)

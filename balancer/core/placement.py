@@ -1,0 +1,337 @@
+"""
+What is in memory where: loads, copies, drains, and what operators want to be kept.
+
+Laws:
+- One load per backend at a time, and one asked for counts at once.
+- A load that nobody waits for yet begins only where it pays, and is not repeated where it failed.
+- A drain ends: with the load that it was for, with the wish, or by its time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from balancer.core import names
+from balancer.core.books import BACKGROUND_TICKS, Books
+from balancer.core.cost import HOLD, LOAD, Quote
+from balancer.core.decisions import Choice, Decisions
+from balancer.core.domain import Call, PlacementKey, Principal, Purpose, Role
+from balancer.core.events import DrainEnded, DrainRequested
+from balancer.core.knobs import Knobs
+from balancer.core.ledger import Drain, Ledger
+from balancer.core.pins import Pin, missing
+from balancer.core.queues import Queues, Waiter
+from balancer.core.quotes import LOADED, Quotes
+from balancer.core.routes import find
+from balancer.core.scheduler import Effect, Load, Ticket
+from balancer.core.sight import Sight
+
+PINNED: Final = "24h"  # keep-alive of a pinned model; a client's own replaces it
+NOBODY: Final = Principal("placement", Role.USER)
+MOST_STAND_INS: Final = 1000
+LEAST_DRAIN_S: Final = 60.0  # for which a drain is given time
+DEAR: Final = 0.5  # of a load: a copy ahead is not made at the cost of victims that cost more
+LOADING_PART: Final = 8  # one backend in so many may load ahead at a time
+
+
+class Placement:
+    """Decides what is loaded and unloaded, apart from a single call's own load."""
+
+    def __init__(
+        self,
+        view: Sight,
+        knobs: Knobs,
+        books: Books,
+        queues: Queues,
+        quotes: Quotes,
+        decisions: Decisions,
+    ) -> None:
+        self._view = view
+        self._knobs = knobs
+        self._books = books
+        self._queues = queues.by_key
+        self._quotes = quotes
+        self._decisions = decisions
+        self._stand_ins: dict[PlacementKey, Call] = {}
+
+    # -- loads ---------------------------------------------------------------------------------
+
+    def load(self, ticket: Ticket | None, quote: Quote, why: str, effects: list[Effect]) -> None:
+        """Begin the load that was quoted; without a *ticket* nobody waits for it yet."""
+        ledger = self._books.ledger(quote.backend)
+        ledger.asked_load = quote.key
+        ledger.going = frozenset(victim.model for victim in quote.victims)
+        ledger.drain = None
+        ledger.moved()
+        stay = (it for it in self._books.in_memory(ledger.name) if it.model not in ledger.going)
+        ledger.expected = (quote.key.model, tuple(stay))
+        for victim in quote.victims:
+            self._books.prefixes.drop(quote.backend, victim.model)
+        keep_alive = None  # a call that waits for a load gets the host's own default
+        if ticket is None:
+            keep_alive = PINNED if why == "pin" else f"{self._knobs.warm_keep_alive_s:.0f}s"
+        told = (quote.key, why, quote.victims, keep_alive, quote.load_s, quote.evict_s)
+        effects.append(Load(ticket, quote.backend, *told))
+
+    def _may_be_loaded(self, quote: Quote, now: float) -> bool:
+        """Whether a load for nobody may begin there."""
+        return quote.may_load and not self._has_failed(quote, now)
+
+    def _has_failed(self, quote: Quote, now: float) -> bool:
+        return self._books.ledger(quote.backend).has_failed(quote.key, now)
+
+    # -- copies --------------------------------------------------------------------------------
+
+    def consider_copy(
+        self, found: Sequence[Choice], rest: int, now: float, effects: list[Effect]
+    ) -> None:
+        """Nothing is free and more wait: would another copy serve them sooner?"""
+        copies = [c.quote for c in found if c.terms.kind is HOLD]
+        cold = [
+            c.quote for c in found if c.terms.kind is LOAD and not self._has_failed(c.quote, now)
+        ]
+        if not cold:
+            return
+        per = math.ceil((rest + 1) / max(1, len(copies)))
+        stay_s = min((self._stay_s(quote, per) for quote in copies), default=math.inf)
+        best = min(cold, key=lambda quote: (self._copy_s(quote), quote.backend))
+        if self._copy_s(best) < stay_s:
+            self.load(None, best, "copy", effects)
+
+    def _stay_s(self, quote: Quote, per: int) -> float:
+        """What the last of so many more would cost here."""
+        slots = quote.slots
+        if quote.load_left_s is not None:
+            wait_s = quote.load_left_s + (quote.slot_wait_s(per - slots) if per > slots else 0.0)
+        else:
+            wait_s = quote.slot_wait_s(max(1, quote.in_flight - slots + per))
+        return wait_s + self._knobs.decode_weight * quote.mean_answer * quote.tpot_s(slots)
+
+    def _copy_s(self, quote: Quote) -> float:
+        knobs = self._knobs
+        return (
+            quote.load_s
+            + knobs.eviction_weight * quote.evict_s
+            + knobs.decode_weight * quote.mean_answer * quote.tpot_s(quote.slots)
+            + quote.backlog_s
+        )
+
+    # -- ahead of the queue --------------------------------------------------------------------
+
+    def look_ahead(self, now: float, effects: list[Effect]) -> None:
+        """At most one load that nobody waits for yet."""
+        count = len(self._books.backends)
+        loading = sum(self._view.loading_on(name) is not None for name in self._books.backends)
+        if loading >= max(1, count / LOADING_PART):
+            return
+        # Each tick a part of them, so that none is long.
+        part = self._books.ticks % BACKGROUND_TICKS
+        if not part and self._view.pins and self._load_pinned(now, effects):
+            return
+        keys = sorted(self._books.demand.keys(), key=_model)[part::BACKGROUND_TICKS]
+        options = [option for key in keys if (option := self._copy_ahead(key, now)) is not None]
+        if options:
+            best = min(options, key=_cost)
+            self.load(None, best[2], "ahead", effects)
+
+    def _load_pinned(self, now: float, effects: list[Effect]) -> bool:
+        """Begin to load a pinned model that is not where it should be; False: all are."""
+        here = {name: self._keys(name) for name in self._books.backends}
+        for pin in self._view.pins:
+            best = self._lacking(pin, here, now)
+            if best is not None:
+                self.load(None, best, "pin", effects)
+                return True
+        return False
+
+    def _keys(self, backend: str) -> list[PlacementKey]:
+        """What is in memory there, or being loaded."""
+        keys = [it.key or PlacementKey(it.model) for it in self._books.in_memory(backend)]
+        loading = self._view.loading_on(backend)
+        if loading is not None and loading.key is not None:
+            keys.append(loading.key)
+        return keys
+
+    def _lacking(self, pin: Pin, here: dict[str, list[PlacementKey]], now: float) -> Quote | None:
+        """Where a copy that it lacks is had at the least cost; None: none lacks, or nowhere."""
+        places = self._quotes.places(self._stand_in(pin.key), frozenset())
+        lack = missing(pin, here, list(places))
+        if not lack.count:
+            return None
+        quotes = (self._quotes.quote(places[name], pin.key, now) for name in lack.where)
+        able = [q for q in quotes if q is not None and self._may_be_loaded(q, now)]
+        return min(able, key=lambda q: (q.evict_s + q.load_s, q.backend), default=None)
+
+    def _copy_ahead(self, key: PlacementKey, now: float) -> tuple[float, str, Quote] | None:
+        """A further copy of what is asked for so often that those it has will not do."""
+        books, knobs = self._books, self._knobs
+        fast = books.demand.fast(key, now)
+        if books.demand.recent(key, now) < knobs.copy_demand:
+            return None
+        capacity, any_copy, cold = 0.0, False, []
+        for place in self._view.places(self._stand_in(key), frozenset(), exists=False):
+            quote = self._quotes.quote(place, key, now)
+            if quote is None:
+                continue
+            if quote.remote:
+                return None
+            if quote.resident or quote.load_left_s is not None:
+                any_copy = True
+                capacity += quote.capacity
+            elif self._may_be_loaded(quote, now):
+                cold.append(quote)
+        lacking = fast - knobs.copy_load * capacity
+        if any_copy and lacking < 0.0:
+            return None
+        options = (
+            (q.evict_s - 2.0 * q.load_s * q.load_s * min(lacking, q.capacity), q.backend, q)
+            for q in cold
+            if not q.victims or q.evict_s <= DEAR * q.load_s
+        )
+        return min(options, key=_cost, default=None)
+
+    def _stand_in(self, key: PlacementKey) -> Call:
+        """A call that does not exist, for *key*."""
+        known = self._stand_ins.get(key)
+        if known is None:
+            if len(self._stand_ins) > MOST_STAND_INS:
+                self._stand_ins.clear()
+            embeds = self._books.model(key.model).embeds
+            known = self._stand_ins[key] = Call(
+                id="",
+                route=find("POST", "/api/embed" if embeds else "/api/generate"),
+                model=names.display(key.model),
+                key=key,
+                streaming=True,
+                purpose=Purpose.LOAD,
+                replayable=False,
+                principal=NOBODY,
+                arrived_at=0.0,
+                deadline=None,
+                body=b"",
+                embedding=embeds,
+            )
+        return known
+
+    # -- drains --------------------------------------------------------------------------------
+
+    def want_drain(self, waiter: Waiter, now: float) -> None:
+        """If every backend that could take it is full of busy models, let one of them run dry."""
+        key = waiter.ticket.call.key
+        if not self._is_nowhere(waiter):
+            return
+        ledgers = self._books.ledgers.values()
+        if any(ledger.drain and ledger.drain.wanted == key for ledger in ledgers):
+            return
+        options = [
+            option
+            for place in self._view.places(waiter.ticket.call, waiter.ticket.excluded, exists=False)
+            for option in self._drain_options(place.name, key, now)
+        ]
+        if not options:
+            return
+        cost_s, name, victim, last_s = min(options)
+        until = now + max(LEAST_DRAIN_S, 2.0 * last_s)
+        ledger = self._books.ledger(name)
+        ledger.drain = Drain(victim, key, now, until)
+        ledger.moved()
+        shown = names.display(victim), names.display(key.model)
+        self._decisions.emit(DrainRequested(now, name, *shown, last_s, cost_s))
+
+    def _is_nowhere(self, waiter: Waiter) -> bool:
+        """Whether no backend this call may use has it in memory, or loads it."""
+        key, at = waiter.ticket.call.key, self._books.ticked_at
+        for place in self._view.places(waiter.ticket.call, waiter.ticket.excluded, exists=False):
+            if place.copy.residency(at) is LOADED:
+                return False
+            loading = self._view.loading_on(place.name)
+            if loading is not None and loading.key == key:
+                return False
+        return True
+
+    def _drain_options(
+        self, name: str, key: PlacementKey, now: float
+    ) -> Iterator[tuple[float, str, str, float]]:
+        """Busy models that could go there: cost, backend, model, and when its last call ends."""
+        books, quotes, ledger = self._books, self._quotes, self._books.ledger(name)
+        if ledger.drain is not None or self._view.loading_on(name) is not None:
+            return
+        if now < ledger.rests_until or ledger.has_failed(key, now):
+            return
+        memory, room = books.in_memory(name), books.room(name)
+        has_variant = any(it.model == key.model for it in memory)
+        load_s = ledger.speed.load_s(books.model(key.model).size)
+        for it in memory:
+            if books.is_pinned(name, it.model) or not ledger.is_busy(it.model):
+                continue
+            if has_variant and it.model != key.model:
+                continue
+            own_load_s = ledger.speed.load_s(books.model(it.model).size)
+            loaded_s = now - ledger.loaded_at.get(it.model, -math.inf)
+            wanted = any(other.model == it.model for other in self._queues)
+            if wanted and loaded_s < 2.0 * own_load_s:
+                continue
+            left = [o for o in memory if o is not it and not quotes.may_go(ledger, o, now)]
+            total = sum(room.size(o, quotes.bytes(name, PlacementKey(o.model))) for o in left)
+            if left and not room.fits(total + quotes.bytes(name, key), len(left) + 1):
+                continue
+            last_s = self._last_release_s(ledger, it.model, now)
+            cost_s = last_s + quotes.eviction_s(ledger, it.model, now) + load_s
+            yield (cost_s, name, it.model, last_s)
+
+    def _last_release_s(self, ledger: Ledger, model: str, now: float) -> float:
+        """Until the last call that runs there now will have ended."""
+        size = self._books.model(model).size
+        backlog_s, _, share = ledger.look(model, now)
+        per_token_s = ledger.speed.tpot(model, size, ledger.in_flight(model)) * share
+        mean = self._books.lengths.mean(model, "")
+        left = (
+            self._quotes.left(t) * per_token_s if t.decoding else backlog_s + mean * per_token_s
+            for t in ledger.on(model)
+        )
+        return max(left, default=0.0)
+
+    def mind_drains(self, now: float, effects: list[Effect]) -> None:
+        """End drains that have come to their end, or to nothing."""
+        for ledger in self._books.ledgers.values():
+            if ledger.drain is not None:
+                self._mind_drain(ledger, ledger.drain, now, effects)
+
+    def _mind_drain(self, ledger: Ledger, drain: Drain, now: float, effects: list[Effect]) -> None:
+        queue = self._queues.get(drain.wanted)
+        waiter = queue.waiters[0] if queue is not None and queue.waiters else None
+        if waiter is None:
+            self._end_drain(ledger, drain, "nobody waits", now)
+            return
+        if now >= drain.until:
+            ledger.rests_until = now + (now - drain.since)
+            self._end_drain(ledger, drain, "late", now)
+            return
+        if not self._is_nowhere(waiter):
+            self._end_drain(ledger, drain, "found elsewhere", now)
+            return
+        if ledger.is_busy(drain.victim):
+            return
+        places = self._view.places(waiter.ticket.call, waiter.ticket.excluded, exists=False)
+        place = next((p for p in places if p.name == ledger.name), None)
+        quote = None if place is None else self._quotes.quote(place, drain.wanted, now)
+        if quote is None or not quote.may_load:
+            self._end_drain(ledger, drain, "no room", now)
+            return
+        self.load(waiter.ticket, quote, "drain", effects)
+
+    def _end_drain(self, ledger: Ledger, drain: Drain, why: str, now: float) -> None:
+        ledger.drain = None
+        ledger.moved()
+        shown = names.display(drain.victim), names.display(drain.wanted.model)
+        self._decisions.emit(DrainEnded(now, ledger.name, *shown, why, now - drain.since))
+
+
+def _model(key: PlacementKey) -> str:
+    return key.model
+
+
+def _cost(option: tuple[float, str, Quote]) -> tuple[float, str]:
+    return option[:2]

@@ -1,0 +1,377 @@
+"""
+Quotes: what each backend is like for a placement key now, and what a call would cost there.
+
+Laws:
+- A quote is kept until its ledger's edition moves, or it is too old; asking changes nothing else.
+- Nobody's model is put out that anybody uses, that an operator wants there, or that was loaded for
+  somebody who has not come to it yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+from balancer.core import names
+from balancer.core.books import Books
+from balancer.core.catalog import Copy, InMemory
+from balancer.core.cost import GO, HOLD, Quote, price
+from balancer.core.decisions import Choice, Decisions, rank
+from balancer.core.domain import Backend, Call, PlacementKey, Residency
+from balancer.core.knobs import Knobs
+from balancer.core.ledger import Ledger, Track
+from balancer.core.queues import Queues, Waiter
+from balancer.core.room import GB, estimate
+from balancer.core.sight import Place, Sight
+from balancer.core.speeds import Size
+
+OVERDUE_FACTOR: Final = 3.0  # a load that takes so much longer than predicted is stuck
+OVERDUE_EXTRA_S: Final = 30.0
+LEAST_LEFT_S: Final = 0.2
+UNLOAD_S: Final = 0.5
+MOST_QUOTES: Final = 100_000
+MOST_KEPT: Final = 4096
+QUOTE_S: Final = 1.0  # for which a quote holds where nothing moves; so they grow old one by one
+LOADING_S: Final = 0.1  # where every second that has passed makes it the better choice
+BEYOND: Final = 1 << 20  # slots of what no count bounds
+USUAL_BYTES: Final = round(4.9 * GB)  # of a model's files, where nobody tells
+PROBED_FROM: Final = 0.7  # of its own speed: whoever is slower than that is not tried further
+
+LOADED, UNKNOWN = Residency.LOADED, Residency.UNKNOWN
+
+
+class _Making(NamedTuple):
+    """
+    What it takes to make room for a model on a backend.
+
+    Args:
+        stamp: Of all that this rests on.
+        possible: Whether there is a way.
+    """
+
+    stamp: tuple[int, int, bool]
+    possible: bool
+    victims: tuple[PlacementKey, ...]
+    evict_s: float
+
+
+class Quotes:
+    """
+    The quotes.
+
+    Attributes:
+        evaluations: Calls for which all backends were priced, since somebody set it to nothing.
+    """
+
+    def __init__(
+        self, view: Sight, knobs: Knobs, books: Books, queues: Queues, decisions: Decisions
+    ) -> None:
+        self.evaluations = 0
+        self._view = view
+        self._knobs = knobs
+        self._books = books
+        self._decisions = decisions
+        self._ledgers = books.ledgers
+        self._prefixes = books.prefixes
+        self._queues = queues.by_key
+        self._kept: dict[tuple[str, PlacementKey], tuple[int, float, Copy, Quote | None]] = {}
+        self._makings: dict[tuple[str, PlacementKey], _Making] = {}
+        self._wants: dict[str, tuple[int, float, float]] = {}  # by model: tick, wanted, of late
+        self._named: dict[tuple[PlacementKey, str], tuple[Sequence[Place], dict[str, Place]]] = {}
+
+    def forget(self) -> None:
+        """Backends are not those that they were."""
+        self._kept.clear()
+        self._makings.clear()
+
+    # -- choosing ------------------------------------------------------------------------------
+
+    def places(self, call: Call, excluded: frozenset[str]) -> Mapping[str, Place]:
+        """Where the call may be served now, by name."""
+        places = self._view.places(call, excluded, exists=False)  # only a weighing leaves traces
+        of = (call.key, call.route.feature)
+        known = self._named.get(of)
+        if known is None or known[0] is not places or len(known[0]) != len(places):
+            if len(self._named) > MOST_KEPT:
+                self._named.clear()
+            known = self._named[of] = (places, {place.name: place for place in places})
+        return known[1]
+
+    def weigh(
+        self, waiter: Waiter, promised: Mapping[str, int], now: float, *, exists: bool = True
+    ) -> list[Choice]:
+        """Every candidate with its price, in no order."""
+        self.evaluations += 1
+        self._decisions.evaluations += 1
+        ticket, found = waiter.ticket, []
+        for place in self._view.places(ticket.call, ticket.excluded, exists=exists):
+            choice = self.priced(place, waiter, promised, now)
+            if choice is not None:
+                found.append(choice)
+        return found
+
+    def priced(
+        self, place: Place, waiter: Waiter, promised: Mapping[str, int], now: float
+    ) -> Choice | None:
+        """One candidate with its price; None: it is none."""
+        name, ticket, need = place.name, waiter.ticket, waiter.need
+        call = ticket.call
+        key = call.key
+        quote = None if name == waiter.barred else self.quote(place, key, now)
+        if quote is None:
+            return None
+        cached = 0.0
+        if (call.chain or call.session) and self._prefixes.any(name, key):
+            links = self._prefixes.cached(
+                name, key, call.chain, call.shared, call.prompt_tokens, call.session, now
+            )
+            if links:  # they are estimates, as is the prompt's length
+                share = links / call.prompt_tokens * self._prefixes.reuse(key.model)
+                cached = min(share, 1.0) * need.prompt
+        ahead = promised.get(name, 0)
+        if quote.may_probe and (
+            ticket.attempts or call.batch or call.embedding or not call.streaming
+        ):
+            quote = replace(quote, may_probe=False)
+        terms = price(quote, need, cached, ahead, self._knobs)
+        if terms is None:
+            return None
+        short = quote.context is not None and quote.context < need.context
+        return Choice(name, terms, quote, ahead, short)
+
+    def best(self, found: Sequence[Choice]) -> Choice | None:
+        """The cheapest; a lower tier only where the higher ones cost too much."""
+        if not found:
+            return None
+        if len(found) == 1:
+            return found[0]
+        usable = [c for c in found if not c.short] or found
+        probes = [c for c in usable if c.is_probe]
+        if probes and any(c.terms.kind is GO and not c.is_probe for c in usable):
+            # What is tried beyond a backend's slots may have to wait: not beside a free one.
+            usable = [c for c in usable if not c.is_probe]
+        return self._best_by_tier(usable) if self._books.has_tiers else _best_of(usable)
+
+    def _best_by_tier(self, usable: Sequence[Choice]) -> Choice | None:
+        best: Choice | None = None
+        for tier in sorted({c.quote.tier for c in usable}, reverse=True):
+            here = min((c for c in usable if c.quote.tier == tier), key=rank)
+            if best is None or here.terms.total < best.terms.total:
+                best = here
+            if best.terms.total <= self._knobs.tier_patience_s:
+                break
+        return best
+
+    # -- quotes --------------------------------------------------------------------------------
+
+    def quote(self, place: Place, key: PlacementKey, now: float) -> Quote | None:
+        """The backend as *key* finds it; None: it is no candidate."""
+        name, copy = place.name, place.copy
+        ledger = self._ledgers.get(name) or self._books.ledger(name)
+        known = self._kept.get((name, key))
+        if known is not None:
+            edition, at, seen, quote = known
+            is_loading = quote is not None and quote.load_left_s is not None
+            holds_s = LOADING_S if is_loading else QUOTE_S
+            if edition == ledger.edition and seen is copy and now - at < holds_s:
+                return quote
+        elif len(self._kept) > MOST_QUOTES:
+            self._kept.clear()
+        quote = self._make(place, key, ledger, now)
+        self._kept[name, key] = (ledger.edition, now, copy, quote)
+        return quote
+
+    def _make(self, place: Place, key: PlacementKey, ledger: Ledger, now: float) -> Quote | None:
+        name, model, copy, books = place.name, key.model, place.copy, self._books
+        residency, slots = copy.residency(now), self._view.slots(name, model)
+        drain = ledger.drain
+        if drain is not None and drain.victim == model and drain.wanted != key:
+            return None
+        _, size, embeds, _ = books.model(model)
+        speed = ledger.speed
+        backlog_s, decoding, share = ledger.look(model, now)
+        quote = Quote(
+            backend=name,
+            key=key,
+            at=now,
+            resident=residency is LOADED or place.remote,
+            load_left_s=None,
+            in_flight=ledger.in_flight(model),
+            slots=slots,
+            may_probe=False,
+            backlog_s=backlog_s,
+            share=float(share),
+            decoding=decoding,
+            prompt_rate=speed.prompt(model, size),
+            decode_rate=speed.decode(model, size),
+            penalty=speed.penalty,
+            mean_answer=0.0 if embeds else books.lengths.mean(model, ""),
+            context=copy.context,
+            embeds=embeds,
+            remote=place.remote,
+            slow=speed.slow_factor,
+            measured=speed.is_measured,
+        )
+        backend = books.backends.get(name)
+        if backend is not None:
+            quote.tier = backend.priority
+            if backend.prefer and _prefers(backend, model):
+                quote.bonus_s = self._knobs.prefer_s
+        if place.remote:
+            quote.first_byte_s, quote.slots = self._view.usual_s(name, model), BEYOND
+            return quote
+        if quote.resident:
+            if model in ledger.going:
+                return None
+            self._tell_runs(quote, ledger, now)
+            return quote
+        quote.in_flight = 0
+        loading = self._view.loading_on(name)
+        coming = ledger.asked_load if loading is None else loading.key
+        if loading is None and coming is None:
+            self._tell_load(quote, ledger, size, residency, now)
+            return quote if quote.may_load else None
+        if coming != key:
+            return None
+        usual_s = speed.load_s(size)
+        quote.load_left_s = usual_s if loading is None else _left_s(now - loading.since, usual_s)
+        return quote
+
+    def _tell_runs(self, quote: Quote, ledger: Ledger, now: float) -> None:
+        """When the slots come free, and whether one more may be tried."""
+        model = quote.key.model
+        n = quote.in_flight
+        if quote.embeds:
+            quote.work_s = sum(t.prefill_s for t in ledger.on(model))
+            return
+        if not n:
+            return
+        per_token_s = quote.tpot_s(min(max(n, 1), quote.slots)) * quote.share
+        releases = []
+        for track in ledger.on(model):
+            if track.decoding:
+                releases.append(self.left(track) * per_token_s)
+            else:
+                releases.append(quote.backlog_s + quote.mean_answer * per_token_s)
+        releases.sort()
+        quote.releases = releases
+        if n == quote.slots:
+            belief = self._view.belief(quote.backend)
+            if belief is not None and ledger.speed.slow_factor >= PROBED_FROM:
+                quote.may_probe = belief.may_probe(model, now)
+
+    def left(self, track: Track) -> float:
+        """Tokens that are still to come."""
+        got = float(track.records) if track.call.streaming else track.virtual
+        left = self._books.lengths.left(track.model, track.call.fair_key, got)
+        limit = track.call.output_tokens
+        if limit is not None and limit > 0:
+            left = min(left, max(1.0, limit - got))
+        return left
+
+    # -- room ----------------------------------------------------------------------------------
+
+    def _tell_load(
+        self, quote: Quote, ledger: Ledger, size: Size, residency: Residency, now: float
+    ) -> None:
+        """What a load there would take, and whom it would put out."""
+        key = quote.key
+        drain = ledger.drain
+        if drain is not None and drain.wanted != key:
+            return
+        may_evict = residency is not UNKNOWN
+        stamp = (ledger.shape, self._books.ticks, may_evict)
+        made = self._makings.get((ledger.name, key))
+        if made is None or made.stamp != stamp:
+            if len(self._makings) > MOST_QUOTES:
+                self._makings.clear()
+            gone = self._victims(ledger, key, now, may_evict=may_evict)
+            victims = tuple(it.key or PlacementKey(it.model) for it in gone or ())
+            evict_s = sum(self.eviction_s(ledger, it.model, now) for it in gone or ())
+            made = _Making(stamp, gone is not None, victims, evict_s)
+            self._makings[ledger.name, key] = made
+        if not made.possible:
+            return
+        quote.victims, quote.evict_s = made.victims, made.evict_s
+        quote.load_s = ledger.speed.load_s(size) + (UNLOAD_S if made.victims else 0.0)
+        quote.may_load = True
+
+    def _victims(
+        self, ledger: Ledger, key: PlacementKey, now: float, *, may_evict: bool
+    ) -> list[InMemory] | None:
+        memory, room = self._books.in_memory(ledger.name), self._books.room(ledger.name)
+        gone = room.victims(
+            memory,
+            lambda it: it.model == key.model,
+            lambda it: self.may_go(ledger, it, now),
+            lambda it: self.eviction_s(ledger, it.model, now),
+            self.bytes(ledger.name, key),
+            lambda it: self.bytes(ledger.name, it.key or PlacementKey(it.model)),
+        )
+        if gone and not may_evict and any(it.model != key.model for it in gone):
+            return None
+        return gone
+
+    def may_go(self, ledger: Ledger, it: InMemory, now: float) -> bool:
+        """Whether nobody uses it, of ours or not, and no operator wants it there."""
+        books, name, model = self._books, ledger.name, it.model
+        return (
+            not ledger.is_busy(model)
+            and not books.is_pinned(name, model)
+            and not books.is_strangers(name, model, now)
+            and not self._is_awaited(ledger, model, now)
+        )
+
+    def _is_awaited(self, ledger: Ledger, model: str, now: float) -> bool:
+        """Whether it was just loaded for somebody who has not come to it yet."""
+        at = ledger.loaded_at.get(model, -math.inf)
+        if ledger.last_used.get(model, -math.inf) >= at:
+            return False
+        if now - at > 2.0 * ledger.speed.load_s(self._books.model(model).size):
+            return False
+        return any(key.model == model for key in self._queues)
+
+    def bytes(self, backend: str, key: PlacementKey) -> int:
+        """Memory that the model will take there."""
+        model, context = key.model, dict(key.options).get("num_ctx")
+        context = int(context) if isinstance(context, int | float) else None
+        known, slots = self._books.model(model), self._view.slots(backend, model)
+        guess = estimate(known.file_bytes or USUAL_BYTES, slots, context, embeds=known.embeds)
+        return self._books.room(backend).expected(model, context, guess)
+
+    def eviction_s(self, ledger: Ledger, model: str, now: float) -> float:
+        """What it will cost others that the model is not there any more."""
+        books = self._books
+        known = self._wants.get(model)
+        if known is None or known[0] != books.ticks:
+            if len(self._wants) > MOST_KEPT:
+                self._wants.clear()
+            key = PlacementKey(model)
+            wanted = 1.0 - math.exp(-books.demand.slow(key, now) * self._knobs.horizon_s)
+            known = self._wants[model] = (books.ticks, wanted, books.demand.fast(key, now))
+        _, wanted, fast = known
+        load_s = ledger.speed.load_s(books.model(model).size)
+        copies = books.copies(model)
+        return (wanted * load_s + 0.5 * fast * load_s * load_s) / (copies * copies)
+
+
+def _left_s(passed_s: float, usual_s: float) -> float:
+    """Of a load that is under way."""
+    is_stuck = passed_s > OVERDUE_FACTOR * usual_s + OVERDUE_EXTRA_S
+    return passed_s if is_stuck else max(LEAST_LEFT_S, usual_s - passed_s)
+
+
+def _best_of(usable: Sequence[Choice]) -> Choice:
+    best = min(usable, key=rank)
+    if best.terms.kind is HOLD and not best.quote.measured:
+        # Nobody waits for what a guess promises while something known is free.
+        free = [c for c in usable if c.terms.kind is GO]
+        return min(free, key=rank) if free else best
+    return best
+
+
+def _prefers(backend: Backend, model: str) -> bool:
+    name = names.parse(model)
+    return any(names.matches(glob, name) for glob in backend.prefer)

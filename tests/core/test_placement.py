@@ -1,0 +1,209 @@
+"""What is loaded, copied and drained, with the real pool and with what hosts do by hand."""
+
+from __future__ import annotations
+
+from balancer.core.domain import Verdict
+from balancer.core.events import DrainEnded, DrainRequested
+from balancer.core.pins import Pin, Pins
+from tests.core.bench import GB, backend, canon, key
+from tests.core.planned import M, Planned, crowded, where
+
+
+def test_one_load_per_backend(bench: Planned) -> None:
+    """The next begins when it is answered."""
+    bench.start("a", "m:1", "n:1")
+    clients = [bench.submit("m:1"), bench.submit("n:1", id="r2")]
+    assert [load.key for load in bench.loads] == [key("m:1")]
+    bench.end_load()
+    assert [load.key for load in bench.loads] == [key("n:1")]
+    bench.end_load("m:1")
+    assert where(*clients) == ["a", "a"]
+
+
+def test_a_second_copy_must_beat_the_first(bench: Planned) -> None:
+    """While the first is loaded, few wait for it; for many a second one is sooner."""
+    for name in "ab":
+        bench.start(name, "m:1")
+    clients = [bench.submit(id=f"r{n}") for n in range(3)]
+    assert len(bench.loads) == 1
+    clients += [bench.submit(id=f"s{n}") for n in range(40)]
+    bench.sleep(1.5)
+    assert [(load.ticket is None, load.why) for load in bench.loads] == [
+        (False, "call"),
+        (True, "copy"),
+    ]
+    assert {load.backend for load in bench.loads} == {"a", "b"}
+
+
+def test_a_copy_for_many_that_wait_behind_busy_ones(bench: Planned) -> None:
+    """And none for a few that will be through before it is loaded."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    bench.start("b", "m:1")
+    running = [bench.submit(id=f"r{n}") for n in range(2)]
+    for client in running:
+        client.lease.moved(190)
+    bench.submit(id="few")
+    bench.sleep(0.1)
+    assert bench.loads == []
+    for number in range(40):
+        bench.submit(id=f"s{number}")
+    bench.sleep(1.5)
+    assert [load.why for load in bench.loads] == ["copy"]
+
+
+def test_a_copy_that_failed_is_not_loaded_again_at_once(bench: Planned) -> None:
+    """For nobody in particular; after a while it is worth another try."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    bench.start("b", "m:1")
+    running = [bench.submit(id=f"r{n}") for n in range(2)]
+    for number in range(60):
+        bench.submit(id=f"s{number}")
+    bench.sleep(1.5)
+    assert bench.loaded(verdict=Verdict.UNFIT).why == "copy"
+    bench.pour(8.0, 60, *running)
+    assert bench.loads == []
+
+
+def test_copies_ahead_of_the_queue(bench: Planned) -> None:
+    """Of what is asked for often enough that its copies will not do, before anybody waits."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    bench.start("b", "m:1")
+    for number in range(60):
+        client = bench.submit(id=f"r{number}", prompt_tokens=10)
+        bench.sleep(0.2)
+        bench.end(client)
+        if bench.loads:
+            break
+    assert [(load.why, load.backend) for load in bench.loads] == [("ahead", "b")]
+
+
+def test_a_busy_model_is_drained_for_one_that_waits(bench: Planned) -> None:
+    """After a while no new call gets there, and when the last has ended the load begins."""
+    crowded(bench)
+    running = [bench.submit(id=f"r{n}") for n in range(2)]
+    cold = bench.submit("o:1", id="cold")
+    bench.pour(4.0, 60, *running)
+    assert bench.of(DrainRequested) == []
+    bench.pour(2.0, 60, *running)
+    assert [event.backend for event in bench.of(DrainRequested)] == ["a"]
+    late = bench.submit(id="late")
+    bench.end(running[0])
+    assert where(late) == [""]
+    assert bench.loads == []
+    bench.end(running[1])
+    (load,) = bench.loads
+    assert (load.key, load.victims, load.why) == (key("o:1"), (key("m:1"),), "drain")
+    bench.end_load()
+    assert where(cold, late) == ["a", ""]
+
+
+def test_a_drain_has_an_end(bench: Planned) -> None:
+    """A call that does not end does not keep all others of its model out."""
+    crowded(bench)
+    endless = bench.submit(id="endless")
+    bench.submit("o:1", id="cold")
+    bench.pour(6.0, 60, endless)
+    late = bench.submit(id="late")
+    assert where(late) == [""]
+    drain = bench.plan.ledgers["a"].drain
+    assert drain is not None
+    bench.pour(drain.until - bench.clock() + 0.6, 60, endless)
+    assert where(late) == ["a"]
+    assert bench.of(DrainEnded)[0].reason == "late"
+
+
+def test_a_drain_ends_with_the_wish(bench: Planned) -> None:
+    """When nobody waits for it any more."""
+    crowded(bench)
+    running = bench.submit()
+    cold = bench.submit("o:1", id="cold")
+    bench.pour(6.0, 60, running)
+    assert bench.plan.ledgers["a"].drain is not None
+    assert cold.ticket is not None
+    bench.dispatcher.withdraw(cold.ticket)
+    assert where(bench.submit(id="late")) == ["a"]
+    assert bench.plan.ledgers["a"].drain is None
+
+
+def test_whoever_is_drained_does_not_ask_for_a_drain_in_turn(bench: Planned) -> None:
+    """Its model is still there."""
+    crowded(bench)
+    bench.shape(bench["a"].backend, backend("b", slots=1, vram_bytes=7 * GB))
+    bench.up("b", "m:1", "p:1", loaded=["p:1"])
+    running = bench.submit("m:1")
+    other = bench.submit("p:1", id="other")
+    bench.submit("o:1", id="cold")
+    bench.pour(6.0, 60, running, other)
+    bench.submit("m:1", id="late")
+    bench.pour(20.0, 60, running, other)
+    assert [event.backend for event in bench.of(DrainRequested)] == ["a"]
+    assert bench.of(DrainEnded) == []
+
+
+def test_two_models_do_not_take_turns(bench: Planned) -> None:
+    """What was just loaded, and is waited for, is not drained at once for the one before."""
+    crowded(bench)
+    bench.speed("a", load_rate=0.2)
+    first = [bench.submit(id=f"m{n}") for n in range(2)]
+    cold = [bench.submit("o:1", id=f"o{n}") for n in range(3)]
+    bench.pour(6.0, 60, *first)
+    again = bench.submit(id="again")
+    bench.end(*first)
+    bench.end_load()
+    bench.speed("a", load_rate=0.2)
+    loaded_at = bench.clock()
+    assert where(*cold) == ["a", "a", ""]
+    bench.pour(20.0, 60, *cold)
+    assert len(bench.of(DrainRequested)) == 1
+    bench.pour(40.0, 60, *cold)
+    assert len(bench.of(DrainRequested)) == 2
+    load_s = bench.plan.ledgers["a"].speed.load_s(bench.plan.books.model(canon("o:1")).size)
+    tick_s = bench.plan.knobs.tick_s
+    assert bench.of(DrainRequested)[1].at >= loaded_at + 2 * load_s - tick_s
+    assert where(again) == [""]
+
+
+def test_no_drain_where_it_would_not_make_room(bench: Planned) -> None:
+    """Beside the busy one there is one that must not go."""
+    bench.shape(backend("a", slots=2, vram_bytes=11 * GB))
+    bench.up("a", "m:1", "n:1", "o:1", loaded=["m:1", "n:1"])
+    bench.plan.books.room("a").configured = 7 * GB
+    running = bench.submit()
+    bench.plan.books._foreign["a", canon("n:1")] = bench.clock() + 30.0
+    bench.submit("o:1", id="cold")
+    bench.pour(8.0, 60, running)
+    assert bench.of(DrainRequested) == []
+
+
+# -- pins ---------------------------------------------------------------------------------------
+
+
+def test_what_is_pinned_is_loaded_though_nobody_asks(bench: Planned) -> None:
+    """Where it is wanted, to stay; and not again where that has failed, for a while."""
+    for name in "ab":
+        bench.start(name, "m:1")
+    bench.pool.pins = Pins([Pin(M, ("b",), 1, key("m:1"))])
+    bench.dispatcher.kick()
+    bench.sleep(3.0)
+    told = [(load.ticket, load.why, load.backend, load.keep_alive) for load in bench.loads]
+    assert told == [(None, "pin", "b", "24h")]
+    bench.loaded(verdict=Verdict.UNFIT)
+    bench.sleep(8.0)
+    assert bench.loads == []
+    bench.sleep(5.0)
+    assert [load.why for load in bench.loads] == ["pin"]
+    bench.end_load()
+    bench.sleep(20.0)
+    assert bench.loads == []
+
+
+def test_what_is_pinned_is_not_put_out(bench: Planned) -> None:
+    """Nor drained, however long another waits for its room."""
+    crowded(bench)
+    bench.pool.pins = Pins([Pin(M, ("a",), 1, key("m:1"))])
+    running = bench.submit(id="running")
+    bench.submit("o:1", id="cold")
+    bench.pour(20.0, 60, running)
+    bench.end(running)
+    bench.sleep(20.0)
+    assert (bench.loads, bench.of(DrainRequested)) == ([], [])
