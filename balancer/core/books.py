@@ -89,7 +89,7 @@ class Books:
         self._rooms: dict[str, Room] = {}
         self._models: dict[str, Model] = {}
         self._memory: dict[str, tuple[InMemory, ...]] = {}
-        self._copies: dict[str, int] | None = None
+        self._copies: dict[PlacementKey, int] | None = None
         self._contexts: dict[tuple[str, str], tuple[int, int]] = {}  # shape, tokens
         self._foreign: dict[tuple[str, str], float] = {}
         self._ratios: dict[str, float] = {}  # tokens to estimated tokens, by model
@@ -443,18 +443,18 @@ class Books:
             known = self._models[model] = Model(file_bytes, size, embeds, until)
         return known
 
-    def copies(self, model: str) -> int:
-        """Backends that have it in memory, or load it; one where none has."""
+    def copies(self, key: PlacementKey) -> int:
+        """Backends that have it in memory with these options, or load it; one where none has."""
         if self._copies is None:
-            counts: Counter[str] = Counter()
+            counts: Counter[PlacementKey] = Counter()
             for name in self.backends:
-                models = {it.model for it in self.in_memory(name)}
+                keys = {loaded_as(it) for it in self.in_memory(name)}
                 loading = self._view.loading_on(name)
                 if loading is not None and loading.key is not None:
-                    models.add(loading.key.model)
-                counts.update(models)
+                    keys.add(loading.key)
+                counts.update(keys)
             self._copies = counts
-        return self._copies.get(model, 1)
+        return self._copies.get(key, 1)
 
     def is_pinned(self, backend: str, model: str) -> bool:
         """Whether an operator wants it to stay there."""
@@ -580,3 +580,8 @@ class Books:
         self._rooms.clear()
         self.backends.clear()
         self._refresh()
+
+
+def loaded_as(it: InMemory) -> PlacementKey:
+    """The key of a runner; of one that somebody else loaded, that without options."""
+    return it.key or PlacementKey(it.model)

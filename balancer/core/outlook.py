@@ -151,7 +151,7 @@ class Outlook:
         lead = "costs least" if choice is best else "costs more"
         ledger = self._books.ledger(choice.backend)
         victims = tuple(
-            (victim, self._quotes.eviction_s(ledger, victim.model, now)) for victim in quote.victims
+            (victim, self._quotes.eviction_s(ledger, victim, now)) for victim in quote.victims
         )
         why, told = f"{lead}: {terms.total:.2f} s", listed(choice, prompt)
         return Option(choice.backend, state, why, terms.kind.value, told, victims)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from balancer.core import names
-from balancer.core.books import BACKGROUND_TICKS, Books
+from balancer.core.books import BACKGROUND_TICKS, Books, loaded_as
 from balancer.core.cost import HOLD, LOAD, Quote
 from balancer.core.decisions import Choice, Decisions
 from balancer.core.domain import Call, PlacementKey, Principal, Purpose, Role
@@ -278,7 +278,7 @@ class Placement:
             if left and not room.fits(total + quotes.bytes(name, key), len(left) + 1):
                 continue
             last_s = self._last_release_s(ledger, it.model, now)
-            cost_s = last_s + quotes.eviction_s(ledger, it.model, now) + load_s
+            cost_s = last_s + quotes.eviction_s(ledger, loaded_as(it), now) + load_s
             yield (cost_s, name, it.model, last_s)
 
     def _last_release_s(self, ledger: Ledger, model: str, now: float) -> float:

@@ -104,7 +104,8 @@ class Queues:
         bisect.insort(queue.waiters, waiter, key=order)
         queue.fresh = True
         feature = queue.waiters[0].ticket.call.route.feature
-        queue.mixed = queue.mixed or call.route.feature != feature
+        last = queue.waiters[-1].ticket.call.route.feature
+        queue.mixed = queue.mixed or call.route.feature != feature or feature != last
 
     def remove(self, ticket: Ticket) -> Waiter | None:
         """It waits no more; None: it did not."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from balancer.core import names
-from balancer.core.books import Books
+from balancer.core.books import Books, loaded_as
 from balancer.core.catalog import Copy, InMemory
 from balancer.core.cost import GO, HOLD, Quote, price
 from balancer.core.decisions import Choice, Decisions, rank
@@ -78,7 +78,9 @@ class Quotes:
         self._queues = queues.by_key
         self._kept: dict[tuple[str, PlacementKey], tuple[int, float, Copy, Quote | None]] = {}
         self._makings: dict[tuple[str, PlacementKey], _Making] = {}
-        self._wants: dict[str, tuple[int, float, float]] = {}  # by model: tick, wanted, of late
+        self._wants: dict[
+            PlacementKey, tuple[int, float, float]
+        ] = {}  # by model: tick, wanted, of late
         self._named: dict[tuple[PlacementKey, str], tuple[Sequence[Place], dict[str, Place]]] = {}
 
     def forget(self) -> None:
@@ -289,7 +291,7 @@ class Quotes:
                 self._makings.clear()
             gone = self._victims(ledger, key, now, may_evict=may_evict)
             victims = tuple(it.key or PlacementKey(it.model) for it in gone or ())
-            evict_s = sum(self.eviction_s(ledger, it.model, now) for it in gone or ())
+            evict_s = sum(self.eviction_s(ledger, loaded_as(it), now) for it in gone or ())
             made = _Making(stamp, gone is not None, victims, evict_s)
             self._makings[ledger.name, key] = made
         if not made.possible:
@@ -306,7 +308,7 @@ class Quotes:
             memory,
             lambda it: it.model == key.model,
             lambda it: self.may_go(ledger, it, now),
-            lambda it: self.eviction_s(ledger, it.model, now),
+            lambda it: self.eviction_s(ledger, loaded_as(it), now),
             self.bytes(ledger.name, key),
             lambda it: self.bytes(ledger.name, it.key or PlacementKey(it.model)),
         )
@@ -341,19 +343,18 @@ class Quotes:
         guess = estimate(known.file_bytes or USUAL_BYTES, slots, context, embeds=known.embeds)
         return self._books.room(backend).expected(model, context, guess)
 
-    def eviction_s(self, ledger: Ledger, model: str, now: float) -> float:
-        """What it will cost others that the model is not there any more."""
-        books = self._books
-        known = self._wants.get(model)
+    def eviction_s(self, ledger: Ledger, key: PlacementKey, now: float) -> float:
+        """What it will cost others that a runner is not there any more; another variant is none."""
+        books, model = self._books, key.model
+        known = self._wants.get(key)
         if known is None or known[0] != books.ticks:
             if len(self._wants) > MOST_KEPT:
                 self._wants.clear()
-            key = PlacementKey(model)
             wanted = 1.0 - math.exp(-books.demand.slow(key, now) * self._knobs.horizon_s)
-            known = self._wants[model] = (books.ticks, wanted, books.demand.fast(key, now))
+            known = self._wants[key] = (books.ticks, wanted, books.demand.fast(key, now))
         _, wanted, fast = known
         load_s = ledger.speed.load_s(books.model(model).size)
-        copies = books.copies(model)
+        copies = books.copies(key)
         return (wanted * load_s + 0.5 * fast * load_s * load_s) / (copies * copies)
 
 

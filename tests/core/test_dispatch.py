@@ -817,7 +817,7 @@ def test_a_call_that_tries_a_slot_too_many_is_not_waited_for_by_another_schedule
 
 def test_what_was_learned_goes_on_with_another_scheduler(bench: Bench) -> None:
     """By a reload; and from a file, with its age."""
-    told = {"speeds": {"a": {}}}
+    told: dict[str, Any] = {"speeds": {"a": {}}}
     bench.dispatcher.recall(told, 60.0)
     bench.dispatcher.exchange(Greedy(POLICIES["round-robin"], bench.pool))
     assert bench.dispatcher.learned() == told
@@ -1350,7 +1350,8 @@ def test_a_forecast_knows_of_early_refusals(bench: Bench) -> None:
     """As a call would hear it; to wonder counts as no refusal."""
     running = busy(bench, 60.0)
     told = bench.dispatcher.forecast(call())
-    assert (told.kind, told.status, told.wait_s) == ("refused", 503, pytest.approx(30.0))
+    assert (told.kind, told.status) == ("refused", 503)
+    assert told.wait_s == pytest.approx(30.0)
     assert told.text == "would wait about 30 s, longer than queue.max_wait"
     assert isinstance(bench.submit().error, errors.WaitTooLong)
     assert bench.admission.refused == {"wait": 1}

@@ -79,14 +79,14 @@ def test_a_recorded_run_can_be_replayed(seed: int) -> None:
 
 
 def test_what_is_chosen_is_the_cheapest() -> None:
-    """But for calls that have held beside a free slot for long enough."""
+    """But for those who held long enough beside a free slot, and where the cheapest was a guess."""
     records = of(Planned, recorded(World(UNLIKE, [M], warm={"a": ["m"]}), busy_with_one()))
     dear = 0
     for record in records:
         totals = [option.terms["total"] for option in record.options]
         dear += totals[0] > min(totals)
     assert len(records) > 100
-    assert dear <= 0.05 * len(records)
+    assert dear <= 0.08 * len(records)
 
 
 def busy_with_one() -> list[Job]:
