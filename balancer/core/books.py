@@ -89,6 +89,7 @@ class Books:
         self._rooms: dict[str, Room] = {}
         self._models: dict[str, Model] = {}
         self._memory: dict[str, tuple[InMemory, ...]] = {}
+        self.asked: set[PlacementKey] = set()  # as calls had it, policies for contexts applied
         self._copies: dict[PlacementKey, int] | None = None
         self._contexts: dict[tuple[str, str], tuple[int, int]] = {}  # shape, tokens
         self._foreign: dict[tuple[str, str], float] = {}
@@ -109,6 +110,9 @@ class Books:
         elif len(self._prompts) < MOST_MODELS:
             self._prompts[model] = tokens
         self.demand.arrived(key, now)
+        if len(self.asked) > MOST_MODELS:
+            self.asked.clear()
+        self.asked.add(key)
         if key.options:  # what an eviction costs, all variants of the model have to bear
             self.demand.arrived(PlacementKey(key.model), now)
 

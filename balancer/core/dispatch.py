@@ -457,6 +457,8 @@ class Dispatcher:
                 self._may_wait_until(ticket, self._limit(ticket, now))
         if attempt is not None and load.ticket is not None:
             self._refuse(load.ticket, LoadFailed(attempt, answer))
+        elif load.ticket is not None and answer is not None:
+            load.ticket.loaded_on = load.backend
         self.kick()
 
     def kick(self, now: float | None = None) -> None:

@@ -130,7 +130,8 @@ class Placement:
         part = self._books.ticks % BACKGROUND_TICKS
         if not part and self._view.pins and self._load_pinned(now, effects):
             return
-        keys = sorted(self._books.demand.keys(), key=_model)[part::BACKGROUND_TICKS]
+        wanted, asked = self._books.demand.keys(), self._books.asked
+        keys = sorted((key for key in wanted if key in asked), key=_model)[part::BACKGROUND_TICKS]
         options = [option for key in keys if (option := self._copy_ahead(key, now)) is not None]
         if options:
             best = min(options, key=_cost)

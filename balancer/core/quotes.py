@@ -122,6 +122,10 @@ class Quotes:
         call = ticket.call
         key = call.key
         quote = None if name == waiter.barred else self.quote(place, key, now)
+        if ticket.loaded_on == name != waiter.barred and (quote is None or not quote.resident):
+            # It was loaded for this very call. Whatever the host tells of it since, it is not
+            # loaded for it again: that could go on for ever.
+            quote = self._make(place, key, self._books.ledger(name), now, loaded=True)
         if quote is None:
             return None
         cached = 0.0
@@ -149,7 +153,10 @@ class Quotes:
             return None
         if len(found) == 1:
             return found[0]
-        usable = [c for c in found if not c.short] or found
+        usable = [c for c in found if not c.short]
+        if len(usable) < len(found):  # where one has too little, another's default is no better
+            usable = [c for c in usable if c.quote.context is not None or c.quote.resident]
+        usable = usable or list(found)
         probes = [c for c in usable if c.is_probe]
         if probes and any(c.terms.kind is GO and not c.is_probe for c in usable):
             # What is tried beyond a backend's slots may have to wait: not beside a free one.
@@ -185,7 +192,15 @@ class Quotes:
         self._kept[name, key] = (ledger.edition, now, copy, quote)
         return quote
 
-    def _make(self, place: Place, key: PlacementKey, ledger: Ledger, now: float) -> Quote | None:
+    def _make(
+        self,
+        place: Place,
+        key: PlacementKey,
+        ledger: Ledger,
+        now: float,
+        *,
+        loaded: bool = False,
+    ) -> Quote | None:
         name, model, copy, books = place.name, key.model, place.copy, self._books
         residency, slots = copy.residency(now), self._view.slots(name, model)
         drain = ledger.drain
@@ -198,7 +213,7 @@ class Quotes:
             backend=name,
             key=key,
             at=now,
-            resident=residency is LOADED or place.remote,
+            resident=residency is LOADED or place.remote or loaded,
             load_left_s=None,
             in_flight=ledger.in_flight(model),
             slots=slots,

@@ -63,6 +63,7 @@ class Ticket:
     state: TicketState = TicketState.WAITING
     cold: bool = False  # a load was made for it
     load_on: str | None = None
+    loaded_on: str = ""  # where that load succeeded
     estimate_s: float = math.inf  # of its wait, as it was told when it came; inf: it was not
 
 

@@ -79,18 +79,18 @@ class Turns:
         """Let its key pay for it; its tag is what comes of that."""
         call, need = waiter.ticket.call, waiter.need
         waiter.charge = _charge(need.prompt, need.answer)
-        waiter.tag = self.fair.tag(call.fair_key, waiter.charge, self._weight(call), now)
+        waiter.tag = self.fair.tag(_line(call), waiter.charge, self._weight(call), now)
 
     def preview(self, ticket: Ticket, need: Need) -> Waiter:
         """What `admit` would make of it; nothing is charged."""
-        tag = FRONT if ticket.attempts else self.fair.next_tag(ticket.call.fair_key)
+        tag = FRONT if ticket.attempts else self.fair.next_tag(_line(ticket.call))
         return Waiter(ticket, tag, need, 0.0)
 
     def give_back(self, waiter: Waiter) -> None:
         """It left unserved."""
         if waiter.charge:
             call = waiter.ticket.call
-            self.fair.give_back(call.fair_key, waiter.charge, self._weight(call), waiter.tag)
+            self.fair.give_back(_line(call), waiter.charge, self._weight(call), waiter.tag)
 
     def went(self, waiter: Waiter, now: float) -> None:
         """It was committed."""
@@ -109,7 +109,7 @@ class Turns:
             return
         true = _charge(usage.tokens_in or track.prompt, track.written(usage) or 0)
         charged = _charge(track.prompt, track.answer)
-        self.fair.settle(call.fair_key, true - charged, self._weight(call))
+        self.fair.settle(_line(call), true - charged, self._weight(call))
 
     def _weight(self, call: Call) -> float:
         return self._knobs.batch_weight if call.batch else 1.0
@@ -177,3 +177,8 @@ class Turns:
 def _charge(read: float, written: float) -> float:
     """Seconds of a middling GPU."""
     return read / READ_PER_S + written / WRITTEN_PER_S
+
+
+def _line(call: Call) -> str:
+    """Whose line it stands in: nobody's batch is ahead of his own interactive calls."""
+    return f"{call.fair_key}\nbatch" if call.batch else call.fair_key
