@@ -179,6 +179,7 @@ class Plan:
         call = ticket.call
         if call.batch or not self._may_start(call, 0):
             return None
+        self._sent.clear()  # what was sent before has been leased, or noted back
         waiter = Waiter(ticket, self.turns.fair.virtual_time, self.books.need(call), 0.0)
         found = self.quotes.weigh(waiter, {}, now)
         best = self.quotes.best(found)
@@ -421,11 +422,13 @@ class Plan:
             place = places.get(name)
             option = None if place is None else self.quotes.priced(place, waiter, promised, now)
             if name == best.backend:
-                if option is None or option.terms.total > best.terms.total + WORSE_S:
+                if option is None or option.is_probe:
+                    return None
+                if option.terms.total > best.terms.total + WORSE_S:
                     return None
                 best = option
-            elif option is not None and not option.short and option[1].total < best[1].total:
-                best = option
+            elif option is not None and option.terms.total < best.terms.total:
+                return None
         return best
 
     # -- deciding ------------------------------------------------------------------------------
