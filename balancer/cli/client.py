@@ -111,9 +111,20 @@ def record(text: bytes) -> dict[str, Any] | None:
     return told if isinstance(told, dict) else None
 
 
-def find(admin: str | None, config: str | None) -> Admin:
-    """The balancer that flag, environment or configuration name, else the one of this machine."""
-    return Admin(_url(admin) if admin else _configured(config), _key())
+def find(
+    admin: str | None, config: str | None, *, option: str = "--admin", guess: bool = False
+) -> Admin:
+    """
+    The balancer that flag, environment or configuration name, else the one of this machine.
+
+    Args:
+        option: By which a person may say where it is.
+        guess: Where the configuration is faulty, what can be read of it counts, or the default.
+
+    Raises:
+        CommandError: The configuration is faulty, and nothing else says where.
+    """
+    return Admin(_url(admin) if admin else _configured(config, option, guess=guess), _key())
 
 
 def _url(text: str) -> str:
@@ -136,15 +147,18 @@ def _url(text: str) -> str:
     return url if port or "://" in text else f"{url}:{DEFAULT_PORT}"
 
 
-def _configured(config: str | None) -> str:
+def _configured(config: str | None, option: str, *, guess: bool) -> str:
     from balancer.cli import source
-    from balancer.config import ConfigError
 
     here = f"http://127.0.0.1:{DEFAULT_PORT}"
+    found = source.find(config)
     try:
-        listen = source.find(config).read().server.listen
-    except (ConfigError, OSError):  # the file on disk may be worse than what is running
-        return here
+        listen = source.or_refuse(found, lambda: found.listening(guess=guess))
+    except CommandError as error:
+        if guess:
+            return here
+        told = f"Mend it, or say where the balancer is: {option} HOST:PORT"
+        raise CommandError(*error.lines, told, code=error.code) from None
     for address in listen:
         if address.path is not None:
             return f"unix:{address.path}"

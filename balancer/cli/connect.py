@@ -106,7 +106,7 @@ def _place(
     from balancer.cli.recipes import Place
 
     notes = list(recipe.notes)
-    balancer = find(base_url, config)
+    balancer = find(base_url, config, option="--base-url")
     base = base_of(balancer.url)
     model = _model(base, balancer)
     if model is None:

@@ -78,7 +78,7 @@ def _facts(found: Source, admin: str | None) -> tuple[Facts, Config | None]:
     from balancer.cli.doctor_facts import Facts
 
     read, problems = _read(found)
-    balancer = client.find(admin, found.told)
+    balancer = client.find(admin, found.told, guess=True)
     status, refusal = _status(balancer)
     if read is not None and status is None:
         read = _joined(read)
@@ -225,12 +225,12 @@ def _summary(facts: Facts, findings: Sequence[Finding]) -> str:
     worse = [f"{n} {word}{'s' if n > 1 and word != 'info' else ''}" for n, word in counts if n]
     models = {model.name for host in facts.answering for model in host.models}
     state = f"{len(facts.answering)} of {len(facts.hosts)} hosts up, {len(models)} models"
-    balancer = f"the balancer at {facts.admin} serves"
-    if facts.status is None:
-        balancer = f"no balancer answers at {facts.admin}; start one: ollama-balancer"
-        if facts.refusal:
-            balancer = f"the balancer at {facts.admin} does not let us look"
-    return f"{', '.join(worse) or 'Nothing is wrong'}: {state}; {balancer}."
+    if facts.status is None and not facts.refusal:
+        told = f"{', '.join(worse) or 'No fault found'}: {state}."
+        return f"{told} No balancer answers at {facts.admin}; start one: ollama-balancer"
+    balancer = "does not let us look" if facts.status is None else "serves"
+    told = f"{', '.join(worse) or 'Nothing is wrong'}: {state}"
+    return f"{told}; the balancer at {facts.admin} {balancer}."
 
 
 def _write(file: Path, facts: Facts, read: Config | None, doc: Mapping[str, Any]) -> None:

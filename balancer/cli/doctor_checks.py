@@ -7,7 +7,7 @@ Each check is a function of its own; adding one is writing it and naming it in `
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -17,7 +17,7 @@ from typing import Any, Final
 from balancer.cli.doctor_facts import Facts, Host, Loaded, Trouble
 from balancer.config import EVERYWHERE, parse_ollama_host
 from balancer.core.aliases import Aliases
-from balancer.core.names import InvalidName, parse
+from balancer.core.names import InvalidName, matches, parse
 
 OLDEST: Final = (0, 10, 0)  # since then a list of loaded models tells their contexts
 # What clients need that came with a version.
@@ -332,7 +332,7 @@ def conflicts(facts: Facts) -> Iterator[Finding]:
         if len(digests) < 2:
             continue
         each = "; ".join(f"{d[:12]}: {_few(h.name for h in hosts)}" for d, hosts in digests.items())
-        told = f"{model} is not the same model everywhere ({each})."
+        told = f"It is not the same model everywhere ({each})."
         why = (
             "Calls stay on the weights that most hosts have; the other hosts serve this model only "
             "when none of those can, and never its embeddings."
@@ -432,7 +432,7 @@ def capabilities(facts: Facts) -> Iterator[Finding]:
     for (name, _), by_set in sorted(said.items()):
         if len(by_set) > 1:
             each = "; ".join(f"{_few(hosts)}: {_few(can)}" for can, hosts in by_set.items())
-            told = f"{name} is said to have different capabilities ({each})."
+            told = f"It is said to have different capabilities ({each})."
             why = "Other versions of Ollama read the same file differently; tools may fail on one."
             yield _info("capability-drift", name, told, why, "run one version of Ollama everywhere")
 
@@ -457,23 +457,69 @@ def on_cpu(facts: Facts) -> Iterator[Finding]:
 
 
 def contexts(facts: Facts) -> Iterator[Finding]:
-    """Contexts that differ from host to host, or are short."""
+    """Contexts that differ from host to host, or are short, unless the operator wants them so."""
     of_model: dict[str, dict[str, int]] = defaultdict(dict)
     for host, model in _loaded(facts):
         if model.context:
             of_model[model.name][host.name] = model.context
+    embedding = _embedding(facts)
     for name, by_host in sorted(of_model.items()):
-        least = min(by_host.values())
-        command = f"OLLAMA_CONTEXT_LENGTH={AGENT_CONTEXT} in Ollama's environment on every host"
+        wanted = {host: _wanted_by(facts, host, name, by_host[host]) for host in by_host}
+        if all(wanted.values()):
+            continue
         if len(set(by_host.values())) > 1:
-            each = ", ".join(f"{host}: {context}" for host, context in by_host.items())
-            told = f"{name} is loaded with different contexts ({each})."
-            why = "Ollama chooses by the host's memory; long prompts are cut short on some hosts."
-            yield _warning("context-drift", name, told, why, command)
-        elif least < AGENT_CONTEXT:
-            told = f"{name} is loaded with a context of {least} tokens."
+            yield _drift(name, by_host, wanted)
+        elif name not in embedding and min(by_host.values()) < AGENT_CONTEXT:
+            told = f"It is loaded with a context of {min(by_host.values())} tokens."
             why = "Agents (Claude Code, Codex, Cline) need more, and over /v1 cannot ask for it."
-            yield _info("context-short", _few(by_host), told, why, command)
+            command = f"OLLAMA_CONTEXT_LENGTH={AGENT_CONTEXT} in Ollama's environment on every host"
+            yield _info("context-short", f"{_few(by_host)}: {name}", told, why, command)
+
+
+def _drift(name: str, by_host: Mapping[str, int], wanted: Mapping[str, str]) -> Finding:
+    """Of one model, some of whose contexts the operator wants, or none."""
+    each = ", ".join(f"{host}: {context}" for host, context in by_host.items())
+    told = f"It is loaded with different contexts ({each})."
+    own = "or the host's own default (OLLAMA_CONTEXT_LENGTH, else by its memory)."
+    variable = "OLLAMA_CONTEXT_LENGTH in Ollama's environment on"
+    settings = sorted(set(filter(None, wanted.values())))
+    if settings:
+        setting, others = " and ".join(settings), [host for host in by_host if not wanted[host]]
+        here = _few(host for host in by_host if wanted[host])
+        why = f"On {here} {setting} says so; elsewhere a call's num_ctx decided, {own}"
+        command = f"num_ctx of {setting}, or {variable} {_few(others)}"
+    else:
+        why = f"A call's num_ctx decides, {own} Where it is small, long prompts are cut short."
+        command = f"the same {variable} every host, or models.num_ctx in the configuration"
+    return _warning("context-drift", name, told, why, command)
+
+
+def _wanted_by(facts: Facts, host: str, model: str, context: int) -> str:
+    """The setting by which *model* has just that context there; empty: none."""
+    if facts.config is None:
+        return ""
+    try:
+        name = parse(model)
+    except InvalidName:
+        return ""
+    models = facts.config.models
+    for pin in models.pin:
+        is_here = not pin.backends or host in pin.backends
+        if is_here and pin.num_ctx == context and parse(pin.model).canonical == name.canonical:
+            return "models.pin"
+    covering = (own.num_ctx for glob, own in models.overrides if matches(glob, name))
+    rule = next(covering, None) or models.num_ctx
+    return "models.num_ctx" if context in (rule.default, rule.max) else ""
+
+
+def _embedding(facts: Facts) -> set[str]:
+    """The models that embed; not every host tells, but their names mostly do."""
+    return {
+        model.name
+        for host in facts.answering
+        for model in host.models
+        if "embed" in model.name or "embedding" in (model.capabilities or ())
+    }
 
 
 def pins(facts: Facts) -> Iterator[Finding]:
@@ -545,10 +591,9 @@ def slots(facts: Facts) -> Iterator[Finding]:
     unset = [spec.name for spec in facts.config.backends if spec.enabled and spec.slots is None]
     if unset:
         told = f"{_count(facts.status['queue']['depth'], 'call')} waiting, slots are not set."
-        why = (
-            "Ollama takes one call per model at a time (OLLAMA_NUM_PARALLEL) and does not tell; "
-            "if you raised it there, say so here."
-        )
+        why = "How many calls per model Ollama takes at once it does not tell; two are sent."
+        if facts.config.routing.strategy == "plan":
+            why = "How many calls per model Ollama takes at once is learned; told, it need not be."
         command = "backends: [{name: …, url: …, slots: N}]   # N = OLLAMA_NUM_PARALLEL there"
         yield _info("slots-unset", _few(unset), told, why, command)
 
@@ -619,13 +664,13 @@ def exported(facts: Facts) -> Iterator[Finding]:
     try:
         url = parse_ollama_host(text)
     except ValueError:
-        told = "OLLAMA_HOST is no address."
+        told = "It is no address."
         yield _warning(
             "ollama-host", "OLLAMA_HOST", told, "No client can use it.", "unset OLLAMA_HOST"
         )
         return
     if any(one.is_reached_by(url) for one in facts.config.server.listen):
-        told = "OLLAMA_HOST points at the balancer: right for clients, wrong for Ollama."
+        told = "It points at the balancer: right for clients, wrong for Ollama."
         why = "An `ollama serve` started from here would want to listen on our address."
         yield _info("ollama-host", "OLLAMA_HOST", told, why, "env -u OLLAMA_HOST ollama serve")
 

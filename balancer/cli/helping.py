@@ -85,7 +85,7 @@ HELP: Final[Mapping[str, Help]] = {
             ("status --json --admin gpu-box:11435", "for scripts, from elsewhere"),
         ),
         ADMIN,
-        ((ExitCode.FAILURE, "refused"), NO_BACKEND, NO_ADMIN),
+        ((ExitCode.FAILURE, "refused"), BAD_CONFIG, NO_BACKEND, NO_ADMIN),
     ),
     "version": Help((("version", ""), ("version --json", "with Python and libraries"))),
     "doctor": Help(
@@ -107,9 +107,10 @@ HELP: Final[Mapping[str, Help]] = {
             ("explain llama3.2", "where a call would go now, and why not elsewhere"),
             ("explain qwen3:32b --num-ctx 32768", "with a context of its own"),
             ("explain llama3.2 --exclude gpu1", "and if gpu1 failed it?"),
+            ("explain llama3.2 --call ID", "why it waits, or what was decided; ID: X-Request-Id"),
         ),
         ADMIN,
-        ((ExitCode.FAILURE, "the call would be refused"), NO_ADMIN),
+        ((ExitCode.FAILURE, "the call would be refused"), BAD_CONFIG, NO_ADMIN),
     ),
     "bench": Help(
         (
@@ -118,7 +119,12 @@ HELP: Final[Mapping[str, Help]] = {
             ("bench llama3.2 --load --concurrency 8", "loaded if need be; then eight at once"),
         ),
         ADMIN,
-        ((ExitCode.FAILURE, "a call failed, or nothing could be measured"), NO_BACKEND, NO_ADMIN),
+        (
+            (ExitCode.FAILURE, "a call failed, or nothing could be measured"),
+            BAD_CONFIG,
+            NO_BACKEND,
+            NO_ADMIN,
+        ),
     ),
     "backends": Help(
         (
@@ -127,12 +133,12 @@ HELP: Final[Mapping[str, Help]] = {
             ("backends resume gpu1", "afterwards"),
         ),
         ADMIN,
-        ((ExitCode.FAILURE, "no such backend, or refused"), NO_ADMIN),
+        ((ExitCode.FAILURE, "no such backend, or refused"), BAD_CONFIG, NO_ADMIN),
     ),
     "backends list": Help(
         (("backends list", ""), ("backends list --json", "for scripts")),
         ADMIN,
-        ((ExitCode.FAILURE, "refused"), NO_BACKEND, NO_ADMIN),
+        ((ExitCode.FAILURE, "refused"), BAD_CONFIG, NO_BACKEND, NO_ADMIN),
     ),
     "backends drain": Help(
         (
@@ -140,22 +146,29 @@ HELP: Final[Mapping[str, Help]] = {
             ("backends drain gpu1 --wait --timeout 10m", "and what runs has ended"),
         ),
         ADMIN,
-        ((ExitCode.FAILURE, "no such backend, or not drained in time"), NO_ADMIN),
+        ((ExitCode.FAILURE, "no such backend, or not drained in time"), BAD_CONFIG, NO_ADMIN),
     ),
     "backends resume": Help(
-        (("backends resume gpu1 gpu2", "both are used again"),), ADMIN, (FAILURE, NO_ADMIN)
+        (("backends resume gpu1 gpu2", "both are used again"),),
+        ADMIN,
+        (FAILURE, BAD_CONFIG, NO_ADMIN),
     ),
     "backends disable": Help(
-        (("backends disable gpu1", "until resume; no trials either"),), ADMIN, (FAILURE, NO_ADMIN)
+        (("backends disable gpu1", "until resume; no trials either"),),
+        ADMIN,
+        (FAILURE, BAD_CONFIG, NO_ADMIN),
     ),
     "backends reset": Help(
-        (("backends reset gpu1", "its breaker is closed at once"),), ADMIN, (FAILURE, NO_ADMIN)
+        (("backends reset gpu1", "its breaker is closed at once"),),
+        ADMIN,
+        (FAILURE, BAD_CONFIG, NO_ADMIN),
     ),
     "backends check": Help(
         (("backends check gpu1 gpu2", "now, not at the next interval"),),
         ADMIN,
         (
             (ExitCode.FAILURE, "a check failed, or no such backend"),
+            BAD_CONFIG,
             (ExitCode.NO_BACKEND, "all failed"),
             NO_ADMIN,
         ),
@@ -190,7 +203,7 @@ HELP: Final[Mapping[str, Help]] = {
     "key revoke": Help(
         (("key revoke webui --reload", "and the running balancer forgets it"),),
         ADMIN,
-        ((ExitCode.FAILURE, "no such key, or the file cannot be written"), NO_ADMIN),
+        ((ExitCode.FAILURE, "no such key, or the file cannot be written"), BAD_CONFIG, NO_ADMIN),
     ),
     "key hash": Help((("key hash < key.txt", "for auth.keys: hash"),)),
     "models": Help(
@@ -200,12 +213,12 @@ HELP: Final[Mapping[str, Help]] = {
             ("models sync --dry-run", "what is missing where"),
         ),
         ADMIN,
-        (FAILURE, NO_ADMIN),
+        (FAILURE, BAD_CONFIG, NO_ADMIN),
     ),
     "models list": Help(
         (("models list", ""), ("models list --where", "a column for each backend")),
         ADMIN,
-        ((ExitCode.FAILURE, "refused"), NO_ADMIN),
+        ((ExitCode.FAILURE, "refused"), BAD_CONFIG, NO_ADMIN),
     ),
     "models pull": Help(
         (
@@ -214,7 +227,7 @@ HELP: Final[Mapping[str, Help]] = {
             ("models pull llama3.2 --update", "the newest version, also where it is"),
         ),
         ADMIN,
-        ((ExitCode.FAILURE, "a backend failed; the others have it"), NO_ADMIN),
+        ((ExitCode.FAILURE, "a backend failed; the others have it"), BAD_CONFIG, NO_ADMIN),
     ),
     "models warm": Help(
         (
@@ -222,12 +235,12 @@ HELP: Final[Mapping[str, Help]] = {
             ("models warm llama3.2 --on gpu1 --on gpu2", "on both"),
         ),
         ADMIN,
-        (FAILURE, NO_ADMIN),
+        (FAILURE, BAD_CONFIG, NO_ADMIN),
     ),
     "models unload": Help(
         (("models unload llama3.2", "everywhere"), ("models unload --all", "all that is loaded")),
         ADMIN,
-        (FAILURE, NO_ADMIN),
+        (FAILURE, BAD_CONFIG, NO_ADMIN),
     ),
     "models sync": Help(
         (
@@ -235,12 +248,12 @@ HELP: Final[Mapping[str, Help]] = {
             ("models sync llama3.2", "one model, to all that lack it"),
         ),
         ADMIN,
-        ((ExitCode.FAILURE, "something could not be pulled"), NO_ADMIN),
+        ((ExitCode.FAILURE, "something could not be pulled"), BAD_CONFIG, NO_ADMIN),
     ),
     "reload": Help(
         (("reload", "as SIGHUP does; waits for the verdict"),),
         ADMIN,
-        ((ExitCode.FAILURE, "refused"), (ExitCode.CONFIG, "rejected"), NO_ADMIN),
+        ((ExitCode.FAILURE, "refused"), (ExitCode.CONFIG, "rejected, or faulty"), NO_ADMIN),
     ),
     "init": Help(
         (
@@ -267,6 +280,7 @@ HELP: Final[Mapping[str, Help]] = {
             ("connect codex --base-url http://gpu-box:11435 --key KEY", "from another machine"),
         ),
         ADMIN,
+        (BAD_CONFIG,),
     ),
     "completion": Help(
         (

@@ -67,7 +67,10 @@ def new(
     ] = None,
     priority: Annotated[
         str | None,
-        typer.Option(metavar="N", help="interactive, batch or a number: the most it may claim."),
+        typer.Option(
+            metavar="N",
+            help="interactive, batch or a number (below 50: batch): the most it may claim.",
+        ),
     ] = None,
     rpm: Annotated[
         str | None, typer.Option(metavar="N", help="Calls a minute; -1: no limit.")

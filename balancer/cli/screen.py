@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -17,9 +18,12 @@ TROUBLES: Final = frozenset(
 Document = Mapping[str, Any]
 
 
-def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Columns as wide as need be; the first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(rows: Sequence[Sequence[str]], indent: str = "  ", most: int = sys.maxsize) -> list[str]:
+    """Columns as wide as need be, but for cells above *most*; the first row is the head."""
+    widths = [
+        max((len(cell) for cell in column if len(cell) <= most), default=0)
+        for column in zip(*rows, strict=True)
+    ]
     return [
         (
             indent + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
@@ -169,7 +173,8 @@ def listing(doc: Document) -> list[str]:
 def explained(doc: Document) -> list[str]:
     """Where a call would go, and why not elsewhere."""
     outcome, wait_s = doc["outcome"], doc["outcome"]["wait_s"]
-    wait = f" (about {span(wait_s)})" if wait_s and outcome["kind"] != "away" else ""
+    is_told = (wait_s or 0.0) >= LEAST_WAIT_S and outcome["kind"] != "away"
+    wait = f" (about {span(wait_s)})" if is_told else ""
     refused = f"{outcome['status']}: " if outcome["kind"] == "refused" else ""
     asked = ", ".join(f"{plain(k)}={plain(v)}" for k, v in doc["options"].items())
     name = f"{plain(doc['model'])}{f' ({asked})' if asked else ''}"
@@ -192,10 +197,14 @@ def explained(doc: Document) -> list[str]:
 
 def _context_told(told: Document) -> Iterable[str]:
     """What the policy makes of the context, where there is one."""
-    if told.get("policy", "passthrough") != "passthrough":
+    policy = plain(told.get("policy", "passthrough"))
+    if policy != "passthrough" and told["rewritten"] is None:
+        gets = "none" if told["gets"] is None else told["gets"]
+        yield f"num_ctx: {gets} in it (policy {policy}); what it asked for is not kept"
+    elif policy != "passthrough":
         asked = f"{told['asked']} asked for" if told["asked"] is not None else "none asked for"
         written = f"{told['gets']} written into the call" if told["rewritten"] else "left as it is"
-        yield f"num_ctx: {asked}, {written} (policy {plain(told['policy'])})"
+        yield f"num_ctx: {asked}, {written} (policy {policy})"
         for name, default in told["defaults"].items():
             yield f"! {plain(name)} gives {default} to calls that cannot ask, such as those of /v1"
 
@@ -211,6 +220,7 @@ _TERMS: Final = {
     "prefer_s": "PREFERS",
     "total_s": "TOTAL",
 }
+LEAST_WAIT_S: Final = 0.5  # of which a headline tells
 LEAST_S: Final = 0.005  # what is less is shown as nothing
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from balancer.config import Config
 
 PANEL: Final = "Set up"
+WIDEST: Final = 40  # a longer list or name of a model moves its own line only
 
 ConfigFile = Annotated[
     str | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration file.")
@@ -145,7 +146,7 @@ def show(
         _print_json({"settings": settings} if origin else dict(read.written))
     elif origin:
         rows = [("SETTING", "VALUE", "FROM"), *effective(read)]
-        print(*table(rows, indent=""), sep="\n")
+        print(*table(rows, indent="", most=WIDEST), sep="\n")
     else:
         print(to_yaml(read), end="")
 

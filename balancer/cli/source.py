@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from balancer.cli.exits import CommandError, ExitCode
-from balancer.config import Config, ConfigError, Problem, find_file, load
+from balancer.config import Config, ConfigError, Listen, Problem, find_file, listening, load
 
 FLAGS: Final = "command line"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,23 @@ class Source:
             ConfigError: It is no good.
             OSError: The file cannot be read.
         """
+        source, text = self._text()
+        return load(text, self.env, source=source, overrides=self.overrides)
+
+    def listening(self, *, guess: bool) -> tuple[Listen, ...]:
+        """Where a balancer that reads it listens, see `config.listening`; raises as `read`."""
+        source, text = self._text()
+        return listening(text, self.env, source=source, guess=guess)
+
+    def _text(self) -> tuple[str, str]:
+        """The file's name, and what is in it."""
         if self.file is None:
-            return load("", self.env, overrides=self.overrides)
+            return "config.yaml", ""
         try:
-            text = self.file.read_text(encoding="utf-8")
+            return str(self.file), self.file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             place = Problem(str(self.file), None, None, "", "is not a text in UTF-8.")
             raise ConfigError([place]) from None
-        return load(text, self.env, source=str(self.file), overrides=self.overrides)
 
     def over(self, **overrides: Any) -> Source:
         """The same with one more flag."""
@@ -66,8 +76,13 @@ def read_or_refuse(source: Source) -> Config:
     Raises:
         CommandError: One line per fault; wrong usage if flags alone are at fault.
     """
+    return or_refuse(source, source.read)
+
+
+def or_refuse(source: Source, read: Callable[[], T]) -> T:
+    """What *read* makes of it; raises as `read_or_refuse`."""
     try:
-        return source.read()
+        return read()
     except ConfigError as error:
         flags = all(problem.source == FLAGS for problem in error.problems)
         code = ExitCode.USAGE if flags else ExitCode.CONFIG

@@ -4,7 +4,7 @@ from .addresses import EVERYWHERE, LOOPBACK, BackendUrl, Listen, Network, parse_
 from .blocks import schema
 from .discovery import LOCAL_PORT, join
 from .kinds import port_ranges
-from .loading import find_file, load
+from .loading import find_file, listening, load
 from .problems import ConfigError, Problem
 from .settings import (
     Admin,
@@ -81,6 +81,7 @@ __all__ = [
     "effective",
     "find_file",
     "join",
+    "listening",
     "load",
     "parse_ollama_host",
     "places",

@@ -118,16 +118,16 @@ def _discovery(file: blocks.File, sources: Sources, env: Mapping[str, str]) -> s
 
 
 def _check_strategy(file: blocks.File, sources: Sources) -> None:
-    """Warn of what only the plan heeds."""
+    """Warn of what only the plan heeds, or heeds in full."""
     strategy = file.routing.strategy
     if strategy == "plan":
         return
-    for is_set, path in (
-        (bool(file.models.pin), ("models", "pin")),
-        (file.queue.fair_by != "key", ("queue", "fair_by")),
-    ):
-        if is_set:
-            sources.warn(f"has no effect with routing.strategy: {strategy}, only with plan.", path)
+    with_it = f"with routing.strategy: {strategy}, "
+    if file.models.pin:
+        sources.warn(f"has no effect {with_it}only with plan.", ("models", "pin"))
+    if file.queue.fair_by != "key":
+        told = f"counts only where the queue is full {with_it}for slots only with plan."
+        sources.warn(told, ("queue", "fair_by"))
 
 
 def _check_access(file: blocks.File, keys: Sequence[settings.Key], sources: Sources) -> None:

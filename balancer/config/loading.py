@@ -9,12 +9,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from . import blocks
+from .addresses import Listen
 from .building import build
 from .layers import Layers, lay
 from .problems import ConfigError, Path, Problem, dotted, shown, suggestion
 from .settings import Config
 from .sources import Sources
 from .views import leaves
+
+_LISTEN = ("server", "listen")
 
 
 def load(
@@ -50,6 +53,36 @@ def load(
         warnings=tuple(layers.warnings),
         origins={path: origin for path, origin in origins.items() if origin},
     )
+
+
+def listening(
+    text: str, env: Mapping[str, str], *, source: str, guess: bool = False
+) -> tuple[Listen, ...]:
+    """
+    Return where a balancer with that configuration listens, as another process may tell.
+
+    Keys, files and variables that only the balancer has are no faults here; and where the
+    environment tells the address, none of the file's is.
+
+    Args:
+        guess: No fault keeps it from telling; where none can be read it is the default.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    layers = lay(text, env, source, {})
+    file, _ = _validate(layers)
+    unread = {dotted(path) for path in layers.spoiled if path[: len(_LISTEN)] != _LISTEN}
+    is_in_env = _LISTEN in layers.overrides
+    problems = [
+        problem
+        for problem in layers.problems
+        if problem.path not in unread
+        and (problem.path.startswith(dotted(_LISTEN)) or not is_in_env)
+    ]
+    if problems and not guess:
+        raise ConfigError(sorted(problems, key=_in_reading_order))
+    return file.server.listen
 
 
 def find_file(

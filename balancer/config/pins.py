@@ -34,7 +34,7 @@ def build_pins(
             if _collide(pin, other):
                 sources.complain_at(path, _twice(pin, first, sources))
                 break
-        for message in _doubts(pin, written):
+        for message in (*_doubts(pin, written), *_contradicted(pin, block)):
             sources.warn(message, path)
     return tuple(PinSpec(pin.model, pin.backends, pin.copies or 1, pin.num_ctx) for _, pin in items)
 
@@ -53,6 +53,18 @@ def _twice(pin: PinBlock, first: Path, sources: Sources) -> str:
         f"{pin.model} is pinned already (first {where}). Write one item for it, "
         "or name other backends in each."
     )
+
+
+def _contradicted(pin: PinBlock, block: ModelsBlock) -> Iterator[str]:
+    """A context that the rules give to no call."""
+    name = names.parse(pin.model)
+    rules = (each.num_ctx for glob, each in block.overrides.items() if names.matches(glob, name))
+    rule = next(rules, None) or block.num_ctx
+    if pin.num_ctx is not None and rule.policy == "pin" and rule.default != pin.num_ctx:
+        yield (
+            f"num_ctx: {pin.num_ctx} of {pin.model} serves no call that has options: by policy pin "
+            f"these get {rule.default}."
+        )
 
 
 def _doubts(pin: PinBlock, written: dict[str, BackendSpec]) -> Iterator[str]:

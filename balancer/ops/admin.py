@@ -5,6 +5,7 @@ The admin API under ``/_balancer/``: what is going on, why, and what an operator
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -37,6 +38,10 @@ class Asked(Protocol):
     def argument(self) -> str:
         """What stood in the page's ``{rest}``."""
 
+    @property
+    def started_at(self) -> float:
+        """When it began; seconds of the loop's clock."""
+
     def headers(self) -> dict[str, str]:
         """The headers that every answer carries."""
 
@@ -50,6 +55,9 @@ class Admin:
 
     Args:
         is_draining: Whether the balancer is stopping.
+
+    Attributes:
+        asked_at: When somebody last asked whether we are ready.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Admin:
         self._reload = reload
         self._metrics = metrics
         self._is_draining = is_draining
+        self.asked_at = -math.inf
 
     def pages(self) -> Mapping[tuple[str, str], Page]:
         """By method and path."""
@@ -88,6 +97,7 @@ class Admin:
 
     async def ready(self, asked: Asked) -> web.StreamResponse:
         """Whether a call could be served now; not while draining."""
+        self.asked_at = asked.started_at
         ready = self.is_ready()
         why = "draining" if self._is_draining() else "no backend can serve a call"
         told = {"ready": True} if ready else {"ready": False, "reason": why}

@@ -61,10 +61,73 @@ def test_the_balancer_of_this_machine_is_found_where_it_listens(
     assert client.find(None, None).url == url
 
 
-def test_a_broken_file_does_not_hide_the_running_balancer(place: Path) -> None:
-    """Its configuration is older than what is on disk now."""
+@pytest.mark.parametrize("text", ["nonsense: 1\n", "server: {listen: [nowhere:port]}\n", "a: ["])
+def test_a_faulty_file_is_told_rather_than_another_balancer_asked(place: Path, text: str) -> None:
+    """Exit code 3, every fault, and the way around it; whoever must go on is told the default."""
+    (place / "ollama-balancer.yaml").write_text(text)
+    with pytest.raises(CommandError, match=r"ollama-balancer\.yaml:1") as caught:
+        client.find(None, None)
+    assert caught.value.code == ExitCode.CONFIG
+    assert "--admin HOST:PORT" in caught.value.lines[-1]
+    assert client.find(None, None, guess=True).url == "http://127.0.0.1:11435"
+
+
+def test_who_must_go_on_takes_what_can_be_read(place: Path) -> None:
+    """The address, where only the rest is faulty; the default, where there is no file."""
+    (place / "ollama-balancer.yaml").write_text("server: {listen: ':4000'}\nnonsense: 1\n")
+    assert client.find(None, None, guess=True).url == "http://127.0.0.1:4000"
+    assert client.find(None, "/nowhere.yaml", guess=True).url == "http://127.0.0.1:11435"
+
+
+def test_a_file_that_is_not_there_is_told(place: Path) -> None:
+    """Nobody named it for nothing."""
+    with pytest.raises(CommandError, match="Cannot read the configuration /nowhere") as caught:
+        client.find(None, "/nowhere.yaml")
+    assert caught.value.code == ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("name", ["BALANCER_LISTEN", "BALANCER_SERVER__LISTEN"])
+def test_a_faulty_file_is_none_of_our_business_where_the_environment_has_the_address(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It wins over the file anyway."""
     (place / "ollama-balancer.yaml").write_text("nonsense: 1\n")
-    assert client.find(None, None).url == "http://127.0.0.1:11435"
+    monkeypatch.setenv(name, "127.0.0.1:4000")
+    assert client.find(None, None).url == "http://127.0.0.1:4000"
+    assert client.find("gpu1:80", None).url == "http://gpu1:80"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "auth: {keys: [{name: a, key: '${NOT_SET_HERE}'}]}",
+        "auth: {keys_file: /run/credentials/of/the/service}",
+        "backends: [{url: gpu1, auth: {type: bearer, token_file: /only/root}}]",
+        "",
+    ],
+)
+def test_what_only_the_balancer_can_read_is_no_fault(place: Path, more: str) -> None:
+    """Its keys, files and variables need not be ours, and who may call is not asked of us."""
+    (place / "ollama-balancer.yaml").write_text(f"server: {{listen: ':4000'}}\n{more}\n")
+    assert client.find(None, None).url == "http://127.0.0.1:4000"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["status"], ["reload"], ["explain", "m"], ["backends", "list"], ["models", "list"]),
+        *(["bench"], ["connect", "codex"]),
+    ],
+)
+def test_every_command_tells_it(command: Command, place: Path, words: list[str]) -> None:
+    """On stderr, with the option that it has for the address."""
+    (place / "ollama-balancer.yaml").write_text("nonsense: 1\n")
+    told = command(*words)
+    assert told.exit_code == ExitCode.CONFIG
+    assert "ollama-balancer.yaml:1:1" in told.stderr
+    option = "--base-url" if words[0] == "connect" else "--admin"
+    assert f"{option} " in told.stderr
+    assert option in command(*words, "--help").stdout
 
 
 def test_the_key_is_sent(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

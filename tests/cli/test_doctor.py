@@ -37,7 +37,8 @@ async def test_a_healthy_fleet_is_one_line(command: Command, place: Path) -> Non
         write(place, backends=fleet.urls)
         told = await asyncio.to_thread(command, "doctor")
     (line,) = told.stdout.splitlines()
-    assert line.startswith("Nothing is wrong: 2 of 2 hosts up, 5 models; no balancer answers")
+    assert line.startswith("No fault found: 2 of 2 hosts up, 5 models. No balancer answers at")
+    assert line.endswith("; start one: ollama-balancer")
     assert told.exit_code == ExitCode.OK
 
 
@@ -103,7 +104,7 @@ async def test_hosts_that_are_found(
         monkeypatch.setenv("OLLAMA_HOST", fleet.urls[0])
         write(place)
         told = await asyncio.to_thread(command, "doctor")
-    assert "Nothing is wrong: 1 of 1 hosts up" in told.stdout
+    assert "No fault found: 1 of 1 hosts up" in told.stdout
 
 
 def test_a_faulty_configuration(command: Command, place: Path) -> None:

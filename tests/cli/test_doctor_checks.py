@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -61,15 +61,29 @@ def status(**backend: Any) -> dict[str, Any]:
     return {"config": {"file": None, "rejected": []}, "queue": queue, "backends": both}
 
 
-def healthy(**changed: Any) -> Facts:
+@dataclass(frozen=True, slots=True)
+class Case(Facts):
+    """Facts of which the configuration may be written behind them."""
+
+    def __or__(self, text: str) -> Case:
+        """With these lines in the configuration."""
+        return replace(self, config=config(f"backends: [gpu1, gpu2]\n{text}"))
+
+
+def healthy(**changed: Any) -> Case:
     """Nothing is wrong; then *changed*."""
-    well = Facts(hosts=(host(1), host(2)), config=config(), status=status())
+    well = Case(hosts=(host(1), host(2)), config=config(), status=status())
     return replace(well, **changed)
 
 
-def with_host(**changed: Any) -> Facts:
+def with_host(**changed: Any) -> Case:
     """Nothing is wrong but with the first host."""
     return healthy(hosts=(host(1, **changed), host(2)), status=None)
+
+
+SHORT = healthy(
+    hosts=(host(1, loaded=(Loaded("m:latest", context=4096),)), host(2, loaded=())), status=None
+)
 
 
 def only(facts: Facts) -> Finding:
@@ -382,6 +396,7 @@ def test_what_is_found(facts: Facts, id_: str, severity: Severity, words: str) -
     assert set(found) == {id_}
     assert found[id_].severity is severity
     assert words in found[id_].next
+    assert not found[id_].what.startswith(found[id_].where or "?"), "said twice"
 
 
 @pytest.mark.parametrize(
@@ -440,12 +455,76 @@ def test_what_is_found(facts: Facts, id_: str, severity: Severity, words: str) -
             ),
             id="what is pinned is there, and stays",
         ),
+        pytest.param(
+            healthy(
+                hosts=(
+                    host(
+                        1,
+                        models=(Installed("m:latest", "aa", "x", frozenset({"embedding"})),),
+                        loaded=(Loaded("m:latest", context=2048),),
+                    ),
+                ),
+                status=None,
+            ),
+            id="no agent talks to a model that embeds",
+        ),
+        pytest.param(
+            healthy(
+                hosts=(
+                    host(
+                        1,
+                        models=(Installed("nomic-embed-text:latest", "aa", "x", None),),
+                        loaded=(Loaded("nomic-embed-text:latest", context=2048),),
+                    ),
+                ),
+                status=None,
+            ),
+            id="an old host does not tell that it embeds",
+        ),
+        pytest.param(SHORT | "models: {pin: [{model: M, num_ctx: 4096}]}", id="pinned so"),
+        pytest.param(
+            SHORT | "models: {num_ctx: {policy: pin, default: 4096}}", id="a context for all"
+        ),
+        pytest.param(
+            SHORT | 'models: {overrides: {"m*": {num_ctx: {policy: clamp, max: 4096}}}}',
+            id="as much as it may have",
+        ),
         pytest.param(Facts(problems=()), id="nothing is known"),
     ],
 )
 def test_what_is_not_held_against_anybody(facts: Facts) -> None:
     """Near misses."""
     assert judge(facts) == []
+
+
+@pytest.mark.parametrize(
+    ("models", "why", "command"),
+    [
+        ("{}", "A call's num_ctx decides", "on every host, or models.num_ctx in the configuration"),
+        (
+            "{pin: [{model: m, backends: [gpu1], num_ctx: 4096}]}",
+            "On gpu1 models.pin says so; elsewhere a call's num_ctx decided",
+            "num_ctx of models.pin, or OLLAMA_CONTEXT_LENGTH in Ollama's environment on gpu2",
+        ),
+        (
+            "{num_ctx: {policy: pin, default: 65536}}",
+            "On gpu2 models.num_ctx says so",
+            "num_ctx of models.num_ctx, or OLLAMA_CONTEXT_LENGTH",
+        ),
+    ],
+)
+def test_what_contexts_come_from(models: str, why: str, command: str) -> None:
+    """The operator's own setting before anything that is only guessed."""
+    found = only(with_host(loaded=(Loaded("m:latest", context=4096),)) | f"models: {models}")
+    assert found.id == "context-drift"
+    assert (why in found.why, command in found.next) == (True, True), found
+
+
+def test_slots_are_learned_by_the_plan() -> None:
+    """The other strategies have to be told."""
+    waiting = healthy(status=status() | {"queue": {"depth": 3}})
+    assert "learned" in only(waiting).why
+    assert "two" in only(waiting | "routing: {strategy: warm-first}").why
 
 
 def test_the_hosts_that_are_preferred_are_away() -> None:

@@ -163,6 +163,7 @@ QUEUED = {"kind": "queue", "status": 200, "backend": None, "wait_s": 90.0, "text
             ExitCode.OK,
             ["waits (about 2 min)", "3 waiting for it already"],
         ),
+        ({"outcome": QUEUED | {"wait_s": 0.4}}, ExitCode.OK, ["m:latest: waits\n"]),
         ({"outcome": REFUSED, "backends": []}, ExitCode.FAILURE, ["m:latest: 404: not found\n"]),
         (
             {"alias": {"name": "fast", "models": ["x", "m"]}},
@@ -268,6 +269,19 @@ def test_explain_a_call(command: Command, waits: bool, words: list[str]) -> None
         told = command("explain", "m", "--call", "r1", "--admin", f"127.0.0.1:{stub.port}")
     for word in words:
         assert word in told.stdout
+
+
+@pytest.mark.parametrize(("gets", "words"), [(8192, "8192 in it"), (None, "none in it")])
+def test_explain_does_not_claim_what_a_call_asked_for(
+    command: Command, gets: int | None, words: str
+) -> None:
+    """Where the policy may have changed the context, and what was asked for is not kept."""
+    context: dict[str, Any] = {"policy": "reuse", "asked": None, "gets": gets, "rewritten": None, "defaults": {}}
+    doc = explanation(num_ctx=context)
+    with serving({"/_balancer/explain?model=m&call=r1": (200, doc)}) as stub:
+        told = command("explain", "m", "--call", "r1", "--admin", f"127.0.0.1:{stub.port}")
+    line = f"num_ctx: {words} (policy reuse); what it asked for is not kept\n"
+    assert line in told.stdout
 
 
 def test_explain_passes_a_refusal_on(command: Command) -> None:

@@ -19,6 +19,7 @@ def document(rig: Rig) -> dict[str, Any]:
 def test_columns_are_as_wide_as_need_be() -> None:
     """And nothing trails."""
     assert screen.table([("A", "B"), ("long", "x")]) == ["  A     B", "  long  x"]
+    assert screen.table([("A", "B"), ("long", "x")], "", most=3) == ["A  B", "long  x"]
 
 
 def test_backends_cannot_steer_the_terminal() -> None:

@@ -110,7 +110,7 @@ async def test_term_drains_and_a_second_one_does_not_wait(sim: SimOllama, spawn:
     """After TERM it still serves for load balancers before it, but is not ready; code 0."""
     process = await spawn("-b", sim.url, "-l", "127.0.0.1:0")
     port = await process.port()
-    await ask(port, "GET", "/api/tags")
+    await ask(port, "GET", "/_balancer/ready")
     process.process.send_signal(signal.SIGTERM)
     line = await process.told("shutdown_drain")
     assert line["reason"] == "SIGTERM"
@@ -475,7 +475,7 @@ async def test_systemd_follows_its_life(sim: SimOllama, spawn: Spawn, place: Pat
     systemd = Systemd(place / "n")
     process = await spawn("-c", "config.yaml", env=systemd.env)
     await systemd.hears("READY=1", "STATUS=1/1 hosts up, 0 running, 0 queued")
-    assert (await ask(await process.port(), "GET", "/_balancer/live")).status == 200
+    assert (await ask(await process.port(), "GET", "/_balancer/ready")).status == 200
     await systemd.hears("WATCHDOG=1", "WATCHDOG=1")
     process.process.send_signal(signal.SIGHUP)
     await systemd.hears("RELOADING=1", "READY=1")

@@ -124,6 +124,22 @@ def test_config_show_tells_origins(command: Command, place: Path) -> None:
     assert {"path": "health.interval", "value": "9s", "origin": "file:2"} in doc["settings"]
 
 
+def test_config_show_keeps_its_columns_where_something_is_long(
+    command: Command, place: Path
+) -> None:
+    """A list that is longer than a terminal is wide moves its own line only."""
+    name = "a-model-with-a-name-of-its-own-and-one-of-its-maker"
+    text = f"models: {{aliases: {{{name}: m, b: [{', '.join(f'model{n}' for n in range(20))}]}}}}\n"
+    (place / "ollama-balancer.yaml").write_text(text)
+    head, *lines = command("config", "show", "--origin").stdout.splitlines()
+    assert head.index("FROM") < 80
+    usual = [line for line in lines if len(line) < 90]
+    assert len(usual) > len(lines) - 5
+    assert all(line[head.index("FROM") :].startswith(("default", "file:")) for line in usual)
+    (alias,) = [line for line in lines if name in line]
+    assert alias.split() == [f"models.aliases.{name}", "m", "file:1"]
+
+
 def test_config_show_of_a_bad_file(command: Command, place: Path) -> None:
     """Is refused as everywhere."""
     (place / "bad.yaml").write_text(BAD)

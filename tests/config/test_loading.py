@@ -6,7 +6,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balancer.config import ConfigError, find_file, load
+from balancer.config import ConfigError, find_file, listening, load
 from balancer.config.blocks import BackendBlock, leaf_paths
 
 Faults = Callable[..., list[str]]
@@ -283,3 +283,24 @@ def test_the_nearest_file_wins() -> None:
     found = exists_only("ollama-balancer.yaml", "/etc/ollama-balancer/config.yaml")
     assert find_file(None, {}, found) == Path("ollama-balancer.yaml")
     assert find_file(None, {}, exists_only()) is None
+
+
+def test_where_another_process_listens() -> None:
+    """What only that process can read is no fault; what is written wrong is, each of it."""
+    told = "server: {listen: ['127.0.0.1:4000', 'unix:/run/olb']}\n"
+    away = "auth: {keys: [{name: a, key: '${NOT_OURS}'}], keys_file: /only/root}\n"
+    assert list(map(str, listening(told + away, {}, source="f"))) == [
+        "127.0.0.1:4000",
+        "unix:/run/olb",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        listening(f"{told}{away}queue: {{max_wait: soon}}\nnonsense: 1\n", {}, source="f")
+    assert [problem.path for problem in caught.value.problems] == ["queue.max_wait", "nonsense"]
+    with pytest.raises(ConfigError):
+        listening("server: {listen: '${NOT_OURS}'}", {}, source="f")
+    env = {"BALANCER_LISTEN": ":4001"}
+    assert [at.port for at in listening("server: {listen: 5}\nnonsense: 1", env, source="f")] == [
+        4001
+    ]
+    with pytest.raises(ConfigError, match="BALANCER_LISTEN"):
+        listening("", {"BALANCER_LISTEN": "nowhere:port"}, source="f")

@@ -101,3 +101,22 @@ def test_what_is_probably_not_meant_is_told(pin: Any, told: str | None) -> None:
     warnings = load(f"{HOSTS}models: {{pin: [{pin}]}}", {}).warnings
     assert len(warnings) == (told is not None)
     assert all(str(told) in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("pinned", "policy", "told"),
+    [
+        (8192, "{policy: pin, default: 8192}", False),
+        (8192, "{policy: pin, default: 4096}", True),
+        (8192, "{policy: reuse, default: 4096}", False),
+        ("null", "{policy: pin, default: 4096}", False),
+    ],
+)
+@pytest.mark.parametrize("place", ["num_ctx: {}", "overrides: {{m*: {{num_ctx: {}}}}}"])
+def test_a_context_that_no_call_gets_is_told(
+    pinned: Any, policy: str, told: bool, place: str
+) -> None:
+    """The rules for contexts and the pin contradict each other."""
+    pin = f"pin: [{{model: m, num_ctx: {pinned}}}]"
+    warnings = load(f"{HOSTS}models: {{{place.format(policy)}, {pin}}}", {}).warnings
+    assert ["8192 of m serves no call" in warning for warning in warnings] == [True] * told

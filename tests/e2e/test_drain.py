@@ -102,6 +102,30 @@ async def test_a_stop_with_nothing_to_do_is_quick() -> None:
             wire.close()
 
 
+@pytest.mark.parametrize(
+    ("who", "least_s"),
+    [("nobody", 0.0), ("a probe", 5.0), ("a probe long ago", 0.0), ("a client at rest", 5.0)],
+)
+@virtual
+async def test_only_who_may_notice_is_waited_for(who: str, least_s: float) -> None:
+    """Readiness is taken back for those who ask for it, or are connected; else it is no use."""
+    async with running(1, models=models()) as rig:
+        wire = None
+        if who.startswith("a probe"):
+            assert await ready(rig) == (200, None)
+        if who == "a probe long ago":
+            await asyncio.sleep(61.0)
+        if who == "a client at rest":
+            wire = await rig.connect()
+            await asyncio.sleep(0.1)
+        began = now()
+        async with stopping(rig, lag_s=5.0):
+            pass
+        assert least_s <= now() - began < least_s + 1.0
+        if wire is not None:
+            wire.close()
+
+
 @virtual
 async def test_queued_calls_are_served_in_a_drain() -> None:
     """Those who wait when the stop begins get their turn, a cold one its load."""
