@@ -92,6 +92,7 @@ from balancer.ops.switches import Switches
 
 CUT_GRACE_S: Final = 2.0  # for error records to reach the clients of cut calls
 LAG_S: Final = 1.0
+WATCHED_S: Final = 60.0  # whoever has not asked for so long whether we are ready asks no more
 
 
 class Timer:
@@ -122,7 +123,8 @@ class Stop:
 
     Args:
         reason: For the log.
-        lag_s: How long to go on serving after readiness went off, for load balancers before us.
+        lag_s: How long to go on serving after readiness went off, for load balancers before us;
+            where nobody is connected, or has asked of late, there is none.
     """
 
     reason: str
@@ -182,6 +184,7 @@ class Balancer:
 
     def _scheduler(self, config: Config) -> Scheduler:
         affinity = config.routing.affinity
+        self._cells = strategy.cell_count(self.pool)
         return strategy.build(
             config.routing.strategy,
             self.pool,
@@ -420,7 +423,7 @@ class Balancer:
         self._leaving = True
         waiting = len(self.dispatcher.waiting())
         self.bus(Stopping(self._clock(), stop.reason, self.pool.running, waiting))
-        await self._unless_now(self._now.wait(), stop.lag_s)
+        await self._unless_now(self._now.wait(), stop.lag_s if self._is_watched() else 0.0)
         for server in self._servers:
             server.close()
         self._refusing = True
@@ -442,6 +445,11 @@ class Balancer:
         self.garbage.end()
         self.bus(Stopped(self._clock(), cut))
         self._over.set()
+
+    def _is_watched(self) -> bool:
+        """Whether anybody may notice that we are not ready any more."""
+        is_asked = self._clock() - self.admin.asked_at < WATCHED_S
+        return is_asked or bool(self._server.connections)
 
     def _distrust(self, event: Event) -> None:
         """What stood with a backend that went away, or fails, may stand no more."""
@@ -501,7 +509,8 @@ class Balancer:
         self.contexts.rules = context_rules(config)
         self.pool.pins = pins(config, self.contexts)
         self.pool.reshape(backends(config))
-        if config.routing != routing:  # another has to learn anew what is cached where
+        if config.routing != routing or strategy.cell_count(self.pool) != self._cells:
+            # another has to learn anew what is cached where
             self.dispatcher.exchange(self._scheduler(config))
         self.dispatcher.admission.limits = queue_limits(config)
         self.prober.settings = prober_settings(config)

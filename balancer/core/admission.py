@@ -104,25 +104,41 @@ class Admission:
         Raises:
             QueueFull: With the depth, and when to come back.
         """
-        mine = self._waiting[model]
-        if mine >= self.limits.max_depth_per_model:
-            key, depth = "queue.max_depth_per_model", mine
-        elif self.is_full():
-            key, depth = "queue.max_depth", self.depth
-        else:
-            return
+        limit = self.limit(model)
+        if limit:
+            raise self.full(model, limit, asked=asked)
+
+    def limit(self, model: str) -> str:
+        """Which limit keeps one more call for *model* out; empty: none does."""
+        if self._waiting[model] >= self.limits.max_depth_per_model:
+            return "max_depth_per_model"
+        return "max_depth" if self.is_full() else ""
+
+    def full(
+        self, model: str, limit: str, *, asked: bool = True, gives_way: bool = False
+    ) -> QueueFull:
+        """
+        What a call is refused with that this *limit* keeps out.
+
+        Args:
+            asked: As for `check`.
+            gives_way: It was in, and another caller, who has fewer there, takes its place.
+        """
+        whom, depth = "", self.depth
+        if limit == "max_depth_per_model":
+            whom, depth = " for this model", self._waiting[model]
         wait_s = self.drain_s(depth)
-        whom = "" if key == "queue.max_depth" else " for this model"
         retry_s = min(60.0, max(1.0, wait_s / 2))
-        text = (
-            f"Queue full: {depth} calls wait{whom}, about {wait_s:.0f} s. Retry after "
-            f"{retry_s:.0f} s, or ask the operator to raise {key}."
+        why = " The most are of one caller, this one too; other callers have fewer." * gives_way
+        error = QueueFull(
+            f"Queue full: {depth} calls wait{whom}, about {wait_s:.0f} s.{why} Retry after "
+            f"{retry_s:.0f} s, or ask the operator to raise queue.{limit}.",
+            retry_after_s=retry_s,
         )
-        if asked:
-            self._count(key.removeprefix("queue."))
-        error = QueueFull(text, retry_after_s=retry_s)
         error.wait_s = wait_s
-        raise error
+        if asked:
+            self._count(limit)
+        return error
 
     def check_wait(self, wait_s: float, left_s: float) -> None:
         """

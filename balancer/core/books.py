@@ -23,6 +23,7 @@ from balancer.core.decisions import Choice, Decisions
 from balancer.core.demand import Demand
 from balancer.core.domain import Backend, Call, Outcome, PlacementKey, Purpose, Verdict
 from balancer.core.events import SampleDiscarded, SlotsBelieved, Straggling
+from balancer.core.keeping import Keeping
 from balancer.core.knobs import Knobs
 from balancer.core.ledger import Ledger, Track
 from balancer.core.lengths import Lengths
@@ -31,6 +32,7 @@ from balancer.core.room import DEFAULT_CONTEXT, KV_BYTES, Room
 from balancer.core.running import Run
 from balancer.core.scheduler import Ended, LoadAnswered
 from balancer.core.sight import Sight
+from balancer.core.slots import SlotBelief
 from balancer.core.speeds import Size, Speed, work
 
 CACHE_BYTES: Final = 8 << 30  # of prompts that a runner keeps in the host's memory
@@ -40,6 +42,7 @@ ASKED_TICKS: Final = 8
 RATIO_GAIN: Final = 0.05
 PROMPT_GAIN: Final = 0.05
 FOREIGN_S: Final = 60.0
+LEAST_MOVED_NS: Final = 10_000_000  # what is less is how a host counts the time, and no use
 LEAST_CACHED: Final = 64  # tokens thought to be cached, from which on it shows whether they were
 RATIOS: Final = (1 / 8, 8.0)
 MOST_MODELS: Final = 1000
@@ -67,6 +70,7 @@ class Books:
         backends: Those that are configured, by name.
         tracks: What runs anywhere, by identity of the call.
         in_flight: How many of these, by model and key of fairness.
+        keeping: What operators want to stay in memory.
         has_tiers: Whether they differ in priority.
         ticks: How many there were.
         ticked_at: When the last one was.
@@ -80,6 +84,7 @@ class Books:
         self.lengths = Lengths()
         self.demand = Demand(knobs.demand_fast_s, knobs.demand_slow_s)
         self.prefixes = Prefixes()
+        self.keeping = Keeping(view)
         self.has_tiers = False
         self.ticks = 0
         self.ticked_at = 0.0
@@ -91,11 +96,12 @@ class Books:
         self._memory: dict[str, tuple[InMemory, ...]] = {}
         self.asked: set[PlacementKey] = set()  # as calls had it, policies for contexts applied
         self._copies: dict[PlacementKey, int] | None = None
-        self._contexts: dict[tuple[str, str], tuple[int, int]] = {}  # shape, tokens
+        self._contexts: dict[tuple[str, str], tuple[int, int]] = {}  # changes, tokens
         self._foreign: dict[tuple[str, str], float] = {}
         self._ratios: dict[str, float] = {}  # tokens to estimated tokens, by model
         self._prompts: dict[str, float] = {}  # tokens as estimated, on average, by model
         self._learned: Mapping[str, Any] = {}
+        self._recalled_at = 0.0
         self._refresh()
 
     # -- calls ---------------------------------------------------------------------------------
@@ -172,12 +178,12 @@ class Books:
         """Tokens of prompts that its runner there keeps."""
         backend = ledger.name
         known = self._contexts.get((backend, model))
-        if known is None or known[0] != ledger.shape:
+        if known is None or known[0] != ledger.changes:
             if len(self._contexts) > MOST_MODELS:
                 self._contexts.clear()
             told = (it.context for it in self.in_memory(backend) if it.model == model)
             context = next(filter(None, told), DEFAULT_CONTEXT)
-            known = self._contexts[backend, model] = (ledger.shape, context)
+            known = self._contexts[backend, model] = (ledger.changes, context)
         return self._view.slots(backend, model) * known[1] + CACHE_BYTES // KV_BYTES
 
     def began(self, run: Run) -> None:
@@ -214,7 +220,7 @@ class Books:
         if not run.call.streaming or run.remote:
             return
         self._decisions.foretold(run.backend, track.first_token_s, at - track.at)
-        belief = self._view.belief(run.backend)
+        belief = self._belief(ledger)
         if belief is not None:
             track.probing = False
             before = belief.believed(model)
@@ -239,7 +245,7 @@ class Books:
     def _strike(self, ledger: Ledger, track: Track, now: float) -> None:
         """A call is not there any more, whatever came of it."""
         if track.probing:
-            belief = self._view.belief(ledger.name)
+            belief = self._belief(ledger)
             if belief is not None:
                 belief.undecided(track.model, now)
         ledger.strike(track, now)
@@ -268,6 +274,11 @@ class Books:
             ratio = (tokens_in - read) / track.cached * self.prefixes.reuse(model)
             self.prefixes.learn_reuse(model, min(1.0, max(0.0, ratio)))
 
+    def _belief(self, ledger: Ledger) -> SlotBelief | None:
+        """What is believed of slots there; None: it has left, and another may have its name."""
+        is_there = self.ledgers.get(ledger.name) is ledger
+        return self._view.belief(ledger.name) if is_there else None
+
     def _tell_slots(self, backend: str, model: str, before: int, why: str, now: float) -> None:
         belief = self._view.belief(backend)
         if belief is not None:
@@ -278,6 +289,8 @@ class Books:
 
     def load_answered(self, fact: LoadAnswered) -> None:
         """A detached load ended."""
+        if fact.backend not in self.backends:  # it has left meanwhile
+            return
         ledger = self.ledger(fact.backend)
         ledger.asked_load, ledger.going = None, frozenset()
         if fact.ok:
@@ -286,19 +299,23 @@ class Books:
             ledger.failed.pop(fact.key, None)
             ledger.loaded_at[fact.key.model] = self.ticked_at
         else:
+            ledger.expected = None
             now = self.ticked_at  # keys are made of options of clients' choosing: none is kept long
             ledger.failed = {key: at for key, at in ledger.failed.items() if at > now}
             ledger.failed[fact.key] = now + FAILED_LOAD_S
         self.changed(fact.backend, self.ticked_at)
 
     def load_refused(self, backend: str) -> None:
-        """A load that was asked for did not begin."""
-        ledger = self.ledger(backend)
-        ledger.asked_load, ledger.going = None, frozenset()
-        ledger.moved()
+        """A load that was asked for did not begin, or was stopped: that says nothing."""
+        ledger = self.ledgers.get(backend)
+        if ledger is not None:
+            ledger.asked_load, ledger.going, ledger.expected = None, frozenset(), None
+            ledger.moved()
 
     def changed(self, backend: str, now: float, *, dead: bool = False) -> None:
         """Look again at a backend."""
+        if backend not in self.backends:
+            return
         ledger = self.ledger(backend)
         ledger.moved()
         self._copies = None
@@ -322,12 +339,19 @@ class Books:
     def _see_strangers(
         self, ledger: Ledger, before: Sequence[InMemory], after: Sequence[InMemory], now: float
     ) -> None:
-        """Whose time to expire moved without a call of ours is used by somebody else."""
-        known = {it.model: it.expires_ns for it in before}
+        """
+        Whose time to expire moved without a call or load of ours is used by somebody else.
+
+        While it is being loaded that time is a new one each time it is asked for.
+        """
+        loading = self._view.loading_on(ledger.name)
+        coming = None if loading is None or loading.key is None else loading.key.model
+        known = {it.model: it.expires_ns for it in before if it.model != coming}
         for it in after:
             was = known.get(it.model)
-            moved = was is not None and was > 0 and it.expires_ns > was
-            quiet_s = now - ledger.last_used.get(it.model, -math.inf)
+            moved = was is not None and was > 0 and it.expires_ns > was + LEAST_MOVED_NS
+            ours = (ledger.last_used, ledger.loaded_at)
+            quiet_s = now - max(at.get(it.model, -math.inf) for at in ours)
             if moved and not ledger.is_busy(it.model) and quiet_s > FOREIGN_S:
                 if len(self._foreign) > 1000:
                     self._foreign.clear()
@@ -370,8 +394,7 @@ class Books:
                 self.ledgers[name].speed.weigh(backend.weight)
         self.has_tiers = len({backend.priority for backend in self.backends.values()}) > 1
         for name in [name for name in self.ledgers if name not in self.backends]:
-            if self.ledgers[name].is_idle:
-                self._forget(name)
+            self._forget(name)
         self._contexts.clear()
         for name, backend in self.backends.items():
             self.room(name).configured = backend.vram_bytes
@@ -411,7 +434,9 @@ class Books:
 
     def _discarded(self, backend: str, kind: str, value: float) -> None:
         """A measurement there was beyond belief."""
-        at = self.ledgers[backend].at
+        ledger = self.ledgers.get(backend)  # None: it has left, and this was still under way there
+        began_at = 0.0 if ledger is None else ledger.at
+        at = max(began_at, self.ticked_at, self._recalled_at)
         self._decisions.emit(SampleDiscarded(at, backend, kind, value))
 
     def room(self, backend: str) -> Room:
@@ -459,16 +484,6 @@ class Books:
                 counts.update(keys)
             self._copies = counts
         return self._copies.get(key, 1)
-
-    def is_pinned(self, backend: str, model: str) -> bool:
-        """Whether an operator wants it to stay there."""
-        pins = self._view.pins
-        if not pins:
-            return False
-        holders = [
-            name for name in self.backends if any(it.model == model for it in self.in_memory(name))
-        ]
-        return pins.protects(backend, model, holders)
 
     def is_strangers(self, backend: str, model: str, now: float) -> bool:
         """Whether somebody who does not come through us used it there of late."""
@@ -568,7 +583,7 @@ class Books:
 
     def recall(self, learned: Mapping[str, Any], now: float, age_s: float) -> None:
         """Take over what another has learned; what cannot be believed is left out."""
-        self._learned = learned
+        self._learned, self._recalled_at = learned, now
         for part, take in (("lengths", self.lengths.restore), ("reuse", self.prefixes.restore)):
             told = learned.get(part)
             if isinstance(told, dict):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import deque
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -72,7 +73,8 @@ _SINCE: Final = {
     "v1_messages": (0, 14, 0),
     "v1_transcriptions": (0, 20, 0),
 }
-_MOST_COPIES: Final = 8192  # options are clients' choice
+_MOST_COPIES: Final = 1024  # of each backend; options are clients' choice
+_JOURNAL: Final = 256
 _RELOAD_S: Final = 600.0  # so long a runner that was there counts as pushed out by the next
 _MOST_UNSUPPORTED: Final = 256  # routes remembered per backend; their paths are clients' text
 _FROM_SOURCE: Final = (0, 0, 0)  # what a build without a release number says of itself
@@ -562,8 +564,10 @@ class Catalog:
         self._believe_s = believe_s
         self._show_limit = shows
         self._shelves: dict[str, _Shelf] = {}
-        self._copies: dict[tuple[str, PlacementKey], Copy] = {}
+        self._copies: dict[str, dict[PlacementKey, Copy]] = {}
         self._edition = 0
+        self._remade = 0  # the last edition that may differ in anything from the one before
+        self._journal: deque[str] = deque(maxlen=_JOURNAL)  # of each edition since: whose memory
         self._shows: dict[str, _Show] = {}
         self._aliases = Aliases()
         self._versions: tuple[_Version, _Version] | None = None
@@ -590,6 +594,18 @@ class Catalog:
         if listing is None or listing.until < math.inf or listing.remember_s != self.remember_s:
             self._view()
         return self._edition
+
+    @property
+    def lists_edition(self) -> int:
+        """As `edition`, but for what moves in memory only."""
+        return min(self.edition, self._remade)
+
+    def moved_since(self, edition: int) -> set[str] | None:
+        """The backends of which no more than the memory changed since; None: more may have."""
+        count = self._edition - edition
+        if edition < self._remade or count > len(self._journal):
+            return None
+        return {self._journal[-at] for at in range(1, count + 1)}
 
     # What happened
 
@@ -623,11 +639,12 @@ class Catalog:
         found: dict[str, _Row] = {}
         for row in _rows(rows, "modified_at"):
             found.setdefault(row.canonical, row)
+        if shelf.missing or not shelf.read:
+            self._learned(backend)
         _settle_missing(shelf, found, self._clock() if asked_at is None else asked_at)
         changed = found.keys() != shelf.rows.keys() or any(
             row.text != shelf.rows[canonical].text for canonical, row in found.items()
         )
-        self._learned()
         shelf.read = True
         if changed:
             shelf.rows = found
@@ -663,7 +680,7 @@ class Catalog:
                 old.seen_at = new.seen_at
         else:
             shelf.residents = after
-            self._learned()
+            self._learned(backend)
         _learn_contexts(shelf)
         recent = {k: old for k, old in shelf.latest.items() if now - old.seen_at <= _RELOAD_S}
         shelf.latest = recent | {each.identity: each for each in shelf.residents}
@@ -676,7 +693,7 @@ class Catalog:
             shelf.version_text, shelf.version = version, _version(version)
             shelf.unsupported.clear()
             shelf.supported.clear()
-            self._learned()
+            self._remake()
             self._compare_versions()
 
     def note_failed(self, backend: str) -> None:
@@ -711,7 +728,7 @@ class Catalog:
         unsupported = self._shelf(backend).unsupported
         if len(unsupported) < _MOST_UNSUPPORTED:
             unsupported.add(feature)
-            self._learned()
+            self._remake()
 
     def note_route(self, backend: str, feature: str) -> None:
         """It knows a route that not every Ollama has."""
@@ -741,7 +758,7 @@ class Catalog:
         shelf.residents = [*(other for other in shelf.residents if other is not old), new]
         shelf.latest[new.identity] = new
         if new is not old or shelf.has_twins:
-            self._learned()
+            self._learned(backend)
 
     def note_unloaded(self, backend: str, canonical: str) -> None:
         """It took the model out of memory on our request."""
@@ -751,7 +768,7 @@ class Catalog:
             shelf.residents = [other for other in shelf.residents if other is not gone]
             shelf.ps_rows = [row for row in shelf.ps_rows if not _same(row, gone)]
             self._ps = None
-            self._learned()
+            self._learned(backend)
 
     def note_show(self, digest: str, body: bytes) -> None:
         """
@@ -898,11 +915,14 @@ class Catalog:
 
     def copy(self, backend: str, key: PlacementKey) -> Copy:
         """What there is to know of the model there, for one key; kept for this edition."""
-        found = self._copies.get((backend, key))
+        here = self._copies.get(backend)
+        if here is None:
+            here = self._copies[backend] = {}
+        found = here.get(key)
         if found is None:
-            if len(self._copies) >= _MOST_COPIES:
-                self._copies.clear()
-            found = self._copies[backend, key] = self._copy(backend, key)
+            if len(here) >= _MOST_COPIES:
+                here.clear()
+            found = here[key] = self._copy(backend, key)
         return found
 
     def _copy(self, backend: str, key: PlacementKey) -> Copy:
@@ -1114,13 +1134,21 @@ class Catalog:
         """Its shelf; of a backend that is not in the pool an empty one that nobody keeps."""
         return self._shelves.get(backend) or _Shelf()
 
-    def _learned(self) -> None:
+    def _learned(self, backend: str) -> None:
+        """What was made of this edition is out of date, in what is of one backend's memory."""
+        self._edition += 1
+        self._journal.append(backend)
+        self._copies.pop(backend, None)
+
+    def _remake(self) -> None:
         """What was made of this edition is out of date."""
         self._edition += 1
+        self._remade = self._edition
+        self._journal.clear()
         self._copies.clear()
 
     def _changed(self) -> None:
-        self._learned()
+        self._remake()
         self._listing = self._ps = None
         self._compare_versions()
 
@@ -1135,7 +1163,7 @@ class Catalog:
         if listing is None or now >= listing.until or listing.remember_s != self.remember_s:
             listing = _Listing(self._shelves, now, self.remember_s, self._aliases)
             self._listing = listing
-            self._edition += 1
+            self._remake()
         return listing
 
     def _ps_view(self) -> tuple[dict[str, Any], bytes]:

@@ -34,9 +34,11 @@ class Demand:
         """A call for it has come."""
         if self._since is None:
             self._since = now
+        fast_s, slow_s = self.fast_s, self.slow_s
         at, fast, slow = self._rates.pop(key, (now, 0.0, 0.0))  # the order: the last arrival
-        fast = fast * math.exp(min(at - now, 0.0) / self.fast_s) + 1.0 / self.fast_s
-        slow = slow * math.exp(min(at - now, 0.0) / self.slow_s) + 1.0 / self.slow_s
+        ago_s = at - now if at < now else 0.0
+        fast = fast * math.exp(ago_s / fast_s) + 1.0 / fast_s
+        slow = slow * math.exp(ago_s / slow_s) + 1.0 / slow_s
         self._rates[key] = (now, fast, slow)
         self._until_sweep -= 1
         if self._until_sweep <= 0:

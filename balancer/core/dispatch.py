@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, runtime_checkable
@@ -33,6 +34,7 @@ from balancer.core.errors import (
 )
 from balancer.core.events import CallQueued, Emit, Hears, LeaseGranted, RetryGranted
 from balancer.core.limits import Limits
+from balancer.core.load import OVER_S
 from balancer.core.pool import Lease, Pool, Prospect, ProspectKind, discreet
 from balancer.core.scheduler import (
     Began,
@@ -198,6 +200,7 @@ class Dispatcher:
         self._ends: list[tuple[float, bool, int, Ticket]] = []  # a heap; some are out of date
         self._is_timed = False  # the shell was asked to call
         self._due = math.inf  # then
+        self._changes_at = math.inf  # when time alone may change something in the pool
         pool.note = self._note
 
     @property
@@ -271,12 +274,16 @@ class Dispatcher:
             is_late = deadline is not None and deadline <= now
             if not is_late and self._begin(ticket, on_grant):
                 return ticket
-        self._check(ticket)
+        gives_way = self._check(ticket)
         self._seq = max(self._seq, seq)
         self._owners[ticket] = _Owner(on_grant, on_refuse)
         self._may_wait_until(ticket, limit_at)
+        limit = "" if gives_way is None else self._admission.limit(call.key.model)
         self._admission.entered(call.key.model)
         self._scheduler.enqueue(ticket)
+        if gives_way is not None:
+            model = gives_way.call.key.model
+            self._refuse(gives_way, self._admission.full(model, limit, gives_way=True))
         self.kick(now)  # so that one that may not wait at all is planned for, too
         if ticket.state is WAITING:
             self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
@@ -311,20 +318,58 @@ class Dispatcher:
             self._arm()
         return True
 
-    def _check(self, ticket: Ticket) -> None:
-        """Raises what is to be told to a call that cannot wait."""
-        call, now = ticket.call, ticket.queued_at
+    def check_room(self, who: str) -> None:
+        """
+        Raise QueueFull if no call of that key of fairness could wait, whatever is not known of it.
+
+        Raises:
+            QueueFull: As `submit` would.
+        """
+        if self._admission.is_full() and self._gives_way(who) is None:
+            self._admission.check("")
+
+    def _check(self, ticket: Ticket) -> Ticket | None:
+        """Who is to give way to it; None: nobody. Raises what is told to one that cannot wait."""
+        call, now, gives_way = ticket.call, ticket.queued_at, None
         prospect = self._pool.prospect(call, ticket.excluded)
         if not ticket.attempts:
             if not _can_wait(prospect, now, math.inf):
                 raise refusal(call.model, prospect)
             has_room = self._pool.has_room(call)
             if not has_room or not self._limits.may_start(call):
-                self._admission.check(call.key.model)
+                gives_way = self._makes_room(call)
+                if gives_way is None:
+                    self._admission.check(call.key.model)
             if not has_room:
                 self._check_wait(ticket)
         if not _can_wait(prospect, now, ticket.limit_at):
             raise refusal(call.model, prospect, ticket.attempts)
+        return gives_way
+
+    def _makes_room(self, call: Call) -> Ticket | None:
+        """Whose place a call may take that finds the queue full; None: nobody's, or it is not."""
+        model = call.key.model
+        limit = self._admission.limit(model)
+        if not limit:
+            return None
+        return self._gives_way(call.fair_key, model if limit == "max_depth_per_model" else None)
+
+    def _gives_way(self, who: str, model: str | None = None) -> Ticket | None:
+        """
+        The newest call, batch first, of whoever has most waiting; None: that is no more than fair.
+
+        It is where *who* asks and has two less: then neither has cause to ask for it back.
+
+        Args:
+            model: Only those for it count; None: all.
+        """
+        waiting = [t for t in self._owners if model is None or t.call.key.model == model]
+        counts = Counter(ticket.call.fair_key for ticket in waiting)
+        most = max(counts.values(), default=0)
+        if most < counts[who] + 2:
+            return None
+        theirs = [t for t in waiting if counts[t.call.fair_key] == most and not t.attempts]
+        return max(theirs, key=lambda t: (t.call.batch, t.seq), default=None)
 
     def _check_wait(self, ticket: Ticket) -> None:
         """Raises what is told to a call for which no slot will come free in time."""
@@ -400,10 +445,9 @@ class Dispatcher:
             return refusal(call.model, prospect)
         candidates = highest(view.candidates(call, frozenset()), view.priorities)
         if not any(c.residency is Residency.LOADED and c.in_flight < c.slots for c in candidates):
-            try:
-                self._admission.check(call.key.model, asked=False)
-            except BalancerError as error:
-                return error
+            limit = self._admission.limit(call.key.model)
+            if limit and self._makes_room(call) is None:
+                return self._admission.full(call.key.model, limit, asked=False)
         return None if _can_wait(prospect, now, ticket.limit_at) else refusal(call.model, prospect)
 
     def choose(self, calls: Sequence[Call], *, exists: bool = True) -> int:
@@ -450,16 +494,28 @@ class Dispatcher:
         """
         ok = attempt is None
         self._scheduler.note(LoadAnswered(load.backend, load.key, ok, load_s))
-        now = self._clock()
-        for ticket in self._scheduler.waiting():
-            # The queue's limit rested while the load was under way.
-            if ticket.call.key == load.key and load.backend not in ticket.excluded:
-                self._may_wait_until(ticket, self._limit(ticket, now))
+        self._rested(load)
         if attempt is not None and load.ticket is not None:
             self._refuse(load.ticket, LoadFailed(attempt, answer))
         elif load.ticket is not None and answer is not None:
             load.ticket.loaded_on = load.backend
         self.kick()
+
+    def load_stopped(self, load: Load) -> None:
+        """A detached load was given up before it was answered: its call waits on, unblamed."""
+        self._scheduler.note(LoadRefused(load.backend, load.key))
+        self._rested(load)
+        self.kick()
+
+    def _rested(self, load: Load) -> None:
+        """The queue's limit rested while the load was under way."""
+        now, key = self._clock(), load.key
+        for ticket in self._owners:
+            wanted = ticket.call.key
+            if wanted.model != key.model or wanted != key:
+                continue
+            if load.backend not in ticket.excluded:
+                self._may_wait_until(ticket, self._limit(ticket, now))
 
     def kick(self, now: float | None = None) -> None:
         """
@@ -515,6 +571,8 @@ class Dispatcher:
         if self._pool.outlook != self._seen_outlook:
             self._seen_outlook = self._pool.outlook
             self._review()
+        if now >= self._changes_at - OVER_S:
+            self._pool.tell_time(now)
         wake, began = math.inf, self._stopwatch()
         effects = self._scheduler.plan(now)
         self.pass_s.observe(self._stopwatch() - began)
@@ -533,7 +591,8 @@ class Dispatcher:
         if owners:
             self._expire(self._late(now, planned=True), now)
             limit_at = self._ends[0][0] if self._ends else math.inf
-            wake = min(wake, self._pool.next_change(now), limit_at)
+            self._changes_at = self._pool.next_change(now)
+            wake = min(wake, self._changes_at, limit_at)
         self._wake(wake)
 
     def _commit(self, commit: Commit, now: float) -> None:

@@ -114,7 +114,7 @@ class Backend:
         cloud: Cloud models go there, and what concerns the account.
         provider: It is ollama.com itself: no host of ours, and nothing to load.
         weight: How fast it is beside others, as the operator sees it, until that was measured.
-        priority: Its tier: it serves only what backends of a higher one cannot.
+        priority: Its tier: it serves only what backends of a higher one cannot, or not soon enough.
         prefer: Globs over model names that it is a little better for than others.
         vram_bytes: What models may take up there; None: not said.
     """

@@ -50,10 +50,14 @@ class FairQueue:
             ValueError: The cost is negative, the weight not positive, or one of them not finite.
         """
         length = _length(cost, weight)
+        start = self.virtual_time
         line = self._lines.pop(who, None)  # the order is that of the last call
-        start = self.virtual_time if line is None else max(self.virtual_time, line.end)
-        end = start + length
-        self._lines[who] = _Line(end, end)
+        if line is None:
+            line = _Line(start, start)
+        elif line.end > start:
+            start = line.end
+        line.end = line.newest = start + length
+        self._lines[who] = line
         self._until_sweep -= 1
         if self._until_sweep <= 0:
             self._sweep()
@@ -75,7 +79,7 @@ class FairQueue:
         Raises:
             ValueError: As `tag`.
         """
-        length = math.copysign(_length(abs(difference), weight), difference)
+        length = _length(difference, weight) if difference >= 0.0 else -_length(-difference, weight)
         line = self._lines.get(who)
         if line is not None:
             line.end += length

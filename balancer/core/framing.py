@@ -102,12 +102,22 @@ class Splitter(ABC):
         self.records = 0
         self.mid_record = False
         self._tail_max = tail_max
-        self._held = bytearray()  # the unfinished record, also what was passed on of it
+        # The unfinished record, also what was passed on of it; b"", which all share, mostly.
+        self._held: bytes | bytearray = b""
         self._recent: deque[bytes] = deque(maxlen=_KEPT)
 
     @abstractmethod
     def feed(self, data: bytes) -> bytes:
         """What may be passed on now; empty: nothing yet."""
+
+    @abstractmethod
+    def passes(self, lines: list[bytes]) -> bool:
+        """
+        Whether lines, which all have ended, are one whole record; then they may be passed on.
+
+        Args:
+            lines: Without their ends, and with what frames them: one before, two behind them.
+        """
 
     @property
     @abstractmethod
@@ -132,7 +142,7 @@ class Splitter(ABC):
         """What is still held; after the last `feed` of a stream that ended cleanly."""
         tail = bytes(self._held)
         passed, self.mid_record = self.mid_record, bool(tail)
-        self._held.clear()
+        self._held = b""
         self._keep(self.split(tail))
         return b"" if passed else tail
 
@@ -155,7 +165,7 @@ class Splitter(ABC):
         ended = data[:cut]
         whole = bytes(self._held) + ended
         out = ended if self.mid_record else whole
-        self._held.clear()
+        self._held = b""
         self.mid_record = False
         records = self.split(whole)
         self.records += len(records)
@@ -163,8 +173,9 @@ class Splitter(ABC):
         return out + self._hold(data[cut:]) if cut < len(data) else out
 
     def _hold(self, tail: bytes) -> bytes:
-        held = self._held
+        held = self._held if isinstance(self._held, bytearray) else bytearray()
         held += tail
+        self._held = held
         if self.mid_record:
             out = tail
         elif len(held) > self._tail_max:
@@ -195,10 +206,17 @@ class _Lines(Splitter):
             return data
         return self._feed(data)
 
+    def passes(self, lines: list[bytes]) -> bool:
+        if len(lines) != 4 or self._held or len(lines[1]) < 2:
+            return False
+        self.records += 1
+        self._recent.append(lines[1])
+        return True
+
     @property
     def finished(self) -> bool:
         last = self._recent[-1] if self._recent else b""
-        if last.endswith(b'"done":false}\n') or b"true" not in last:
+        if last.endswith((b'"done":false}\n', b'"done":false}')) or b"true" not in last:
             return False
         return self.read(last).complete
 
@@ -234,6 +252,20 @@ class _Events(Splitter):
             self._recent.append(data)
             return data
         return self._feed(data)
+
+    def passes(self, lines: list[bytes]) -> bool:
+        n = len(lines)
+        if n == 5:
+            event = lines[1]
+        elif n == 6 and lines[2]:
+            event = lines[1] + b"\n" + lines[2]
+        else:
+            return False
+        if self._held or lines[-3] or not event or event[0] <= 58 or 13 in event:
+            return False  # as in feed
+        self.records += 1
+        self._recent.append(event)
+        return True
 
     @property
     def finished(self) -> bool:

@@ -126,6 +126,7 @@ class Ledger:
     speed: Speed
     edition: int = 0
     shape: int = 0  # another one whenever what is idle, in memory or to be loaded is another
+    changes: int = 0  # another one whenever it is, but for calls that come and go
     models: dict[str, dict[int, Track]] = field(default_factory=dict)
     drain: Drain | None = None
     asked_load: PlacementKey | None = None  # a load was asked for and is not seen yet
@@ -146,6 +147,7 @@ class Ledger:
         """Prices here are out of date, and what there is room for."""
         self.edition += 1
         self.shape += 1
+        self.changes += 1
 
     # -- what is there -------------------------------------------------------------------------
 

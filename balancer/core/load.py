@@ -13,7 +13,6 @@ from typing import Final
 
 from balancer.core.slots import SlotBelief
 
-DEFAULT_SLOTS: Final = 2
 HALF_LIFE_S: Final = 10.0
 FADE_S: Final = 60.0  # in which half of what was believed of an unused backend is forgotten
 COOL_OFF_S: Final = (1.0, 2.0, 4.0, 8.0)
@@ -150,9 +149,8 @@ class Load:
         """It has just recovered: one slot now, all of them after half a minute, linearly."""
         self._ramp_from = self._clock()
 
-    def _ramped(self, passed_s: float, full: int | None = None) -> int:
-        if full is None:
-            full = DEFAULT_SLOTS if self.configured is None else self.configured
+    @staticmethod
+    def _ramped(passed_s: float, full: int) -> int:
         if passed_s >= RAMP_S - OVER_S:
             return full
         return 1 + math.floor((full - 1) * (passed_s + OVER_S) / RAMP_S)
@@ -240,9 +238,9 @@ class Load:
         return min([self._next_slot_s(now), *(left_s for left_s in rests if left_s)])
 
     def _next_slot_s(self, now: float) -> float:
-        passed_s = now - self._ramp_from
-        more = self._ramped(passed_s)
-        full = self._ramped(math.inf)
-        if more >= full:
-            return math.inf
-        return RAMP_S * more / (full - 1) - passed_s
+        passed_s, waits = now - self._ramp_from, []
+        for full in self.belief.counts:
+            slots = self._ramped(passed_s, full)
+            if slots < full:
+                waits.append(RAMP_S * slots / (full - 1) - passed_s)
+        return min(waits, default=math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
@@ -10,16 +11,22 @@ from typing import Final
 
 from balancer.core import names
 from balancer.core.books import Books
-from balancer.core.cost import GO, HOLD, LOAD
+from balancer.core.catalog import InMemory
+from balancer.core.cost import GO, HOLD, LOAD, Quote, price
 from balancer.core.decisions import Choice, listed, rank
 from balancer.core.domain import Call, PlacementKey
 from balancer.core.knobs import Knobs
+from balancer.core.ledger import Ledger
 from balancer.core.queues import Queues, Waiter
 from balancer.core.quotes import Quotes
 from balancer.core.scheduler import Commit, Load, Option, Rehearsal, Ticket, Turn
 from balancer.core.sight import Place, Sight
 from balancer.core.turns import Turns
 
+MOST_LOOKED: Final = (
+    256  # of those who are before a call; those behind them are taken to be like it
+)
+MOST_SPREAD: Final = 64  # for whom a backend is looked for one by one
 _STATES: Final = {GO: "in memory, a slot is free", HOLD: "busy", LOAD: "not in memory"}
 
 
@@ -47,18 +54,10 @@ class Outlook:
     def wait_s(self, ticket: Ticket, now: float) -> float:
         """Until *ticket* may start; 0: at once; inf: nobody can tell."""
         waiter = self._queues.waiters.get(ticket)
-        if waiter is None:  # it comes last
-            waiter = Waiter(ticket, math.inf, self._books.need(ticket.call), 0.0)
-        found = self._quotes.weigh(waiter, {}, now, exists=False)
-        if not found:
-            return math.inf
-        ahead = len(self._queues.ahead(waiter))
-        if not ahead and any(c.terms.kind is GO for c in found):
-            return 0.0
-        quotes = [c.quote for c in found]
-        rate = sum(q.capacity for q in quotes if q.resident or q.load_left_s is not None)
-        rate = rate or max(q.capacity for q in quotes)
-        return min(c.terms.wait for c in found) + ahead / rate
+        if waiter is None:
+            waiter = self._turns.preview(ticket, self._books.need(ticket.call))
+        best = self._quotes.best(self._weigh(waiter, now)[0])
+        return math.inf if best is None else best.terms.wait
 
     def rehearse(self, ticket: Ticket, now: float) -> Rehearsal:
         """What would be decided for *ticket*, whether it waits here or nowhere."""
@@ -69,27 +68,90 @@ class Outlook:
                 call = replace(ticket.call, prompt_tokens=planned_with)
                 ticket = replace(ticket, call=call)
             waiter = self._turns.preview(ticket, self._books.need(ticket.call))
-        ahead = self._queues.ahead(waiter)
-        promised = Counter(each.choice.backend for each in ahead if each.choice is not None)
-        found = sorted(self._quotes.weigh(waiter, promised, now, exists=False), key=rank)
+        found, ahead = self._weigh(waiter, now)
         best = self._quotes.best(found)
+        found.sort(key=lambda each: (each is not best, rank(each)))
         effect, text = None, self._why_not_yet(waiter, now)
         if best is not None and not text:
             effect = _effect(ticket, best)
             text = "" if effect is not None else _why_held(best, found)
-        wait_s = math.inf
-        if best is not None:
-            wait_s = self.wait_s(ticket, now) if effect is None else best.terms.wait
+        barred = self._barred(waiter, {each.backend for each in found}, now)
+        if best is None and not text and barred:
+            text = "waits until a backend has room for it"
         return Rehearsal(
             tuple(self._option(each, best, waiter.need.prompt, now) for each in found),
             effect,
-            wait_s,
+            math.inf if best is None else best.terms.wait,
             best.backend if best is not None and effect is None else "",
             text,
-            self._barred(waiter, {each.backend for each in found}, now),
-            Turn(len(ahead), waiter.tag, self._turns.fair.virtual_time),
+            barred,
+            Turn(ahead, waiter.tag, self._turns.fair.virtual_time),
             planned_with,
         )
+
+    def _weigh(self, waiter: Waiter, now: float) -> tuple[list[Choice], int]:
+        """Every candidate with its price behind those who go first, and how many these are."""
+        before, more = self._before(waiter, now)
+        promised = Counter(each.choice.backend for each in before if each.choice is not None)
+        self._spread(promised, len(before) + more - promised.total(), waiter, now)
+        found = self._quotes.weigh(waiter, promised, now, exists=False)
+        return [_queued(choice) for choice in found], len(before) + more
+
+    def _before(self, waiter: Waiter, now: float) -> tuple[list[Waiter], int]:
+        """
+        Who waits for the same and goes first: the next of them, and how many there are besides.
+
+        Not those who are kept back now, if that does not keep *waiter* back as well.
+        """
+        queue = self._queues.by_key.get(waiter.ticket.call.key)
+        if queue is None:
+            return [], 0
+        count, call = queue.place(waiter), waiter.ticket.call
+        looked, gates = queue.waiters[: min(count, MOST_LOOKED)], list[bool]()
+        before, started = [], Counter[str]()
+        for each in looked:
+            its = each.ticket.call
+            if its.batch and not call.batch:
+                gates = gates or [self._turns.is_gate_open(each, now, when_free=True)]
+                patience_s = self._knobs.batch_patience_s
+                if not gates[0] and now - each.ticket.queued_at < patience_s:
+                    continue
+            if its.owner != call.owner:
+                if not self._may_start(its, started[its.owner]):
+                    continue
+                started[its.owner] += 1
+            before.append(each)
+        deeper = count - len(looked)
+        return before, round(deeper * len(before) / len(looked)) if deeper else 0
+
+    def _spread(self, promised: Counter[str], more: int, waiter: Waiter, now: float) -> None:
+        """Promise slots to so *many more*, of whom nobody has thought yet, as they would choose."""
+        call, need = waiter.ticket.call, waiter.need
+        places = self._view.places(call, waiter.ticket.excluded, exists=False) if more else ()
+        quotes = (self._quotes.quote(place, call.key, now) for place in places)
+        able = [q for q in quotes if q is not None and (q.resident or q.load_left_s is not None)]
+        if not able:
+            return
+        if more > MOST_SPREAD:
+            most, rate = more, sum(quote.capacity for quote in able)
+            for quote in able:
+                share = math.floor((most - MOST_SPREAD) * quote.capacity / rate)
+                promised[quote.backend] += share
+                more -= share
+
+        def place(quote: Quote) -> tuple[float, float]:
+            ahead = promised[quote.backend]
+            terms = price(quote, need, 0.0, ahead, self._knobs)
+            cost_s = math.inf if terms is None else terms.total + _queued_s(quote, ahead)
+            is_dear = cost_s > self._knobs.tier_patience_s
+            return (math.inf if is_dear else -quote.tier), cost_s
+
+        heap = [(place(quote), quote.backend, quote) for quote in able]
+        heapq.heapify(heap)
+        for _ in range(more):
+            _, name, quote = heap[0]
+            promised[name] += 1
+            heapq.heapreplace(heap, (place(quote), name, quote))
 
     def _why_not_yet(self, waiter: Waiter, now: float) -> str:
         """Why a call is not looked at now, whatever is free; empty: it is."""
@@ -135,8 +197,20 @@ class Outlook:
         if ledger.has_failed(key, now):
             again_s = ledger.failed[key] - now
             return f"not in memory, and a load failed there; again in {again_s:.0f} s"
-        here = ", ".join(names.display(it.model) for it in self._books.in_memory(place.name))
-        return f"not in memory, and there is no room: {here or 'what is there'} is in use or pinned"
+        return self._why_no_room(ledger, key, now)
+
+    def _why_no_room(self, ledger: Ledger, key: PlacementKey, now: float) -> str:
+        """What is there stays there, and why."""
+        stays = []
+        for it in self._books.in_memory(ledger.name):
+            why = self._quotes.why_it_stays(ledger, it, key, now)
+            if why and it.model == key.model:
+                return f"in memory with other options{_context(it)}: {why}"
+            if why:
+                stays.append(f"{names.display(it.model)} is {why}")
+        if stays:
+            return f"not in memory, and there is no room: {', '.join(stays)}"
+        return "not in memory, and what is there was not read lately"
 
     def _option(self, choice: Choice, best: Choice | None, prompt: float, now: float) -> Option:
         """A candidate for people: what it would cost, and of what that is made."""
@@ -148,13 +222,33 @@ class Outlook:
                 state = "being loaded"
         if choice.short:
             state += f", context of {quote.context} is too short"
-        lead = "costs least" if choice is best else "costs more"
+        is_less = best is not None and choice.terms.total < best.terms.total
+        lead = "comes first" if choice is best else "costs less" if is_less else "costs more"
         ledger = self._books.ledger(choice.backend)
         victims = tuple(
             (victim, self._quotes.eviction_s(ledger, victim, now)) for victim in quote.victims
         )
         why, told = f"{lead}: {terms.total:.2f} s", listed(choice, prompt)
         return Option(choice.backend, state, why, terms.kind.value, told, victims)
+
+
+def _queued_s(quote: Quote, ahead: int) -> float:
+    """What those ahead take of a runner whose slots nobody counts; no price has that in it."""
+    return ahead / quote.capacity if quote.embeds and not quote.remote else 0.0
+
+
+def _queued(choice: Choice) -> Choice:
+    """The choice with that."""
+    more_s, terms = _queued_s(choice.quote, choice.promised), choice.terms
+    if not more_s:
+        return choice
+    return choice._replace(
+        terms=terms._replace(wait=terms.wait + more_s, total=terms.total + more_s)
+    )
+
+
+def _context(it: InMemory) -> str:
+    return "" if it.context is None else f" (context {it.context})"
 
 
 def _effect(ticket: Ticket, best: Choice) -> Commit | Load | None:
@@ -173,5 +267,7 @@ def _why_held(best: Choice, found: Sequence[Choice]) -> str:
     free = [each for each in found if each.terms.kind is GO]
     if free:
         other = min(free, key=rank)
-        text += f", which costs less than {other.backend}, where a slot is free"
+        is_higher = best.quote.tier > other.quote.tier
+        why = "has a higher priority" if is_higher else "costs less"
+        text += f", which {why} than {other.backend}, where a slot is free"
     return text

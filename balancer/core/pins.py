@@ -4,12 +4,12 @@ Models that an operator wants in memory: which copies are lacking, and which mus
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
+from balancer.core.catalog import Copy
 from balancer.core.domain import PlacementKey
-
-Resident = Mapping[str, Collection[PlacementKey]]  # what is in memory, or being loaded, by backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,26 @@ class Pin:
     key: PlacementKey
     exact: bool = False
 
-    def is_met_by(self, keys: Collection[PlacementKey]) -> bool:
-        """Whether one of these variants is the copy that is wanted."""
-        return self.key in keys if self.exact else any(key.model == self.model for key in keys)
+    def is_met_by(self, copy: Copy) -> bool:
+        """Whether what is in memory there is what is wanted; *copy* is of this pin's key."""
+        return copy.fits if self.exact else copy.resident is not None
+
+    def is_met_once(self, loaded: PlacementKey) -> bool:
+        """Whether it will be, when *loaded* is in memory."""
+        return loaded == self.key if self.exact else loaded.model == self.model
+
+    def keeps(self, backend: str, holders: Iterable[str]) -> bool:
+        """
+        Whether the copy on *backend* is one of those wanted.
+
+        Args:
+            holders: The usable backends where the pin is met. Where any will do, a copy beyond
+                those wanted may go. No more of them are asked for than need be.
+        """
+        if self.backends:
+            return backend in self.backends
+        others = (name for name in holders if name != backend)
+        return sum(1 for _ in islice(others, self.copies)) < self.copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +66,16 @@ class Lack:
     count: int
 
 
-def missing(pin: Pin, resident: Resident, usable: Collection[str]) -> Lack:
+def missing(pin: Pin, holders: Collection[str], usable: Collection[str]) -> Lack:
     """
     What *pin* lacks.
 
     Args:
-        resident: What is in memory or being loaded, by backend; one that is absent has nothing.
+        holders: The backends where it is met, or will be by a load under way.
         usable: The backends that may serve the model; a copy on another is none.
     """
     wanted = [name for name in pin.backends if name in usable] if pin.backends else list(usable)
-    lacking = tuple(name for name in wanted if not pin.is_met_by(resident.get(name, ())))
+    lacking = tuple(name for name in wanted if name not in holders)
     if pin.backends:
         return Lack(pin, lacking, len(lacking))
     count = pin.copies - (len(wanted) - len(lacking))
@@ -66,32 +83,13 @@ def missing(pin: Pin, resident: Resident, usable: Collection[str]) -> Lack:
 
 
 class Pins:
-    """All pins, those of one model together."""
+    """All pins."""
 
     def __init__(self, pins: Iterable[Pin] = ()) -> None:
-        self._by_model: dict[str, list[Pin]] = {}
-        for pin in pins:
-            self._by_model.setdefault(pin.model, []).append(pin)
+        self._pins = tuple(pins)
 
     def __iter__(self) -> Iterator[Pin]:
-        return (pin for pins in self._by_model.values() for pin in pins)
+        return iter(self._pins)
 
     def __bool__(self) -> bool:
-        return bool(self._by_model)
-
-    def protects(self, backend: str, model: str, holders: Collection[str] = ()) -> bool:
-        """
-        Whether *model* must stay in the memory of *backend*, whoever else wants the room.
-
-        Not against another variant of the same model: a host runs one of them at a time.
-
-        Args:
-            model: Its canonical name.
-            holders: The usable backends that have it in memory. Where any will do, a copy beyond
-                those wanted may go; empty: none is known to be beyond.
-        """
-        pins = self._by_model.get(model)
-        if pins is None:
-            return False
-        others = len(holders) - (backend in holders)
-        return any(backend in pin.backends if pin.backends else others < pin.copies for pin in pins)
+        return bool(self._pins)

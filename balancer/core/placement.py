@@ -17,20 +17,17 @@ from balancer.core import names
 from balancer.core.books import BACKGROUND_TICKS, Books, loaded_as
 from balancer.core.cost import HOLD, LOAD, Quote
 from balancer.core.decisions import Choice, Decisions
-from balancer.core.domain import Call, PlacementKey, Principal, Purpose, Role
+from balancer.core.domain import PlacementKey
 from balancer.core.events import DrainEnded, DrainRequested
 from balancer.core.knobs import Knobs
 from balancer.core.ledger import Drain, Ledger
 from balancer.core.pins import Pin, missing
 from balancer.core.queues import Queues, Waiter
 from balancer.core.quotes import LOADED, Quotes
-from balancer.core.routes import find
 from balancer.core.scheduler import Effect, Load, Ticket
 from balancer.core.sight import Sight
 
 PINNED: Final = "24h"  # keep-alive of a pinned model; a client's own replaces it
-NOBODY: Final = Principal("placement", Role.USER)
-MOST_STAND_INS: Final = 1000
 LEAST_DRAIN_S: Final = 60.0  # for which a drain is given time
 DEAR: Final = 0.5  # of a load: a copy ahead is not made at the cost of victims that cost more
 LOADING_PART: Final = 8  # one backend in so many may load ahead at a time
@@ -54,7 +51,7 @@ class Placement:
         self._queues = queues.by_key
         self._quotes = quotes
         self._decisions = decisions
-        self._stand_ins: dict[PlacementKey, Call] = {}
+        self._draining: dict[Ledger, None] = {}  # and some that are not any more
 
     # -- loads ---------------------------------------------------------------------------------
 
@@ -139,31 +136,43 @@ class Placement:
 
     def _load_pinned(self, now: float, effects: list[Effect]) -> bool:
         """Begin to load a pinned model that is not where it should be; False: all are."""
-        here = {name: self._keys(name) for name in self._books.backends}
         for pin in self._view.pins:
-            best = self._lacking(pin, here, now)
+            best = self._lacking(pin, now)
             if best is not None:
                 self.load(None, best, "pin", effects)
                 return True
         return False
 
-    def _keys(self, backend: str) -> list[PlacementKey]:
-        """What is in memory there, or being loaded."""
-        keys = [it.key or PlacementKey(it.model) for it in self._books.in_memory(backend)]
-        loading = self._view.loading_on(backend)
-        if loading is not None and loading.key is not None:
-            keys.append(loading.key)
-        return keys
-
-    def _lacking(self, pin: Pin, here: dict[str, list[PlacementKey]], now: float) -> Quote | None:
+    def _lacking(self, pin: Pin, now: float) -> Quote | None:
         """Where a copy that it lacks is had at the least cost; None: none lacks, or nowhere."""
-        places = self._quotes.places(self._stand_in(pin.key), frozenset())
-        lack = missing(pin, here, list(places))
+        places = self._books.keeping.places(pin.key)
+        holders = set(self._books.keeping.holders(pin))
+        for name in places:
+            loading = self._view.loading_on(name)
+            if loading is not None and loading.key is not None and pin.is_met_once(loading.key):
+                holders.add(name)
+        lack = missing(pin, holders, list(places))
         if not lack.count:
             return None
         quotes = (self._quotes.quote(places[name], pin.key, now) for name in lack.where)
-        able = [q for q in quotes if q is not None and self._may_be_loaded(q, now)]
+        able = [
+            q
+            for q in quotes
+            if q is not None and self._may_be_loaded(q, now) and not self._is_fresh(q, now)
+        ]
         return min(able, key=lambda q: (q.evict_s + q.load_s, q.backend), default=None)
+
+    def _is_fresh(self, quote: Quote, now: float) -> bool:
+        """
+        Whether another variant of the model was used there so lately that it is left in peace.
+
+        Else calls that go on asking for it and the pin would take turns, with a load for each.
+        """
+        model = quote.key.model
+        if all(victim.model != model for victim in quote.victims):
+            return False
+        used_at = self._books.ledger(quote.backend).last_used.get(model, -math.inf)
+        return now - used_at < quote.load_s
 
     def _copy_ahead(self, key: PlacementKey, now: float) -> tuple[float, str, Quote] | None:
         """A further copy of what is asked for so often that those it has will not do."""
@@ -172,7 +181,7 @@ class Placement:
         if books.demand.recent(key, now) < knobs.copy_demand:
             return None
         capacity, any_copy, cold = 0.0, False, []
-        for place in self._view.places(self._stand_in(key), frozenset(), exists=False):
+        for place in self._books.keeping.places(key).values():
             quote = self._quotes.quote(place, key, now)
             if quote is None:
                 continue
@@ -192,29 +201,6 @@ class Placement:
             if not q.victims or q.evict_s <= DEAR * q.load_s
         )
         return min(options, key=_cost, default=None)
-
-    def _stand_in(self, key: PlacementKey) -> Call:
-        """A call that does not exist, for *key*."""
-        known = self._stand_ins.get(key)
-        if known is None:
-            if len(self._stand_ins) > MOST_STAND_INS:
-                self._stand_ins.clear()
-            embeds = self._books.model(key.model).embeds
-            known = self._stand_ins[key] = Call(
-                id="",
-                route=find("POST", "/api/embed" if embeds else "/api/generate"),
-                model=names.display(key.model),
-                key=key,
-                streaming=True,
-                purpose=Purpose.LOAD,
-                replayable=False,
-                principal=NOBODY,
-                arrived_at=0.0,
-                deadline=None,
-                body=b"",
-                embedding=embeds,
-            )
-        return known
 
     # -- drains --------------------------------------------------------------------------------
 
@@ -237,6 +223,7 @@ class Placement:
         until = now + max(LEAST_DRAIN_S, 2.0 * last_s)
         ledger = self._books.ledger(name)
         ledger.drain = Drain(victim, key, now, until)
+        self._draining[ledger] = None
         ledger.moved()
         shown = names.display(victim), names.display(key.model)
         self._decisions.emit(DrainRequested(now, name, *shown, last_s, cost_s))
@@ -265,7 +252,7 @@ class Placement:
         has_variant = any(it.model == key.model for it in memory)
         load_s = ledger.speed.load_s(books.model(key.model).size)
         for it in memory:
-            if books.is_pinned(name, it.model) or not ledger.is_busy(it.model):
+            if not ledger.is_busy(it.model) or books.keeping.is_pinned(name, it.model, key):
                 continue
             if has_variant and it.model != key.model:
                 continue
@@ -274,7 +261,7 @@ class Placement:
             wanted = any(other.model == it.model for other in self._queues)
             if wanted and loaded_s < 2.0 * own_load_s:
                 continue
-            left = [o for o in memory if o is not it and not quotes.may_go(ledger, o, now)]
+            left = [o for o in memory if o is not it and not quotes.may_go(ledger, o, key, now)]
             total = sum(room.size(o, quotes.bytes(name, PlacementKey(o.model))) for o in left)
             if left and not room.fits(total + quotes.bytes(name, key), len(left) + 1):
                 continue
@@ -296,9 +283,21 @@ class Placement:
 
     def mind_drains(self, now: float, effects: list[Effect]) -> None:
         """End drains that have come to their end, or to nothing."""
-        for ledger in self._books.ledgers.values():
-            if ledger.drain is not None:
-                self._mind_drain(ledger, ledger.drain, now, effects)
+        for ledger, drain in self._drains():
+            self._mind_drain(ledger, drain, now, effects)
+
+    def end_wishes(self, now: float) -> None:
+        """End drains for what nobody waits for any more."""
+        for ledger, drain in self._drains():
+            if drain.wanted not in self._queues:
+                self._end_drain(ledger, drain, "nobody waits", now)
+
+    def _drains(self) -> list[tuple[Ledger, Drain]]:
+        """All that are under way."""
+        found = [(each, each.drain) for each in self._draining if each.drain is not None]
+        if len(found) < len(self._draining):
+            self._draining = dict.fromkeys(ledger for ledger, _ in found)
+        return found
 
     def _mind_drain(self, ledger: Ledger, drain: Drain, now: float, effects: list[Effect]) -> None:
         queue = self._queues.get(drain.wanted)

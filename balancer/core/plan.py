@@ -92,6 +92,7 @@ class Plan:
         self._version = version(knobs)
         self._passes = 0
         self._tick_at = -math.inf
+        self._unfinished = 0  # turns that ended by count, since the last tick
         # What has moved, counted; the backends, the latest last; each one's edition then.
         self._serial = 0
         self._journal: deque[str] = deque(maxlen=JOURNAL)
@@ -160,6 +161,8 @@ class Plan:
             case Changed("", _, _):
                 books.all_changed()
                 self.quotes.forget()
+                self._serial += 1  # and no journal of it: nothing holds that was thought before
+                self._journal.clear()
             case Changed(backend, dead, at):
                 books.changed(backend, at, dead=dead)
 
@@ -206,11 +209,13 @@ class Plan:
         self.books.open_pass()
         if now >= self._tick_at:
             self._tick_at = now + self.knobs.tick_s
+            self._unfinished = 0
             self.books.tick(now)
             self.placement.look_ahead(now, effects)
         if self.queues.by_key:
             self.quotes.evaluations = 0
             self._sweep(now, effects)
+        self.placement.end_wishes(now)
         at = self.wake_at()
         if at < math.inf:
             effects.append(WakeAt(at))
@@ -234,8 +239,11 @@ class Plan:
         for hopeful in (True, False) if overloaded else (None,):
             for queue in queues:
                 if queue.waiters and not self._serve(queue, now, effects, hopeful=hopeful):
-                    effects.append(WakeAt(now))
-                    return
+                    self._unfinished += 1
+                    if self._unfinished <= FEW + 2 * len(self.queues.waiters):
+                        effects.append(WakeAt(now))
+                        return
+                    break  # it comes to no end; what is left, the next tick looks at
         for queue in queues:
             queue.fresh, queue.seen, queue.tick = False, serial, tick
 
@@ -287,11 +295,14 @@ class Plan:
                     continue
                 break
             kind = best.terms.kind
-            if kind is not GO and free and self._has_held_enough(waiter, best, now):
+            declines = kind is not GO and free and not free <= ticket.excluded
+            if declines and self._has_held_enough(waiter, best, now):
                 found = found or quotes.weigh(waiter, promised, now)
                 ready = [c for c in found if c.terms.kind is GO and c.short <= best.short]
                 if ready:
                     best, kind = min(ready, key=rank), GO
+                else:  # it is for others; to ask at each turn would be all that a turn is for
+                    waiter.declined_until = now + knobs.tick_s
             name = best.backend
             if kind is GO:
                 self.queues.remove(ticket)

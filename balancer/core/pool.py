@@ -151,12 +151,13 @@ _OPEN: Final = Prospect(ProspectKind.OPEN)
 STRANGE: Final = Bar("weights", "has other weights of this model")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Place:
     """
     A backend for the calls of one placement key and route, whatever goes on there.
 
     Args:
+        copy: Of the catalogue's edition that its `_Places` are of.
         remote: It only passes them on.
         strange: It has other weights of the model than those its calls stay on.
     """
@@ -174,6 +175,7 @@ class _Places:
     All that hold what the calls need: model, route, right. In the order of the pool.
 
     Args:
+        edition: The catalogue's, that they are of.
         open: Those where nothing hinders a call, as of *moves*.
     """
 
@@ -181,6 +183,7 @@ class _Places:
     by_name: Mapping[str, _Place]
     any_strange: bool
     size_bytes: int
+    edition: int
     open: list[_Place] = field(default_factory=list)
     moves: int = -1
 
@@ -392,7 +395,8 @@ class Pool:
         self._known: dict[tuple[PlacementKey, str], _Places] = {}
         self._latest: tuple[PlacementKey | None, Route | None, _Places | None] = (None, None, None)
         self._choices: dict[str, bool] = {}
-        self._edition = -1  # of the catalogue, by which they are known
+        self._edition = -1  # of the catalogue, by which choices are known
+        self._unsteady: dict[str, Member] = {}  # where time alone may change something
         self._moves = 0  # of whatever could hinder a backend: health, breakers, switches, suspicion
         self.watchdog = Watchdog(clock, settings.first_byte_s)
 
@@ -482,6 +486,7 @@ class Pool:
                 gate.grow = not many
         if model is None and new is CLOSED:
             member.load.start_ramp()
+            self._unsteady[member.name] = member
         if new is OPEN:  # what counts is who asks from now on
             member.asked.pop(model, None) if model is not None else member.asked.clear()
         self._touch()
@@ -513,6 +518,7 @@ class Pool:
         that have had no byte go elsewhere, if they can be served there.
         """
         del self.members[member.name]
+        self._unsteady.pop(member.name, None)
         self.catalog.drop(member.name)
         self._emit(MemberLeft(self.now(), member.name))
         left = Judgement(Verdict.SLOW, blameless=True, text="has left the pool")
@@ -551,28 +557,46 @@ class Pool:
 
     def _places(self, call: Call) -> _Places:
         """Who holds what calls like this one need."""
-        if self.catalog.edition != self._edition or len(self._known) > MOST_KNOWN:
-            self._forget_places()
+        edition = self.catalog.edition
         key, route, known = self._latest  # a call is asked about several times on its way
-        if key is not call.key or route is not call.route or known is None:
-            alike = (call.key, call.route.feature)
-            known = self._known.get(alike)
-            if known is None:
-                known = self._known[alike] = self._find_places(call)
-            self._latest = call.key, call.route, known
+        if key is call.key and route is call.route and known is not None:
+            if known.edition == edition:
+                return known
+        else:
+            known = self._known.get((call.key, call.route.feature))
+        if known is None or not self._renew(known, call.key, edition):
+            if len(self._known) > MOST_KNOWN:
+                self._forget_places()
+            known = self._known[call.key, call.route.feature] = self._find_places(call)
+        self._latest = call.key, call.route, known
         return known
+
+    def _renew(self, known: _Places, key: PlacementKey, edition: int) -> bool:
+        """Look again at what has changed in memory since; False: more has changed."""
+        if known.edition == edition:
+            return True
+        moved = self.catalog.moved_since(known.edition)
+        if moved is None:
+            return False
+        for name in moved:
+            place = known.by_name.get(name)
+            if place is not None:
+                place.copy = self.catalog.copy(name, key)
+        known.edition = edition
+        return True
 
     def is_choice(self, model: str) -> bool:
         """Whether calls for *model* may go to more than one backend."""
-        if self.catalog.edition != self._edition or len(self._choices) > MOST_KNOWN:
-            self._forget_places()
+        edition = self.catalog.edition
+        if edition != self._edition or len(self._choices) > MOST_KNOWN:
+            self._edition = edition
+            self._choices.clear()
         found = self._choices.get(model)
         if found is None:
             found = self._choices[model] = len(self.holders(model)) > 1
         return found
 
     def _forget_places(self) -> None:
-        self._edition = self.catalog.edition
         self._known.clear()
         self._choices.clear()
         self._latest = None, None, None
@@ -582,7 +606,8 @@ class Pool:
         strange = self.strangers(call)
         places = [self._place(m, call.key, strange=m.name in strange) for m in holders]
         by_name = {place.name: place for place in places}
-        return _Places(tuple(places), by_name, bool(strange), self.catalog.size(call.key.model))
+        size = self.catalog.size(call.key.model)
+        return _Places(tuple(places), by_name, bool(strange), size, self.catalog.edition)
 
     def _place(self, member: Member, key: PlacementKey, *, strange: bool) -> _Place:
         copy, remote = self.catalog.copy(member.name, key), self.is_remote(member.name, key.model)
@@ -923,6 +948,10 @@ class Pool:
             return None
         return LoadingNow(backend, member.loading.since, member.loading.key)
 
+    def copy(self, backend: str, key: PlacementKey) -> Copy:
+        """What there is to know of the model there, for one key."""
+        return self.catalog.copy(backend, key)
+
     def memory(self, backend: str) -> Sequence[InMemory]:
         """What it has in memory."""
         return self.catalog.memory(backend)
@@ -954,10 +983,23 @@ class Pool:
 
     def next_change(self, now: float) -> float:
         """When a wait by the clock ends that no event will tell of; inf: none does."""
-        waits = [m.load.next_change_s() for m in self.members.values() if m.load.is_changing]
-        rules = [m.gate.rule for m in self.members.values() if m.gate.one_at_a_time]
-        waits += [rule.window_s / rule.buckets for rule in rules]
-        return now + min(waits, default=math.inf)
+        wait_s = math.inf
+        for name, member in list(self._unsteady.items()):
+            is_held, is_changing = member.gate.one_at_a_time, member.load.is_changing
+            if is_held:
+                rule = member.gate.rule
+                wait_s = min(wait_s, rule.window_s / rule.buckets)
+            if is_changing:
+                wait_s = min(wait_s, member.load.next_change_s())
+            if not is_held and not is_changing:
+                del self._unsteady[name]
+        return now + wait_s
+
+    def tell_time(self, now: float) -> None:
+        """Time has come for what `next_change` told: no event says so of those that it is of."""
+        for name, member in self._unsteady.items():
+            if member.load.is_changing or member.gate.one_at_a_time:
+                self.note(Changed(name, at=now))
 
     # -- grants --------------------------------------------------------------------------------
 
@@ -1082,6 +1124,7 @@ class Pool:
         no GPU here had a part in it.
         """
         verdict = outcome.verdict
+        self._unsteady[member.name] = member
         mark, _ = marks(verdict, Facts(remote=True, unreached=outcome.unreached))
         if verdict is Verdict.NO_ROUTE and feature:
             self.catalog.note_no_route(member.name, feature)
@@ -1108,6 +1151,7 @@ class Pool:
         if verdict is OK and not outcome.blameless and not own_options:
             self._went_well(member, key, permits)
             return
+        self._unsteady[member.name] = member
         facts = Facts(
             several_unfit=verdict is UNFIT and not own_options and self._note_unfit(member, model),
             still_listed=verdict is MISSING
@@ -1262,6 +1306,7 @@ class Pool:
             self.catalog.note_back(name)
             if known:
                 member.load.start_ramp()
+                self._unsteady[member.name] = member
                 for gate in member.models.values():
                     gate.forget_growth()
             self.refresh(name)
@@ -1447,8 +1492,8 @@ class Pool:
 
     @property
     def outlook(self) -> tuple[int, int]:
-        """Another one whenever waiting may have become vain; what ends only makes room."""
-        return self._moves, self.catalog.edition
+        """Another one whenever waiting may have become vain; what ends or loads makes room."""
+        return self._moves, self.catalog.lists_edition
 
     def runs(self) -> list[Run]:
         """All that runs."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from balancer.core import names
@@ -25,7 +25,6 @@ from balancer.core.ledger import Ledger, Track
 from balancer.core.queues import Queues, Waiter
 from balancer.core.room import GB, estimate
 from balancer.core.sight import Place, Sight
-from balancer.core.speeds import Size
 
 OVERDUE_FACTOR: Final = 3.0  # a load that takes so much longer than predicted is stuck
 OVERDUE_EXTRA_S: Final = 30.0
@@ -42,6 +41,24 @@ PROBED_FROM: Final = 0.7  # of its own speed: whoever is slower than that is not
 LOADED, UNKNOWN = Residency.LOADED, Residency.UNKNOWN
 
 
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """
+    A quote, and what it rests on; None: the backend was no candidate.
+
+    Args:
+        idle: Editions of what it rests on where nothing of ours runs; None: something did.
+    """
+
+    edition: int
+    shape: int
+    tick: int
+    at: float
+    copy: Copy
+    quote: Quote | None
+    idle: tuple[int, int] | None
+
+
 class _Making(NamedTuple):
     """
     What it takes to make room for a model on a backend.
@@ -55,6 +72,21 @@ class _Making(NamedTuple):
     possible: bool
     victims: tuple[PlacementKey, ...]
     evict_s: float
+
+
+class _Lying(NamedTuple):
+    """
+    What is in memory on a backend, as it was at one tick with one shape of its ledger.
+
+    Args:
+        idle: Models there that nobody uses.
+        sizes: Bytes that each model is guessed to take, where nobody tells.
+    """
+
+    stamp: tuple[int, int]
+    memory: tuple[InMemory, ...]
+    idle: frozenset[str]
+    sizes: dict[str, int]
 
 
 class Quotes:
@@ -76,8 +108,10 @@ class Quotes:
         self._ledgers = books.ledgers
         self._prefixes = books.prefixes
         self._queues = queues.by_key
-        self._kept: dict[tuple[str, PlacementKey], tuple[int, float, Copy, Quote | None]] = {}
+        self._kept: dict[PlacementKey, dict[str, _Kept]] = {}
+        self._count = 0  # of these
         self._makings: dict[tuple[str, PlacementKey], _Making] = {}
+        self._lie: dict[str, _Lying] = {}  # by backend
         self._wants: dict[
             PlacementKey, tuple[int, float, float]
         ] = {}  # by model: tick, wanted, of late
@@ -86,7 +120,9 @@ class Quotes:
     def forget(self) -> None:
         """Backends are not those that they were."""
         self._kept.clear()
+        self._count = 0
         self._makings.clear()
+        self._lie.clear()
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -107,22 +143,37 @@ class Quotes:
         """Every candidate with its price, in no order."""
         self.evaluations += 1
         self._decisions.evaluations += 1
-        ticket, found = waiter.ticket, []
+        ticket, found, quote_of = waiter.ticket, [], self.quote
+        key = ticket.call.key
         for place in self._view.places(ticket.call, ticket.excluded, exists=exists):
-            choice = self.priced(place, waiter, promised, now)
-            if choice is not None:
-                found.append(choice)
+            quote = quote_of(place, key, now)
+            if quote is not None or place.name == ticket.loaded_on:
+                choice = self._priced(place, quote, waiter, promised, now)
+                if choice is not None:
+                    found.append(choice)
         return found
 
     def priced(
         self, place: Place, waiter: Waiter, promised: Mapping[str, int], now: float
     ) -> Choice | None:
         """One candidate with its price; None: it is none."""
+        quote = self.quote(place, waiter.ticket.call.key, now)
+        return self._priced(place, quote, waiter, promised, now)
+
+    def _priced(
+        self,
+        place: Place,
+        quote: Quote | None,
+        waiter: Waiter,
+        promised: Mapping[str, int],
+        now: float,
+    ) -> Choice | None:
         name, ticket, need = place.name, waiter.ticket, waiter.need
+        if name == waiter.barred:
+            return None
         call = ticket.call
         key = call.key
-        quote = None if name == waiter.barred else self.quote(place, key, now)
-        if ticket.loaded_on == name != waiter.barred and (quote is None or not quote.resident):
+        if ticket.loaded_on == name and (quote is None or not quote.resident):
             # It was loaded for this very call. Whatever the host tells of it since, it is not
             # loaded for it again: that could go on for ever.
             quote = self._make(place, key, self._books.ledger(name), now, loaded=True)
@@ -153,6 +204,8 @@ class Quotes:
             return None
         if len(found) == 1:
             return found[0]
+        if not self._books.has_tiers and not any(c.short or c.quote.may_probe for c in found):
+            return _best_of(found)
         usable = [c for c in found if not c.short]
         if len(usable) < len(found):  # where one has too little, another's default is no better
             usable = [c for c in usable if c.quote.context is not None or c.quote.resident]
@@ -179,18 +232,37 @@ class Quotes:
         """The backend as *key* finds it; None: it is no candidate."""
         name, copy = place.name, place.copy
         ledger = self._ledgers.get(name) or self._books.ledger(name)
-        known = self._kept.get((name, key))
-        if known is not None:
-            edition, at, seen, quote = known
-            is_loading = quote is not None and quote.load_left_s is not None
-            holds_s = LOADING_S if is_loading else QUOTE_S
-            if edition == ledger.edition and seen is copy and now - at < holds_s:
+        here = self._kept.get(key)
+        known = None if here is None else here.get(name)
+        if known is not None and known.copy is copy:
+            quote = known.quote
+            holds_s = QUOTE_S if quote is None or quote.load_left_s is None else LOADING_S
+            if now - known.at < holds_s and (
+                known.edition == ledger.edition or self._is_as_before(known, ledger)
+            ):
+                known.edition = ledger.edition
                 return quote
-        elif len(self._kept) > MOST_QUOTES:
-            self._kept.clear()
         quote = self._make(place, key, ledger, now)
-        self._kept[name, key] = (ledger.edition, now, copy, quote)
+        shape, tick, idle = ledger.shape, self._books.ticks, _idle(ledger)
+        self._keep(key, name, _Kept(ledger.edition, shape, tick, now, copy, quote, idle))
         return quote
+
+    def _is_as_before(self, known: _Kept, ledger: Ledger) -> bool:
+        """Whether what began and ended there since makes no difference."""
+        quote = known.quote
+        if quote is None:  # to make room takes more than that
+            return known.shape == ledger.shape and known.tick == self._books.ticks
+        if known.idle is None or not quote.resident or quote.remote:
+            return False
+        slots = self._view.slots(ledger.name, quote.key.model)
+        return known.idle == _idle(ledger) and slots == quote.slots
+
+    def _keep(self, key: PlacementKey, name: str, kept: _Kept) -> None:
+        if self._count > MOST_QUOTES:
+            self.forget()
+        here = self._kept.setdefault(key, {})
+        self._count += name not in here
+        here[name] = kept
 
     def _make(
         self,
@@ -202,10 +274,24 @@ class Quotes:
         loaded: bool = False,
     ) -> Quote | None:
         name, model, copy, books = place.name, key.model, place.copy, self._books
-        residency, slots = copy.residency(now), self._view.slots(name, model)
         drain = ledger.drain
         if drain is not None and drain.victim == model and drain.wanted != key:
             return None
+        residency, making, loading = copy.residency(now), None, self._view.loading_on(name)
+        # Ollama before 0.30 lists a model from the beginning of its load on.
+        is_coming = loading is not None and loading.key == key
+        is_resident = (residency is LOADED and not is_coming) or place.remote or loaded
+        if is_resident:
+            if model in ledger.going and not place.remote:
+                return None
+        else:
+            coming = ledger.asked_load if loading is None else loading.key
+            if loading is None and coming is None:
+                making = self._making(ledger, key, residency, now)
+                if making is None:
+                    return None
+            elif coming != key:
+                return None
         _, size, embeds, _ = books.model(model)
         speed = ledger.speed
         backlog_s, decoding, share = ledger.look(model, now)
@@ -213,10 +299,10 @@ class Quotes:
             backend=name,
             key=key,
             at=now,
-            resident=residency is LOADED or place.remote or loaded,
+            resident=is_resident,
             load_left_s=None,
-            in_flight=ledger.in_flight(model),
-            slots=slots,
+            in_flight=ledger.in_flight(model) if is_resident else 0,
+            slots=self._view.slots(name, model),
             may_probe=False,
             backlog_s=backlog_s,
             share=float(share),
@@ -238,22 +324,15 @@ class Quotes:
                 quote.bonus_s = self._knobs.prefer_s
         if place.remote:
             quote.first_byte_s, quote.slots = self._view.usual_s(name, model), BEYOND
-            return quote
-        if quote.resident:
-            if model in ledger.going:
-                return None
+        elif is_resident:
             self._tell_runs(quote, ledger, now)
-            return quote
-        quote.in_flight = 0
-        loading = self._view.loading_on(name)
-        coming = ledger.asked_load if loading is None else loading.key
-        if loading is None and coming is None:
-            self._tell_load(quote, ledger, size, residency, now)
-            return quote if quote.may_load else None
-        if coming != key:
-            return None
-        usual_s = speed.load_s(size)
-        quote.load_left_s = usual_s if loading is None else _left_s(now - loading.since, usual_s)
+        elif making is not None:
+            quote.victims, quote.evict_s, quote.may_load = making.victims, making.evict_s, True
+            quote.load_s = speed.load_s(size) + (UNLOAD_S if making.victims else 0.0)
+        else:
+            usual_s = speed.load_s(size)
+            left_s = usual_s if loading is None else _left_s(now - loading.since, usual_s)
+            quote.load_left_s = left_s
         return quote
 
     def _tell_runs(self, quote: Quote, ledger: Ledger, now: float) -> None:
@@ -290,14 +369,13 @@ class Quotes:
 
     # -- room ----------------------------------------------------------------------------------
 
-    def _tell_load(
-        self, quote: Quote, ledger: Ledger, size: Size, residency: Residency, now: float
-    ) -> None:
-        """What a load there would take, and whom it would put out."""
-        key = quote.key
+    def _making(
+        self, ledger: Ledger, key: PlacementKey, residency: Residency, now: float
+    ) -> _Making | None:
+        """What a load there would put out; None: there is no way."""
         drain = ledger.drain
         if drain is not None and drain.wanted != key:
-            return
+            return None
         may_evict = residency is not UNKNOWN
         stamp = (ledger.shape, self._books.ticks, may_evict)
         made = self._makings.get((ledger.name, key))
@@ -309,37 +387,60 @@ class Quotes:
             evict_s = sum(self.eviction_s(ledger, loaded_as(it), now) for it in gone or ())
             made = _Making(stamp, gone is not None, victims, evict_s)
             self._makings[ledger.name, key] = made
-        if not made.possible:
-            return
-        quote.victims, quote.evict_s = made.victims, made.evict_s
-        quote.load_s = ledger.speed.load_s(size) + (UNLOAD_S if made.victims else 0.0)
-        quote.may_load = True
+        return made if made.possible else None
 
     def _victims(
         self, ledger: Ledger, key: PlacementKey, now: float, *, may_evict: bool
     ) -> list[InMemory] | None:
-        memory, room = self._books.in_memory(ledger.name), self._books.room(ledger.name)
+        lying, room, name = self._lying(ledger, now), self._books.room(ledger.name), ledger.name
+        if lying.memory and not lying.idle:  # as most are where many wait: no need to try
+            is_full = len(lying.memory) >= room.most_models
+            if is_full or any(it.model == key.model for it in lying.memory):
+                return None
         gone = room.victims(
-            memory,
+            lying.memory,
             lambda it: it.model == key.model,
-            lambda it: self.may_go(ledger, it, now),
+            lambda it: (
+                it.model in lying.idle and not self._books.keeping.is_pinned(name, it.model, key)
+            ),
             lambda it: self.eviction_s(ledger, loaded_as(it), now),
-            self.bytes(ledger.name, key),
-            lambda it: self.bytes(ledger.name, it.key or PlacementKey(it.model)),
+            self.bytes(name, key),
+            lambda it: lying.sizes[it.model],
         )
         if gone and not may_evict and any(it.model != key.model for it in gone):
             return None
         return gone
 
-    def may_go(self, ledger: Ledger, it: InMemory, now: float) -> bool:
-        """Whether nobody uses it, of ours or not, and no operator wants it there."""
-        books, name, model = self._books, ledger.name, it.model
-        return (
-            not ledger.is_busy(model)
-            and not books.is_pinned(name, model)
-            and not books.is_strangers(name, model, now)
-            and not self._is_awaited(ledger, model, now)
-        )
+    def _lying(self, ledger: Ledger, now: float) -> _Lying:
+        """What is in memory there, looked at once for all that could take its place."""
+        stamp = (ledger.shape, self._books.ticks)
+        known = self._lie.get(ledger.name)
+        if known is None or known.stamp != stamp:
+            memory = self._books.in_memory(ledger.name)
+            models = [it.model for it in memory]
+            idle = frozenset(m for m in models if not self._who_uses(ledger, m, now))
+            sizes = {it.model: self.bytes(ledger.name, loaded_as(it)) for it in memory}
+            known = self._lie[ledger.name] = _Lying(stamp, memory, idle, sizes)
+        return known
+
+    def may_go(self, ledger: Ledger, it: InMemory, wanted: PlacementKey, now: float) -> bool:
+        """Whether it may be put out for *wanted*."""
+        return not self.why_it_stays(ledger, it, wanted, now)
+
+    def why_it_stays(self, ledger: Ledger, it: InMemory, wanted: PlacementKey, now: float) -> str:
+        """Who uses it, of ours or not, or wants it there, for people; empty: nobody."""
+        is_busy = ledger.is_busy(it.model)
+        if not is_busy and self._books.keeping.is_pinned(ledger.name, it.model, wanted):
+            return "pinned"
+        return self._who_uses(ledger, it.model, now)
+
+    def _who_uses(self, ledger: Ledger, model: str, now: float) -> str:
+        """For people; empty: nobody."""
+        if ledger.is_busy(model):
+            return "in use"
+        if self._books.is_strangers(ledger.name, model, now):
+            return "in use past this balancer"
+        return "awaited by calls it was loaded for" if self._is_awaited(ledger, model, now) else ""
 
     def _is_awaited(self, ledger: Ledger, model: str, now: float) -> bool:
         """Whether it was just loaded for somebody who has not come to it yet."""
@@ -359,7 +460,11 @@ class Quotes:
         return self._books.room(backend).expected(model, context, guess)
 
     def eviction_s(self, ledger: Ledger, key: PlacementKey, now: float) -> float:
-        """What it will cost others that a runner is not there any more; another variant is none."""
+        """
+        What it will cost others that a runner is not there any more; another variant is none.
+
+        One that a pin would bring back costs that load as well.
+        """
         books, model = self._books, key.model
         known = self._wants.get(key)
         if known is None or known[0] != books.ticks:
@@ -370,7 +475,13 @@ class Quotes:
         _, wanted, fast = known
         load_s = ledger.speed.load_s(books.model(model).size)
         copies = books.copies(key)
-        return (wanted * load_s + 0.5 * fast * load_s * load_s) / (copies * copies)
+        cost_s = (wanted * load_s + 0.5 * fast * load_s * load_s) / (copies * copies)
+        return cost_s + load_s if books.keeping.comes_back(ledger.name, model) else cost_s
+
+
+def _idle(ledger: Ledger) -> tuple[int, int] | None:
+    """What prices rest on where nothing of ours runs; None: something does."""
+    return None if ledger.models else (ledger.changes, ledger.speed.edition)
 
 
 def _left_s(passed_s: float, usual_s: float) -> float:

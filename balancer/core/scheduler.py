@@ -186,7 +186,7 @@ class LoadAnswered:
 
 @dataclass(frozen=True, slots=True)
 class LoadRefused:
-    """The load's token or a permit was not to be had, or its ticket had gone."""
+    """The load's token or a permit was not to be had, its ticket had gone, or it was stopped."""
 
     backend: str
     key: PlacementKey

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from balancer.core.catalog import Copy, InMemory
-from balancer.core.domain import Backend, Call
+from balancer.core.domain import Backend, Call, PlacementKey
 from balancer.core.pins import Pins
 from balancer.core.scheduler import LoadingNow, View
 from balancer.core.slots import SlotBelief
@@ -51,6 +51,9 @@ class Sight(View, Protocol):
 
     def loading_on(self, backend: str) -> LoadingNow | None:
         """The detached load under way there."""
+
+    def copy(self, backend: str, key: PlacementKey) -> Copy:
+        """What there is to know of the model there, for one key."""
 
     def memory(self, backend: str) -> Sequence[InMemory]:
         """What it has in memory."""

@@ -72,6 +72,11 @@ class SlotBelief:
             return self._believed.get(model, self._default)
         return min(self._believed.get(model, self._configured), self._configured)
 
+    @property
+    def counts(self) -> set[int]:
+        """All that is believed, of whatever model."""
+        return {self.believed(model) for model in ("", *self._believed)}
+
     # -- upwards -------------------------------------------------------------------------------
 
     def may_probe(self, model: str, now: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from balancer.core import cells
 from balancer.core.decisions import Decisions
 from balancer.core.domain import Call
 from balancer.core.greedy import POLICIES, Greedy
@@ -15,6 +16,15 @@ from balancer.core.scheduler import Scheduler
 from balancer.core.sight import Sight
 
 STRATEGIES: Final = ("plan", *POLICIES)
+
+
+def cell_count(view: Sight) -> int:
+    """
+    How many cells the plan of such a pool has.
+
+    Tiers are held over the whole pool, so with them it is one, whatever its size.
+    """
+    return 1 if view.priorities else cells.count(len(view.backends()))
 
 
 def build(
@@ -39,8 +49,15 @@ def build(
     """
     if decisions is not None:
         decisions.slow.clear()  # as seen by whoever went before
-    if name == "plan":
+
+    def planner(view: Sight, may_start: Callable[[Call, int], bool]) -> Plan:
         plan = Plan(view, knobs, may_start=may_start, decisions=decisions)
         plan.prefixes.session_s = session_s
         return plan
+
+    if name == "plan":
+        count = cell_count(view)
+        if count > 1:
+            return cells.Cells(view, planner, may_start, count)
+        return planner(view, may_start)
     return Greedy(POLICIES[name], view, may_start)

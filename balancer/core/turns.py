@@ -18,6 +18,7 @@ from balancer.core.domain import Call, Outcome, PlacementKey, Purpose, Verdict
 from balancer.core.fair import FairQueue
 from balancer.core.knobs import Knobs
 from balancer.core.ledger import Track
+from balancer.core.lengths import LONGEST
 from balancer.core.queues import Queues, Waiter
 from balancer.core.scheduler import Ticket
 from balancer.core.sight import Sight
@@ -96,9 +97,11 @@ class Turns:
         """It was committed."""
         call = waiter.ticket.call
         self.fair.advance(waiter.tag)
-        classes = self._classes.setdefault(call.key, _Classes(at=now))
-        if len(self._classes) > MOST_KEYS:
-            self._classes.clear()
+        classes = self._classes.get(call.key)
+        if classes is None:
+            if len(self._classes) > MOST_KEYS:
+                self._classes.clear()
+            classes = self._classes[call.key] = _Classes(at=now)
         classes.add(now, batch=call.batch)
 
     def settle(self, track: Track, outcome: Outcome) -> None:
@@ -107,7 +110,10 @@ class Turns:
         is_told = outcome.verdict is Verdict.OK and call.purpose is Purpose.RUN
         if not is_told or call.embedding:
             return
-        true = _charge(usage.tokens_in or track.prompt, track.written(usage) or 0)
+        read, written = usage.tokens_in or track.prompt, track.written(usage) or 0
+        if max(read, written) > LONGEST:  # what a backend tells may be nonsense
+            return
+        true = _charge(read, written)
         charged = _charge(track.prompt, track.answer)
         self.fair.settle(_line(call), true - charged, self._weight(call))
 
@@ -138,14 +144,19 @@ class Turns:
             known = self._slots[model] = (books.ticks, total)
         return known[1]
 
-    def is_gate_open(self, waiter: Waiter, now: float) -> bool:
-        """Whether batch may take slots of this key now."""
+    def is_gate_open(self, waiter: Waiter, now: float, *, when_free: bool = False) -> bool:
+        """
+        Whether batch may take slots of this key now.
+
+        Args:
+            when_free: Where none is free, as it will be when one is.
+        """
         knobs, key = self._knobs, waiter.ticket.call.key
         slots = self._all_slots(key)
         if not slots:
             return True
         used = sum(ledger.in_flight(key.model) for ledger in self._books.ledgers.values())
-        if slots - used > knobs.batch_reserve * slots:
+        if max(slots - used, when_free) > knobs.batch_reserve * slots:
             return True
         classes = self._classes.get(key)
         if classes is None:
@@ -162,8 +173,10 @@ class Turns:
         knobs, waiters = self._knobs, self._queues.waiters
         if len(waiters) <= knobs.triage_depth * max(1, len(self._books.backends)):
             return False
-        oldest = min(waiter.ticket.queued_at for waiter in waiters.values())
-        return now - oldest >= knobs.triage_after_s
+        # Who came first stands first, as a rule.
+        return any(
+            now - waiter.ticket.queued_at >= knobs.triage_after_s for waiter in waiters.values()
+        )
 
     def has_hope(self, waiter: Waiter, now: float) -> bool:
         """Whether it can still be quick, or has waited so long that it must not be put off."""

@@ -39,7 +39,7 @@ from balancer.core.domain import (
     Verdict,
 )
 from balancer.core.events import Emit, Mishap, TrialEnded
-from balancer.core.pool import Pool, Trial
+from balancer.core.pool import Loading, Pool, Trial
 from balancer.core.retry import repeats_crash
 from balancer.core.scheduler import Load, Unload
 from balancer.core.verdicts import Failure, FailureKind, Judgement
@@ -477,17 +477,25 @@ class Prober:
         """Carry out a detached load whose token was taken."""
         task = self._tasks.spawn(self._load(load), f"load of {load.key.model} on {load.backend}")
         self._loads[load.backend] = task
-        task.add_done_callback(lambda ended: self._load_over(load, ended))
+        token = self._token(load.backend)
+        task.add_done_callback(lambda ended: self._load_over(load, token, ended))
 
-    def _load_over(self, load: Load, task: asyncio.Task[Any]) -> None:
-        """A load that was cancelled, perhaps before its first step: calls wait on, unblamed."""
-        if not task.cancelled():
+    def _token(self, backend: str) -> Loading | None:
+        member = self._pool.members.get(backend)
+        return None if member is None else member.loading
+
+    def _load_over(self, load: Load, token: Loading | None, task: asyncio.Task[Any]) -> None:
+        """A load that was cancelled, perhaps before its first step, or broke by a bug of ours."""
+        if not task.cancelled() and task.exception() is None:
             return
-        stopped = Judgement(Verdict.STOPPED, text="was stopped")
-        now = self._clock()
-        self._pool.end_load(load.backend, load.key, self._outcome(stopped, now, None))
+        if token is not None and self._token(load.backend) is token:  # it has not come back
+            stopped = Judgement(Verdict.STOPPED, text="was stopped")
+            outcome = self._outcome(stopped, self._clock(), None)
+            self._pool.end_load(load.backend, load.key, outcome)
+        if self._loads.get(load.backend) is task:
+            del self._loads[load.backend]
         if self.dispatcher is not None:
-            self.dispatcher.load_ended(load, None, None, 0.0)
+            self.dispatcher.load_stopped(load)
 
     def abandon(self, name: str) -> None:
         """The backend is dead or has left: its load ends, and whoever waited for it waits on."""

@@ -232,8 +232,9 @@ class Proxy:
 
     async def handle(self, exchange: Exchange) -> web.StreamResponse:
         """Answer one inference call."""
-        if self.dispatcher.admission.is_full():
-            self.dispatcher.admission.check("")  # before the body is read
+        if self.dispatcher.admission.is_full():  # tell it before the body is read
+            share = self._share(exchange)
+            self.dispatcher.check_room(share.key_for(share.session))
         exchange.hold = self.memory.hold(owner=owner_of(exchange.principal, exchange.client))
         most = self.settings.max_body
         return await self.answer(

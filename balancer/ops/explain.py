@@ -14,7 +14,6 @@ from typing import Any, Final, Protocol
 
 from balancer.core import names, routes
 from balancer.core.body import read
-from balancer.core.catalog import Catalog
 from balancer.core.contexts import Contexts, Placed, context_of
 from balancer.core.decisions import Decision, Decisions, listed
 from balancer.core.dispatch import Dispatcher, Forecast
@@ -101,10 +100,11 @@ class Explain:
             call = calls[self._dispatcher.choose(calls, exists=False)]
         excluded = frozenset(query.getall("exclude", []))
         if past:
-            call = replace(call, key=past[0].key)
-        open_to = [s.candidate for s in self._pool.standings(call, frozenset()) if s.bar is None]
-        placed = self._contexts.place(call, open_to)
-        call = replace(call, key=placed.key)
+            call, placed = replace(call, key=past[0].key), None
+        else:
+            standings = self._pool.standings(call, frozenset())
+            placed = self._contexts.place(call, [s.candidate for s in standings if s.bar is None])
+            call = replace(call, key=placed.key)
         told = self._dispatcher.forecast(call, excluded)
         if not asked:
             model = call.key.model
@@ -138,7 +138,7 @@ class Explain:
             "model": catalog.shown(call.key.model),
             "alias": None,
             "options": dict(call.key.options),
-            "num_ctx": None if placed is None else self._context(call, placed),
+            "num_ctx": self._context(call, placed),
             "prompt_tokens": told.prompt_tokens or call.prompt_tokens,
             "strategy": self._strategy(),
             "outcome": {
@@ -225,15 +225,19 @@ class Explain:
             ],
         }
 
-    def _context(self, call: Call, placed: Placed) -> dict[str, Any]:
-        """What the rules make of the context, and where calls that cannot ask get another one."""
-        gets, model = context_of(placed.key), call.key.model
+    def _context(self, call: Call, placed: Placed | None) -> dict[str, Any]:
+        """
+        What the rules make of the context, and where calls that cannot ask get another one.
+
+        Of a call that was *placed* before, it is not known what it asked for.
+        """
+        gets, model = context_of(call.key), call.key.model
         runners = {name: self._pool.catalog.runner(name, model) for name in self._pool.members}
         return {
             "policy": self._contexts.rules.of(model).policy.value,
-            "asked": placed.asked,
+            "asked": None if placed is None else placed.asked,
             "gets": gets,
-            "rewritten": placed.num_ctx is not None,
+            "rewritten": None if placed is None else placed.num_ctx is not None,
             "defaults": {
                 name: runner.default
                 for name, runner in runners.items()
@@ -260,7 +264,7 @@ class Explain:
             "name": standing.backend,
             "may_serve": bar is None,
             "order": order,
-            "state": "" if option is None else option.state + self._note(standing, call),
+            "state": self._state(standing, call, option),
             "code": "" if bar is None else bar.code,
             "reason": bar.text if bar is not None else barred if option is None else option.why,
             "kind": "" if option is None else option.kind,
@@ -279,13 +283,23 @@ class Explain:
             "first_byte_s": round(c.first_byte_s, 3),
         }
 
+    def _state(self, standing: Standing, call: Call, option: Option | None) -> str:
+        """What the call would find there; empty: as the residency tells."""
+        if option is not None:
+            return option.state + self._note(standing, call)
+        is_other = standing.bar is None and self._is_other(standing, call)
+        return "with other options" if is_other else ""
+
+    def _is_other(self, standing: Standing, call: Call) -> bool:
+        """Whether another variant of the model is in memory there."""
+        resident = self._pool.catalog.resident(standing.backend, call.key.model) is not None
+        return resident and standing.candidate.residency is Residency.ON_DISK
+
     def _note(self, standing: Standing, call: Call) -> str:
         """A copy that is there, and yet of no use to this call, or of less."""
-        catalog: Catalog = self._pool.catalog
-        resident = catalog.resident(standing.backend, call.key.model) is not None
         if standing.backend in self._pool.strangers(call):
             return ", of other weights: nobody with the usual ones can serve it now"
-        is_other = resident and standing.candidate.residency is Residency.ON_DISK
+        is_other = self._is_other(standing, call)
         return " as asked for: it is with other options" if is_other else ""
 
 

@@ -133,8 +133,8 @@ METRICS: Final = (
     _scraped(
         "counter",
         *("queue_refused_total", "reason"),
-        help="Calls refused on arrival. reason: max_depth, max_depth_per_model, or wait (it would"
-        " be longer than queue.max_wait).",
+        help="Calls refused on arrival, or later in favour of a caller with fewer. reason:"
+        " max_depth, max_depth_per_model, or wait (it would be longer than queue.max_wait).",
     ),
     _scraped(
         "counter",

@@ -145,6 +145,15 @@ class PoolBench:
         self.lists(name, *models)
         self.holds(name, *loaded)
 
+    def recover(self, name: str, *models: str, loaded: Iterable[str] = ()) -> None:
+        """It was away, and has just come back."""
+        self.check(name, ok=False, connected=False, count=3)
+        while not self[name].health.up:
+            self.clock.advance(1.0)
+            self.check(name)
+        self.lists(name, *models)
+        self.holds(name, *loaded)
+
     def start(self, name: str, *models: str, loaded: Iterable[str] = ()) -> None:
         """Add one backend that is up."""
         present = [member.backend for member in self.pool.members.values()]

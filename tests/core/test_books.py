@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
-from balancer.core.scheduler import Changed
-from tests.core.bench import backend, call, tried
+from balancer.core.dispatch import LoadFailed
+from balancer.core.domain import Verdict
+from balancer.core.events import SampleDiscarded
+from balancer.core.pins import Pin, Pins
+from balancer.core.scheduler import Changed, LoadRefused
+from tests.core.bench import backend, call, key, resident, tried
 from tests.core.planned import SLOW, M, Planned, at_rest, where
 
 
@@ -126,6 +130,43 @@ def test_what_cannot_be_is_not_taken_up(part: str, told: Any) -> None:
     assert bench.plan.learned(bench.clock()) == fresh.plan.learned(fresh.clock())
 
 
+def test_a_load_of_ours_is_no_strangers_use(bench: Planned) -> None:
+    """Its time to expire is a new one in each reading while it loads, and when that has ended."""
+    bench.start("a", "m:1")
+    bench.pool.pins = Pins([Pin(M, ("a",), 1, key("m:1"))])
+    bench.dispatcher.kick()
+    bench.sleep(3.0)
+    assert bench.loads
+    for minute in range(5, 9):
+        bench.holds("a", "m:1", minute=minute)
+        bench.sleep(1.0)
+    bench.loaded()
+    bench.holds("a", "m:1", minute=9)
+    assert not bench.plan.books.is_strangers("a", M, bench.clock())
+    bench.sleep(70.0)
+    bench.holds("a", "m:1", minute=15)
+    assert bench.plan.books.is_strangers("a", M, bench.clock())
+
+
+@pytest.mark.parametrize(("moved", "is_use"), [("00.000001Z", False), ("00.1Z", True)])
+def test_a_time_to_expire_that_trembles_is_no_use(bench: Planned, moved: str, is_use: bool) -> None:
+    """Whoever reckons it anew for each reading may be off by a little."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    row = resident("m:1") | {"expires_at": f"2026-11-21T12:05:{moved}"}
+    bench.pool.note_ps("a", [row], bench.clock())
+    assert bench.plan.books.is_strangers("a", M, bench.clock()) is is_use
+
+
+def test_when_what_was_kept_was_found_beyond_belief(bench: Planned) -> None:
+    """By the clock, though nothing has run there yet."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    told = {"speeds": {"a": {"prompt_rate": 1e12, "samples": {"prompt": 9}}}}
+    bench.plan.recall(told, bench.clock(), 0.0)
+    bench.plan.note(Changed("a", at=bench.clock()))
+    assert {event.at for event in bench.of(SampleDiscarded)} == {bench.clock()}
+    assert bench.clock() > 0.0
+
+
 # -- what is known ------------------------------------------------------------------------------
 
 
@@ -157,3 +198,66 @@ def test_a_call_that_never_began_is_taken_back(bench: Planned) -> None:
     for _ in range(2):
         books.take_back(asked)
         assert at_rest(bench.plan)
+
+
+def test_who_left_while_busy_is_not_who_comes_back(bench: Planned) -> None:
+    """The name is used again for another machine: nothing of the first is taken for the new one."""
+    bench.shape(backend("a", slots=None), "b")
+    bench.up("a", "m:1", loaded=["m:1"])
+    running = bench.submit()
+    bench.speed("a", **SLOW)
+    bench.shape("b")
+    bench.shape(backend("a", slots=None, url="http://new:11434", weight=2.0), "b")
+    bench.up("a", "m:1", loaded=["m:1"])
+    ledger = bench.plan.books.ledger("a")
+    assert ledger.is_idle
+    assert not ledger.speed.is_measured
+    assert ledger.speed.prompt(M, bench.plan.books.model(M).size) > SLOW["prompt_rate"]
+    believed = bench["a"].load.belief
+    before = believed.dump()
+    bench.pour(1.0, 60, running)
+    assert believed.dump() == before
+    assert not believed._trying
+    bench.end(running)
+    assert at_rest(bench.plan)
+
+
+def test_what_ends_after_its_backend_left_may_tell_nonsense(bench: Planned) -> None:
+    """A sample beyond belief of a machine that is no more: told, and nothing breaks."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    running = bench.submit(prompt_tokens=1000)
+    bench.pour(1.0, 60, running)
+    bench.shape(backend("a", url="http://new:11434"))
+    bench.end(running, tokens_in=10**9, tokens_out=60, prompt_s=0.03)
+    assert [told.kind for told in bench.of(SampleDiscarded)] == ["prompt_rate"]
+    assert at_rest(bench.plan)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_load_that_ends_after_its_backend_left_leaves_nothing_behind(
+    bench: Planned, *, ok: bool
+) -> None:
+    """No ledger is made for a name that is nobody's."""
+    bench.start("a", "m:1")
+    bench.start("b", "m:1")
+    bench.submit()
+    (load,) = bench.loads
+    other = "b" if load.backend == "a" else "a"
+    bench.shape(other)
+    bench.loaded(verdict=Verdict.OK if ok else Verdict.STOPPED)
+    bench.dispatcher._note(LoadRefused(load.backend, load.key))
+    bench.dispatcher._note(Changed(load.backend))
+    assert set(bench.plan.ledgers) == {other}
+
+
+def test_what_a_load_that_came_to_nothing_was_to_leave_is_not_expected(bench: Planned) -> None:
+    """That others have gone by the time somebody else loads the model says nothing of room."""
+    bench.shape(backend("a", slots=2))
+    bench.up("a", "m:1", "o:1", loaded=["m:1"])
+    cold = bench.submit("o:1")
+    bench.loaded(verdict=Verdict.OVERDUE)
+    assert isinstance(cold.error, LoadFailed)
+    bench.holds("a")
+    bench.sleep(400.0)
+    bench.holds("a", "o:1")
+    assert bench.plan.books.room("a").too_much is None

@@ -30,6 +30,7 @@ from balancer.core.scheduler import (
     Fact,
     Load,
     LoadAnswered,
+    LoadRefused,
     Refuse,
     Ticket,
     TicketState,
@@ -218,7 +219,7 @@ def test_what_is_believed_again_is_used(bench: Bench) -> None:
 def test_slots_that_grow_with_time_are_used_as_they_come(bench: Bench) -> None:
     """After a recovery one slot, after half a minute all; nobody waits for an event."""
     bench.shape(backend("a", slots=3))
-    bench["a"].load.start_ramp()
+    bench.recover("a", "m:1", loaded=["m:1"])
     clients = [bench.submit() for _ in range(3)]
     assert [client.waits for client in clients] == [False, True, True]
     bench.sleep(15.0)
@@ -284,6 +285,85 @@ def test_a_full_queue_refuses_new_calls_only(bench: Bench) -> None:
     for client in (*waiting, again):
         assert client.ticket is not None
         bench.dispatcher.withdraw(client.ticket)
+
+
+@pytest.mark.parametrize("limits", [QueueLimits(3, 9), QueueLimits(9, 3)])
+def test_one_owner_cannot_fill_the_queue_for_others(bench: Bench, limits: QueueLimits) -> None:
+    """Who has most waiting gives way, the newest call first, until others have as many."""
+    bench.dispatcher.admission.limits = limits
+    fill(bench)
+    many = [bench.submit(fair_key="many", id=f"r{number}") for number in range(3)]
+    assert isinstance(bench.submit(fair_key="many").error, errors.QueueFull)
+    few = bench.submit(fair_key="few")
+    assert (few.waits, many[0].waits, many[1].waits) == (True, True, True)
+    assert isinstance(many[2].error, errors.QueueFull)
+    assert "other callers have fewer" in many[2].error.text
+    assert many[2].error.retry_after_s
+    assert isinstance(bench.submit(fair_key="few").error, errors.QueueFull), "that would be turned"
+    third = bench.submit(fair_key="third")
+    assert (third.waits, many[0].waits) == (True, True)
+    assert isinstance(many[1].error, errors.QueueFull)
+    assert isinstance(bench.submit(fair_key="fourth").error, errors.QueueFull), "one each is fair"
+    assert bench.dispatcher.admission.depth == 3
+    assert sum(bench.dispatcher.admission.refused.values()) == 5
+    for client in (many[0], few, third):
+        assert client.ticket is not None
+        bench.dispatcher.withdraw(client.ticket)
+
+
+def test_who_gives_way_gives_batch_first_and_never_what_was_tried(bench: Bench) -> None:
+    """A call that was tried has been let in already."""
+    bench.dispatcher.admission.limits = QueueLimits(3, 3)
+    fill(bench)
+    more: dict[str, Any] = {"attempts": (tried("a"),), "excluded": frozenset("a")}
+    batch, plain = bench.submit(fair_key="x", batch=True), bench.submit(fair_key="x")
+    again = bench.submit(fair_key="x", **more)
+    assert bench.submit(fair_key="y").waits
+    assert isinstance(batch.error, errors.QueueFull)
+    assert (plain.waits, again.waits) == (True, True)
+    for client in (plain, again):
+        assert client.ticket is not None
+
+
+def test_who_gives_way_and_comes_again_takes_nobodys_place(bench: Bench) -> None:
+    """The queue stays within its bounds, though a refusal may set off a call at once."""
+    bench.dispatcher.admission.limits = QueueLimits(2, 2)
+    fill(bench)
+    bench.submit(fair_key="many")
+    heard: list[BalancerError] = []
+
+    def once_more(error: BalancerError) -> None:
+        heard.append(error)
+        heard.append(bench.submit(fair_key="many").error)
+
+    bench.dispatcher.submit(call(fair_key="many"), lambda _: None, once_more)
+    few = bench.submit(fair_key="few")
+    assert few.waits
+    assert [type(error) for error in heard] == [errors.QueueFull] * 2
+    assert bench.dispatcher.admission.depth == 2
+
+
+def test_before_a_call_is_read_only_who_could_not_wait_anyway_is_refused(bench: Bench) -> None:
+    """Whatever model it is for."""
+    bench.dispatcher.admission.limits = QueueLimits(2, 2)
+    fill(bench)
+    bench.dispatcher.check_room("many")
+    for _ in range(2):
+        bench.submit(fair_key="many")
+    bench.dispatcher.check_room("few")
+    with pytest.raises(errors.QueueFull, match=r"queue\.max_depth"):
+        bench.dispatcher.check_room("many")
+
+
+def test_a_forecast_knows_who_gives_way(bench: Bench) -> None:
+    """A call that would take another's place is not foretold a refusal; nobody is refused."""
+    bench.dispatcher.admission.limits = QueueLimits(2, 2)
+    fill(bench)
+    waiting = [bench.submit(fair_key="many") for _ in range(2)]
+    assert bench.dispatcher.forecast(call(fair_key="few")).kind == "queue"
+    assert bench.dispatcher.forecast(call(fair_key="many")).kind == "refused"
+    assert all(client.waits for client in waiting)
+    assert not bench.dispatcher.admission.refused
 
 
 def test_a_full_queue_stands_in_nobodys_way_who_need_not_wait(bench: Bench) -> None:
@@ -486,6 +566,21 @@ def test_a_load_that_fails_without_blame_is_not_repeated_for_the_same_call(bench
     bench.loaded()
     assert again.lease.why == "failover"
     settle(bench, again)
+
+
+def test_a_load_that_was_stopped_is_neither_made_nor_failed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call hears nothing and waits on; the scheduler hears of no success; another begins."""
+    cold, told = bench.submit("n:1"), list[Fact]()
+    (load,) = bench.loads
+    bench.loads.clear()
+    bench.pool.end_load(load.backend, load.key, outcome(Verdict.STOPPED, bench.clock()))
+    monkeypatch.setattr(bench.scheduler, "note", told.append)
+    bench.dispatcher.load_stopped(load)
+    assert told == [LoadRefused(load.backend, load.key)]
+    assert [again.ticket for again in bench.loads] == [cold.ticket]
+    assert cold.waits
 
 
 def test_a_load_may_end_when_nobody_waits_for_it_any_more(bench: Bench) -> None:

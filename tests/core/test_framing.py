@@ -201,6 +201,55 @@ def test_a_long_tail_passes_and_is_marked(
     assert split.ending() == ending_of(fed, how)
 
 
+def lines_of(part: bytes) -> list[bytes]:
+    """Of an HTTP chunk."""
+    return (b"%x\r\n%b\r\n" % (len(part), part)).split(b"\n")
+
+
+@UNTIMED
+@given(segmented())
+@example((NDJSON, [TOKEN, ERROR, DONE]))
+@example((SSE, [CHUNK, PING, MESSAGE_STOP, b"data: a\r\n\n"]))
+def test_a_record_may_pass_inside_its_chunk(stream: tuple[Framing, list[bytes]]) -> None:
+    """What is passed, held, counted and told is what it would be by itself."""
+    how, pieces = stream
+    plain, split = splitter(how), splitter(how)
+    for piece in pieces:
+        is_line = piece.endswith(b"\n")
+        passed = piece if is_line and split.passes(lines_of(piece)) else split.feed(piece)
+        assert passed == plain.feed(piece)
+        assert (split.records, split.finished) == (plain.records, plain.finished)
+    assert split.flush() == plain.flush()
+    assert split.ending() == plain.ending()
+
+
+@pytest.mark.parametrize(
+    ("how", "part", "passes"),
+    [
+        (NDJSON, TOKEN, True),
+        (NDJSON, DONE, True),
+        (NDJSON, TOKEN + DONE, False),
+        (NDJSON, b"\n", False),
+        (NDJSON, b"\r\n", False),
+        (SSE, CHUNK, True),
+        (SSE, MESSAGE_STOP, True),
+        (SSE, CHUNK + CHUNK, False),
+        (SSE, CHUNK[:-1], False),
+        (SSE, COMMENT, False),
+        (SSE, b"\n\n", False),
+        (SSE, b"data: a\r\n\r\n", False),
+        (SSE, b"data: a\r\n\n", False),
+    ],
+)
+def test_what_may_pass_inside_its_chunk(how: Framing, part: bytes, *, passes: bool) -> None:
+    """One whole record as servers send them, and nothing while half a one is held."""
+    split = splitter(how)
+    assert split.passes(lines_of(part)) is passes
+    assert split.records == passes
+    split.feed(b"data: half")
+    assert not split.passes(lines_of(part))
+
+
 @UNTIMED
 @given(segmented())
 def test_records_are_those_a_plain_parser_finds(stream: tuple[Framing, list[bytes]]) -> None:

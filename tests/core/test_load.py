@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.load import DEFAULT_SLOTS, FADE_S, Load, PeakEwma
+from balancer.core.load import FADE_S, Load, PeakEwma
+from balancer.core.slots import DEFAULT
 from tests.core.clocks import ManualClock
 
 A, B = "registry.ollama.ai/library/a:latest", "registry.ollama.ai/library/b:latest"
@@ -75,7 +76,7 @@ def test_the_sum_is_the_parts(steps: list[tuple[bool, str]]) -> None:
 def test_slots_are_configured_or_two(load: Load, clock: ManualClock) -> None:
     """Without a configured number two calls at once are believed; a new number counts at once."""
     assert load.slots(A) == 4
-    assert Load(clock).slots(A) == DEFAULT_SLOTS == 2
+    assert Load(clock).slots(A) == DEFAULT == 2
     load.configured = 8
     assert load.slots(A) == 8
     load.configured = None
@@ -110,6 +111,18 @@ def test_every_step_of_the_ramp_is_foretold(slots: int, start: float) -> None:
         clock.advance(load.next_change_s())
     assert load.slots(A) == slots
     assert load.next_change_s() == math.inf
+
+
+def test_what_is_believed_of_each_model_has_its_own_steps(clock: ManualClock) -> None:
+    """The next slot of any model is foretold where none is configured."""
+    load = Load(clock)
+    load.belief.restore({"believed": {A: 4, B: 3}})
+    load.start_ramp()
+    seen = []
+    while (left_s := load.next_change_s()) < math.inf:
+        clock.advance(left_s)
+        seen.append((load.slots(A), load.slots(B)))
+    assert seen == [(2, 1), (2, 2), (3, 2), (4, 3)]
 
 
 # -- speed -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pins: what is lacking, and what must stay."""
+"""Pins: what meets them, what is lacking, and which copy is one of those wanted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import pytest
 
 from balancer.core.domain import PlacementKey
 from balancer.core.pins import Lack, Pin, Pins, missing
-from tests.core.bench import canon, key
+from tests.core.bench import PoolBench, canon, key
 
-M, N = canon("m:1"), canon("n:1")
+M = canon("m:1")
 PLAIN, LONG = key("m:1"), key("m:1", num_ctx=8192)
-OTHER = key("n:1")
 
 
 def pin(*backends: str, copies: int = 1, wanted: PlacementKey = PLAIN) -> Pin:
@@ -19,59 +18,61 @@ def pin(*backends: str, copies: int = 1, wanted: PlacementKey = PLAIN) -> Pin:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "resident", "usable", "where", "count"),
+    ("wanted", "holders", "usable", "where", "count"),
     [
-        (pin("a", "b"), {"a": [PLAIN]}, "abc", "b", 1),
-        (pin("a", "b"), {"a": [OTHER]}, "abc", "ab", 2),
-        (pin("a", "b"), {}, "bc", "b", 1),
-        (pin("a", "b"), {}, "c", "", 0),
-        (pin(copies=2), {}, "abc", "abc", 2),
-        (pin(copies=2), {"b": [OTHER, PLAIN]}, "abc", "ac", 1),
-        (pin(copies=2), {"a": [PLAIN], "b": [PLAIN]}, "abc", "c", 0),
-        (pin(copies=1), {"a": [PLAIN], "b": [PLAIN]}, "abc", "c", 0),
-        (pin(copies=2), {"a": [PLAIN]}, "bc", "bc", 2),
-        (pin(copies=9), {"a": [PLAIN]}, "ab", "b", 1),
-        (pin(copies=9), {}, "", "", 0),
+        (pin("a", "b"), "a", "abc", "b", 1),
+        (pin("a", "b"), "", "abc", "ab", 2),
+        (pin("a", "b"), "", "bc", "b", 1),
+        (pin("a", "b"), "", "c", "", 0),
+        (pin(copies=2), "", "abc", "abc", 2),
+        (pin(copies=2), "b", "abc", "ac", 1),
+        (pin(copies=2), "ab", "abc", "c", 0),
+        (pin(copies=1), "ab", "abc", "c", 0),
+        (pin(copies=2), "a", "bc", "bc", 2),
+        (pin(copies=9), "a", "ab", "b", 1),
+        (pin(copies=9), "", "", "", 0),
     ],
 )
-def test_what_is_lacking(
-    wanted: Pin, resident: dict[str, list[PlacementKey]], usable: str, where: str, count: int
-) -> None:
+def test_what_is_lacking(wanted: Pin, holders: str, usable: str, where: str, count: int) -> None:
     """Named backends each; else so many of those that can, where copies elsewhere do not count."""
-    assert missing(wanted, resident, list(usable)) == Lack(wanted, tuple(where), count)
+    assert missing(wanted, list(holders), list(usable)) == Lack(wanted, tuple(where), count)
 
 
-def test_an_exact_pin_wants_just_its_variant() -> None:
-    """And another is content with what callers asked for."""
-    resident = {"a": [LONG], "b": [PLAIN]}
-    assert missing(pin("a", "b", wanted=LONG), resident, "ab").where == ("b",)
-    assert missing(pin("a", "b"), resident, "ab").where == ()
+@pytest.mark.parametrize(
+    ("loaded", "context", "any_will_do", "exact"),
+    [("n:1", 8192, False, False), ("m:1", 4096, True, False), ("m:1", 8192, True, True)],
+)
+def test_what_meets_a_pin(loaded: str, context: int, any_will_do: bool, exact: bool) -> None:
+    """With a context just that one, whoever loaded it; else the model, in whatever way."""
+    bench = PoolBench()
+    bench.shape("a")
+    bench.up("a", "m:1", "n:1")
+    bench.holds("a", loaded, context=context)
+    met = [each.is_met_by(bench.catalog.copy("a", each.key)) for each in (pin(), pin(wanted=LONG))]
+    assert met == [any_will_do, exact]
 
 
-def test_a_pinned_copy_stays() -> None:
-    """Of this model, on these backends, and no other."""
-    pins = Pins([pin("a")])
-    assert pins.protects("a", M)
-    assert not pins.protects("b", M)
-    assert not pins.protects("a", N)
-    assert not Pins().protects("a", M)
+def test_what_a_load_under_way_will_meet() -> None:
+    """As what is in memory."""
+    told = [(pin().is_met_once(k), pin(wanted=LONG).is_met_once(k)) for k in (PLAIN, LONG)]
+    assert told == [(True, False), (True, True)]
+    assert not pin().is_met_once(key("n:1"))
 
 
-def test_what_is_beyond_the_copies_wanted_may_go() -> None:
-    """As far as the holders are known; the last that are wanted stay, wherever they are."""
-    pins = Pins([pin(copies=2)])
-    assert pins.protects("a", M)
-    assert not pins.protects("a", M, "abc")
-    assert pins.protects("a", M, "ab")
-    assert pins.protects("a", M, "bc"[:1])
-    assert not pins.protects("a", M, "bc"), "its own copy is not one of those that count"
+def test_what_is_beyond_the_copies_wanted_is_not_kept() -> None:
+    """The last that are wanted stay, wherever they are; on named backends each."""
+    two = pin(copies=2)
+    assert two.keeps("a", "a")
+    assert two.keeps("a", "ab")
+    assert not two.keeps("a", "abc")
+    assert not two.keeps("a", "bc"), "its own copy is not one of those that count"
+    assert pin("a").keeps("a", "abc")
+    assert not pin("a").keeps("b", "b")
 
 
-def test_pins_of_one_model_each_count() -> None:
-    """It stays where any of them wants it."""
+def test_all_pins() -> None:
+    """In the order they were written; none is nothing."""
     both = pin("a"), pin("b", wanted=LONG)
-    pins = Pins(both)
-    assert tuple(pins) == both
-    assert [name for name in "abc" if pins.protects(name, M)] == ["a", "b"]
-    assert pins
+    assert tuple(Pins(both)) == both
+    assert Pins(both)
     assert not Pins()

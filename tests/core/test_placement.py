@@ -125,6 +125,19 @@ def test_a_drain_ends_with_the_wish(bench: Planned) -> None:
     assert bench.plan.ledgers["a"].drain is None
 
 
+def test_a_drain_ends_with_the_wish_though_nobody_else_waits(bench: Planned) -> None:
+    """It does not stand until somebody happens to wait for something else."""
+    crowded(bench)
+    running = bench.submit()
+    cold = bench.submit("o:1", id="cold")
+    bench.pour(6.0, 60, running)
+    assert cold.ticket is not None
+    bench.dispatcher.withdraw(cold.ticket)
+    bench.pour(0.5, 60, running)
+    assert bench.plan.ledgers["a"].drain is None
+    assert [event.reason for event in bench.of(DrainEnded)] == ["nobody waits"]
+
+
 def test_whoever_is_drained_does_not_ask_for_a_drain_in_turn(bench: Planned) -> None:
     """Its model is still there."""
     crowded(bench)
@@ -207,3 +220,85 @@ def test_what_is_pinned_is_not_put_out(bench: Planned) -> None:
     bench.end(running)
     bench.sleep(20.0)
     assert (bench.loads, bench.of(DrainRequested)) == ([], [])
+
+
+EXACT = key("m:1", num_ctx=8192)
+
+
+def test_a_pin_counts_what_is_there_already(bench: Planned) -> None:
+    """In just its context, whoever loaded it: no other copy is made."""
+    for name in "ab":
+        bench.start(name, "m:1")
+    bench.holds("b", "m:1", context=8192)
+    bench.pool.pins = Pins([Pin(M, (), 1, EXACT, exact=True)])
+    bench.dispatcher.kick()
+    bench.sleep(10.0)
+    assert bench.loads == []
+    bench.holds("b", "m:1", context=4096)
+    bench.sleep(10.0)
+    assert [(load.why, load.key) for load in bench.loads] == [("pin", EXACT)]
+
+
+def test_a_pin_that_came_later_replaces_another_variant(bench: Planned) -> None:
+    """Once nobody uses that any more, and has not for as long as the load takes."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    running = bench.submit()
+    bench.pool.pins = Pins([Pin(M, ("a",), 1, EXACT, exact=True)])
+    bench.dispatcher.kick()
+    bench.pour(10.0, 60, running)
+    assert bench.loads == []
+    bench.end(running)
+    bench.speed("a", load_rate=0.2)
+    bench.sleep(10.0)
+    assert bench.loads == [], "the next call may be on its way"
+    bench.sleep(20.0)
+    (load,) = bench.loads
+    assert (load.why, load.key, load.victims) == ("pin", EXACT, (key("m:1"),))
+    bench.sleep(0.1)
+    bench.loaded()
+    bench.holds("a", "m:1", context=8192)
+    bench.sleep(20.0)
+    assert bench.loads == []
+
+
+def test_calls_for_a_pinned_variant_make_room_for_it(bench: Planned) -> None:
+    """The other one, which more and more callers use, runs dry."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    running = bench.submit(id="running")
+    bench.pool.pins = Pins([Pin(M, ("a",), 1, EXACT, exact=True)])
+    wants = bench.submit(id="wants", options={"num_ctx": 8192})
+    bench.pour(6.0, 60, running)
+    late = bench.submit(id="late")
+    assert where(wants, late) == ["", ""]
+    bench.end(running)
+    (load,) = bench.loads
+    assert (load.why, load.key, load.victims) == ("drain", EXACT, (key("m:1"),))
+
+
+def test_a_pinned_model_serves_other_contexts(bench: Planned) -> None:
+    """The host runs one variant at a time; a pin without a context is met by each."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    bench.pool.pins = Pins([Pin(M, ("a",), 1, key("m:1"))])
+    bench.submit(options={"num_ctx": 8192})
+    assert [(load.why, load.key) for load in bench.loads] == [("call", EXACT)]
+    bench.sleep(0.1)
+    bench.loaded()
+    bench.holds("a", "m:1", context=8192)
+    bench.sleep(20.0)
+    assert bench.loads == []
+
+
+def test_copies_for_nobody_do_not_push_a_pinned_context_out(bench: Planned) -> None:
+    """It would be back soon, and so on for ever."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    bench.start("b", "m:1")
+    bench.pool.pins = Pins([Pin(M, ("b",), 1, EXACT, exact=True)])
+    bench.dispatcher.kick()
+    bench.sleep(3.0)
+    assert bench.loaded().key == EXACT
+    bench.holds("b", "m:1", context=8192)
+    for number in range(60):
+        client = bench.submit(id=f"r{number}", prompt_tokens=10)
+        bench.sleep(0.2)
+        bench.end(client)
+    assert bench.loads == []

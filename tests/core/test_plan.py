@@ -264,6 +264,34 @@ def test_a_turn_ends_and_goes_on() -> None:
     assert turns(plan, bench.clock()) == (4, 10)
 
 
+def test_nobody_waits_for_a_backend_that_has_left(bench: Planned) -> None:
+    """Its load ended with it; the next begins at once, not with the next tick."""
+    for name in "ab":
+        bench.start(name, "m:1")
+    client = bench.submit()
+    assert [load.backend for load in bench.loads] == ["a"]
+    bench.sleep(1.2)
+    bench.shape(backend("b"))
+    assert [load.backend for load in bench.loads] == ["a", "b"]
+    bench.loads.pop(0)
+    bench.end_load()
+    assert where(client) == ["b"]
+
+
+def test_a_plan_that_never_ends_ends_with_the_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever mistake keeps it busy, it does not turn for ever; after the tick it tries again."""
+    bench = PoolBench()
+    bench.shape(backend("a", slots=2))
+    bench.up("a", "m:1", loaded=["m:1"])
+    plan = Plan(bench.pool)
+    waiting(plan, bench, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "_serve", lambda *_, **__: False)
+        assert turns(plan, bench.clock(), most=20)[1] == 0
+    bench.clock.advance(plan.knobs.tick_s)
+    assert turns(plan, bench.clock())[1] == 2
+
+
 @pytest.mark.parametrize("priority", [100, 200])
 def test_who_can_go_nowhere_does_not_keep_the_plan_turning(priority: int) -> None:
     """Neither tried again without a backend left, nor holding beside a free slot."""
@@ -278,6 +306,54 @@ def test_who_can_go_nowhere_does_not_keep_the_plan_turning(priority: int) -> Non
     assert turns(plan, bench.clock())[1] == (1 if priority == 200 else 10)
 
 
+def test_what_is_listed_while_we_load_it_is_not_there_yet(bench: Planned) -> None:
+    """Ollama before 0.30 lists a model from the beginning of its load on."""
+    bench.start("a", "m:1")
+    cold, late = bench.submit(), bench.submit(id="late")
+    (load,) = bench.loads
+    bench.sleep(0.5)
+    bench.holds("a", "m:1")
+    bench.sleep(1.0)
+    assert where(cold, late, bench.submit(id="later")) == ["", "", ""]
+    assert bench.loads == [load]
+    bench.loaded()
+    assert where(cold, late) == ["a", "a"]
+
+
+def test_a_slot_that_is_free_for_others_only_is_not_declined() -> None:
+    """Calls that were tried there are not weighed for it again and again, ahead of who may go."""
+    bench = Planned(Knobs(evaluations=2))
+    bench.shape(backend("a"), backend("b", slots=1))
+    for name in "ab":
+        bench.up(name, "m:1", loaded=["m:1"])
+    tried_there: dict[str, Any] = {"excluded": frozenset("a"), "attempts": (tried("a"),)}
+    running = bench.submit(**tried_there)
+    held = [bench.submit(id=f"r{n}", seq=n + 1, **tried_there) for n in range(6)]
+    assert where(running) == ["b"]
+    bench.pour(60.0, 60, running)
+    assert not any(where(*held))
+    assert not bench.plan.decisions.declined
+    assert where(bench.submit(id="plain")) == ["a"]
+    bench.close()
+
+
+def test_who_may_not_take_what_is_free_asks_for_it_now_and_then(bench: Planned) -> None:
+    """One slot more may be tried, but not by such calls: not at each pass is all weighed for it."""
+    bench.shape(backend("a", slots=None))
+    bench.up("a", "m:1", loaded=["m:1"])
+    running = [bench.submit(id=f"r{n}") for n in range(2)]
+    held, plan = bench.submit(id="held", streaming=False), bench.plan
+    bench.pour(6.0, 60, *running)
+    (waiter,) = plan.queues.waiters.values()
+    assert waiter.declined_at is not None
+    waiter.declined_until, before = bench.clock() - 1.0, plan.decisions.evaluations
+    for _ in range(3):
+        plan.queues.by_key[waiter.ticket.call.key].fresh = True
+        plan.plan(bench.clock())
+    assert plan.decisions.evaluations - before <= 1
+    assert where(held) == [""]
+
+
 def test_many_keys_are_all_looked_at() -> None:
     """A flood for saturated models does not hide the free slots of the last."""
     bench = PoolBench()
@@ -289,6 +365,19 @@ def test_many_keys_are_all_looked_at() -> None:
     for number, model in enumerate(models * 2):
         plan.enqueue(Ticket(call(model, id=f"r{number}"), number, frozenset(), (), now, now + 60))
     assert turns(plan, now)[1] == 20
+
+
+def test_a_slot_that_comes_with_time_is_taken_at_that_instant(bench: Planned) -> None:
+    """After a recovery slots come back one by one; nothing tells of it but the clock."""
+    bench.shape(backend("a", slots=3))
+    bench.up("a", "m:1", loaded=["m:1"])
+    bench.recover("a", "m:1", loaded=["m:1"])
+    began = bench.clock()
+    bench.sleep(0.3)  # so that no step of it falls on a tick
+    first, second, third = (bench.submit(id=f"r{number}") for number in range(3))
+    bench.pour(32.0, 60, first, second, third)
+    at = [client.lease.granted_at - began for client in (first, second, third)]
+    assert at == pytest.approx([0.3, 15.0, 30.0])
 
 
 def test_nothing_to_do_is_nothing_to_wake_for(bench: Planned) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
+
 from balancer.core.knobs import Knobs
 from balancer.core.plan import Plan
 from balancer.core.scheduler import Commit, Ticket
@@ -91,3 +93,19 @@ def test_a_key_with_its_share_of_slots_lets_others_by(bench: Planned) -> None:
     assert where(*waiting) == ["a", ""]
     bench.end(running[0])
     assert where(*waiting) == ["a", "a"]
+
+
+@pytest.mark.parametrize("nonsense", [{"tokens_in": 1 << 62}, {"tokens_out": 1 << 62}])
+def test_a_backend_that_tells_nonsense_costs_nobody_his_turn(
+    bench: Planned, nonsense: dict[str, int]
+) -> None:
+    """Else its owner would wait for ever, and with so late a time all would be alike."""
+    bench.shape(backend("a", slots=1))
+    bench.up("a", "m:1", loaded=["m:1"])
+    bench.end(bench.submit(fair_key="x"), **nonsense)
+    running = bench.submit(fair_key="y")
+    waiting = [bench.submit(id=f"r{n}", fair_key=who) for n, who in enumerate("xy")]
+    bench.end(running)
+    assert where(*waiting) == ["a", ""]
+    bench.end(waiting[0])
+    assert bench.plan.turns.fair.virtual_time < 60.0

@@ -223,3 +223,15 @@ async def test_explain_shows_what_becomes_of_the_context() -> None:
         assert (told["num_ctx"]["gets"], told["num_ctx"]["rewritten"]) == (8192, False)
         assert told["outcome"]["kind"] == "load"
         assert told["num_ctx"]["defaults"] == {"a": 4096}
+
+
+@virtual
+async def test_explain_does_not_make_up_what_a_call_asked_for() -> None:
+    """Of one that went only the context it went with is kept; it is not placed anew either."""
+    usual = {"policy": "reuse", "default": 8192}
+    async with running(1, models=models(1.0), config={"models.num_ctx": usual}) as rig:
+        await rig.ask("POST", "/api/chat", CHAT, X_Request_Id="mine")
+        told = json.loads((await rig.ask("GET", "/_balancer/explain?call=mine")).body)
+        assert told["options"] == {"num_ctx": 8192}
+        context = told["num_ctx"]
+        assert (context["asked"], context["gets"], context["rewritten"]) == (None, 8192, None)

@@ -300,3 +300,30 @@ async def test_who_is_not_there_cannot_be_explained(query: str) -> None:
         reply = await rig.ask("GET", f"/_balancer/explain{query}")
         assert reply.status == 400
         assert "nobody" in error_of(reply)
+
+
+@virtual
+async def test_a_pin_that_a_reload_brings_replaces_the_variant_that_is_there() -> None:
+    """What others use is left; then it is the pinned one, and explain says so at each step."""
+    async with running(2, models=models(2.0)) as rig:
+        for host in "ab":
+            await rig.warm(host, "m")
+        asking = await Asking.of(rig, "/api/chat", CHAT)
+        await asking.head()
+        busy = next(name for name, row in rows(await explain(rig)).items() if row["in_flight"])
+        rig.config["models.pin"] = [{"model": "m", "backends": [busy], "num_ctx": 8192}]
+        rig.balancer.reload_now()
+        told = rows(await explain(rig, num_ctx=8192))[busy]
+        assert (told["state"], told["reason"]) == (
+            "with other options",
+            "in memory with other options (context 4096): in use",
+        )
+        assert is_whole(await asking.rest(), "/api/chat")
+        asking.close()
+        told = rows(await explain(rig, num_ctx=8192))[busy]
+        assert told["kind"] == "load"
+        assert [victim["model"] for victim in told["victims"]] == ["m:latest"]
+        await asyncio.sleep(30.0)
+        assert [(load.backend, load.why) for load in rig.events.of(LoadStarted)] == [(busy, "pin")]
+        told = await explain(rig, num_ctx=8192)
+        assert (told["outcome"]["kind"], told["outcome"]["backend"]) == ("now", busy)

@@ -336,3 +336,25 @@ async def test_made_up_sessions_leave_nothing() -> None:
         asking.close()
         assert len(rig.balancer.limits._buckets) == 1
         assert rig.balancer.limits.all_running() == {}
+
+
+@in_each_lane
+@virtual
+async def test_one_key_cannot_fill_the_queue_for_others(headers: dict[str, str]) -> None:
+    """Its newest call is refused in favour of a key that has none waiting, and is told so."""
+    config = {"auth.keys": BOTH, "queue.max_depth": 3, "queue.adaptive": False}
+    async with running(1, models=models(0.0), backend=ONE, config=config) as rig:
+        await rig.warm("a", "m")
+        jobs = [await Asking.of(rig, "/api/chat", CHAT, **by(JOBS), **headers) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        full = await rig.ask("POST", "/api/chat", QUIET, **by(JOBS), **headers)
+        assert (full.status, "queue.max_depth" in error_of(full)) == (503, True)
+        web = await rig.ask("POST", "/api/chat", QUIET, **by(WEB), **headers)
+        assert web.status == 200
+        gave_way = await jobs[-1].head()
+        assert (gave_way.status, gave_way.get("retry-after") is not None) == (503, True)
+        assert "other callers have fewer" in error_of(await jobs[-1].rest())
+        jobs[-1].close()
+        for each in jobs[:-1]:
+            assert (await each.head()).status == 200
+            each.hang_up()

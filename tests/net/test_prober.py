@@ -19,6 +19,7 @@ from yarl import URL
 from balancer.config import load
 from balancer.core import names
 from balancer.core.catalog import Catalog
+from balancer.core.dispatch import Dispatcher
 from balancer.core.domain import (
     Backend,
     CheckResult,
@@ -28,6 +29,7 @@ from balancer.core.domain import (
 )
 from balancer.core.events import Event, LoadEnded, TrialEnded
 from balancer.core.pool import Pool, PoolSettings
+from balancer.core.scheduler import Load
 from balancer.core.watchdog import Suspect
 from balancer.net.prober import (
     CANARY_TOKENS,
@@ -293,6 +295,58 @@ async def test_a_load_that_was_asked_for_ends_with_its_backend(stage: Stage) -> 
     told, _ = await asyncio.gather(stage.prober.warm("gpu0", LLAMA), die())
     assert told == "was stopped"
     assert stage.pool.members["gpu0"].loading is None
+    assert stage.prober._loads == {}
+
+
+class Told(Dispatcher):
+    """A dispatcher that only hears how loads end."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def load_stopped(self, load: Load) -> None:
+        self.heard.append("stopped")
+
+    def load_ended(self, load: Load, *_: Any) -> None:
+        self.heard.append("ended")
+
+    def kick(self, now: float | None = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("when", ["before its first step", "victims", "loading", "a bug of ours"])
+async def test_a_load_that_is_stopped_gives_its_token_back_once(
+    stage: Stage, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as stopped, not as made; a token that was taken anew meanwhile is another's."""
+    stage.know("llama3.2")
+    stage.pool.observe("gpu0", CheckResult(True, 0.0, "0.33.0"))
+    dispatcher = stage.prober.dispatcher = Told()
+    key, begun = PlacementKey(LLAMA), asyncio.Event()
+
+    async def never(url: URL, **_: Any) -> CallbackResult:
+        begun.set()
+        if when == "a bug of ours":
+            raise RuntimeError("no such thing")
+        await asyncio.Event().wait()
+        return CallbackResult()
+
+    stage.answers.post(f"{AT}/api/generate", callback=never)
+    victims = (key,) if when == "victims" else ()
+    assert stage.pool.take_token("gpu0", key, "call")
+    stage.prober.load(Load(None, "gpu0", key, "call", victims))
+    (task,) = (t for t in asyncio.all_tasks() if t.get_name().startswith("load of"))
+    if when != "before its first step":
+        await begun.wait()
+    if when != "a bug of ours":
+        stage.prober.abandon("gpu0")
+    await asyncio.wait({task})
+    if when == "loading":  # in the turn before its end is told, somebody else begins the same
+        assert stage.pool.take_token("gpu0", key, "call")
+    await asyncio.sleep(0)
+    ended = [event.ok for event in stage.events if isinstance(event, LoadEnded)]
+    assert (dispatcher.heard, ended) == (["stopped"], [False])
+    assert (stage.pool.members["gpu0"].loading is not None) == (when == "loading")
     assert stage.prober._loads == {}
 
 

@@ -479,10 +479,11 @@ class World(Bench):
 
     def _look_at_what_is_kept(self) -> None:
         """Where nothing hinders a call is known without a look, and a look would find the same."""
-        pool = self.pool
-        if pool._edition != self.catalog.edition:
-            return
+        pool, edition = self.pool, self.catalog.edition
         for (key, _), places in pool._known.items():
+            if not pool._renew(places, key, edition):
+                continue
+            assert all(p.copy == self.catalog._copy(p.name, key) for p in places.all)
             if places.moves == pool._moves:
                 self.kept += 1
                 found = [p.name for p in places.all if not _hindrance(p.member, key.model)]
