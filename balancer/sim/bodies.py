@@ -36,21 +36,26 @@ class Bodies:
     def of(self, place: int) -> tuple[str, bytes]:
         """The path and the body of the job at that place of the list."""
         job = self.jobs[place]
-        mark = _mark(place, job)
-        body: dict[str, Any] = {"model": job.model}
-        if job.model in self._embeds:
-            path = "/api/embed"
-            body["input"] = mark.ljust(TOKEN_BYTES * job.prompt_tokens - 2, "x")
-        else:
-            path = "/api/chat"
-            body["messages"] = list(_messages(job, mark))
-        return path, json.dumps(body, separators=(",", ":")).encode()
+        return request(place, job, embeds=job.model in self._embeds)
 
     def place(self, body: Mapping[str, Any]) -> int | None:
         """Which job a request is; None: somebody else's."""
         messages = body.get("messages")
         text = messages[-1]["content"] if messages else body.get("input") or body.get("prompt")
         return self._places.get(text.partition(" ")[0] + " ") if isinstance(text, str) else None
+
+
+def request(place: int, job: Job, *, embeds: bool) -> tuple[str, bytes]:
+    """The path and the body of the job at that place of a list."""
+    mark = _mark(place, job)
+    body: dict[str, Any] = {"model": job.model}
+    if embeds:
+        path = "/api/embed"
+        body["input"] = mark.ljust(TOKEN_BYTES * job.prompt_tokens - 2, "x")
+    else:
+        path = "/api/chat"
+        body["messages"] = list(_messages(job, mark))
+    return path, json.dumps(body, separators=(",", ":")).encode()
 
 
 def _mark(place: int, job: Job) -> str:
@@ -69,7 +74,7 @@ def _messages(job: Job, mark: str) -> Iterator[dict[str, str]]:
     for place, (opening, tokens) in enumerate(links):
         role = "system"
         if place >= job.shared:
-            role = "assistant" if (len(links) - place) % 2 == 0 else "user"
+            role = "assistant" if (place - job.shared) % 2 else "user"
         frame = _FRAME + len(role) - len("user")
         content = opening.ljust(TOKEN_BYTES * tokens - written - frame, "x")
         written += frame + len(content)

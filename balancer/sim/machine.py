@@ -34,6 +34,8 @@ KEEP_ALIVE_S: Final = 300.0
 LOAD_EXTRA_S: Final = 1.0
 SETTLE_S: Final = 0.5  # before memory that was given back may be used again
 REFUSED_S: Final = 0.005
+ANSWER_S: Final = 0.005  # to a question that needs no model
+APART_S: Final = 1e-6  # between answers of two hosts to what both are asked at one instant
 CONNECT_TIMEOUT_S: Final = 2.0
 CLOSE: Final = 1e-4  # tokens; what is so near its end has come to it
 TRAINED: Final = 131_072
@@ -360,14 +362,21 @@ class Host:
     """
     One machine, alive.
 
+    Args:
+        place: Among the hosts; no two are equally near, lest chance decide who answers first.
+
     Attributes:
+        answer_s: That it takes for a question that needs no model.
         loads: Loads begun so far.
         evictions: Models taken out of memory for another, or because somebody asked for it.
         cached_tokens, prompt_tokens: Of prompts evaluated so far.
     """
 
-    def __init__(self, machine: Machine, models: Sequence[Model], timeline: Timeline) -> None:
+    def __init__(
+        self, machine: Machine, models: Sequence[Model], timeline: Timeline, place: int = 0
+    ) -> None:
         self.machine = machine
+        self.answer_s = ANSWER_S + place * APART_S
         self.name = machine.name
         self.models = {model.name: model for model in models if model.fits(machine)}
         self.runners: dict[str, Runner] = {}

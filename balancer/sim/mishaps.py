@@ -14,8 +14,8 @@ DEAD_S: Final = 90.0
 
 
 @dataclass(frozen=True, slots=True)
-class Crash:
-    """Streams break, connections are refused; back it comes with empty memory."""
+class _Spell:
+    """Something is wrong with a machine for a while."""
 
     machine: str
     at: float
@@ -23,22 +23,21 @@ class Crash:
 
 
 @dataclass(frozen=True, slots=True)
-class Hang:
+class Crash(_Spell):
+    """Streams break, connections are refused; back it comes with empty memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hang(_Spell):
     """Silence; back it comes with empty memory. *connects*: connections still come about."""
 
-    machine: str
-    at: float
-    for_s: float
     connects: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Straggle:
+class Straggle(_Spell):
     """It runs at a share of its speed."""
 
-    machine: str
-    at: float
-    for_s: float
     factor: float = SLOW
 
 

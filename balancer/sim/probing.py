@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from balancer.core import routes, verdicts
 from balancer.core.body import duration_ns
@@ -33,8 +33,8 @@ from balancer.sim.machine import Host, Loss, Told, Work
 from balancer.sim.timeline import Entry, Timeline
 
 VERSION: Final = "0.30.1"
-ANSWER_S: Final = 0.005  # of a question that needs no model
 TIMEOUT_S: Final = 2.0
+LIST_TIMEOUT_S: Final = 4 * TIMEOUT_S
 TAGS_S: Final = 30.0
 CANARY_S: Final = 10.0
 CANARY_TOKENS: Final = 8
@@ -57,6 +57,7 @@ ANSWERS: Final[Mapping[Loss, Answer]] = {
 }
 
 Judged = Callable[[Judgement, Answer | None], None]
+Rows = list[dict[str, Any]]
 
 
 def judge(loss: Loss, *, committed: bool = False) -> tuple[Judgement, Answer | None]:
@@ -127,6 +128,99 @@ class _Nobody:
 NOBODY: Final = _Nobody()
 
 
+class Keeper:
+    """
+    Keeps what is known of one host fresh: one question at a time, each when it is due.
+
+    Lists are read so long after they were read last, whether that was due or asked for.
+    """
+
+    def __init__(self, by: Prober, name: str, ps_interval_s: float) -> None:
+        self._by = by
+        self._name = name
+        self._host = by.hosts[name]
+        self._health = by.pool.members[name].health
+        self._ps_interval_s = ps_interval_s
+        self._check_at = self._ps_at = self._tags_at = math.inf
+        self._is_asking = False
+        self._alarm: Entry | None = None
+
+    def begin(self, since_s: float) -> None:
+        """All was read so long ago."""
+        now = self._by.timeline.now
+        self._check_at = now + max(0.0, self._health.due_in() - since_s)
+        self._ps_at = now + self._ps_interval_s - since_s
+        self._tags_at = now + TAGS_S - since_s
+        self._next()
+
+    def refresh(self) -> None:
+        """Read the lists again, now, or as soon as what is being asked was answered."""
+        self._ps_at = self._tags_at = self._by.timeline.now
+        if not self._is_asking:
+            self._next()
+
+    def _next(self) -> None:
+        """Wait for what is due next; never from within."""
+        self._is_asking = False
+        timeline = self._by.timeline
+        if self._alarm is not None:
+            timeline.cancel(self._alarm)
+        at = min(self._check_at, self._ps_at, self._tags_at)
+        self._alarm = timeline.at(at, self._due)
+
+    def _due(self) -> None:
+        self._alarm, self._is_asking = None, True
+        if self._check_at <= self._by.timeline.now:
+            self._by.check(self._name, self._checked)
+        else:
+            self._read()
+
+    def _checked(self, result: CheckResult) -> None:
+        self._by.pool.observe(self._name, result)
+        self._check_at = self._by.timeline.now + self._health.due_in()
+        self._read()
+
+    def _read(self) -> None:
+        """Read what is due, of a host that is well."""
+        now = self._by.timeline.now
+        if not self._health.up or self._health.last_error:
+            self._ps_at = self._tags_at = now + self._ps_interval_s
+            self._next()
+        elif self._ps_at <= now:
+            self._ps_at = now + self._ps_interval_s
+            self._ask(self._host.ps, self._told_ps)
+        else:
+            self._read_tags()
+
+    def _read_tags(self) -> None:
+        now = self._by.timeline.now
+        if self._tags_at <= now:
+            self._tags_at = now + TAGS_S
+            self._ask(self._host.tags, self._told_tags)
+        else:
+            self._next()
+
+    def _ask(self, read: Callable[[], Rows], then: Callable[[Rows, float], None]) -> None:
+        timeline, host = self._by.timeline, self._host
+        if host.is_alive:
+            timeline.after(host.answer_s, then, read(), timeline.now)
+        else:
+            timeline.after(host.answer_s if host.is_refusing else LIST_TIMEOUT_S, self._untold)
+
+    def _told_ps(self, rows: Rows, asked_at: float) -> None:
+        self._by.pool.note_ps(self._name, rows, asked_at)
+        self._read_tags()
+
+    def _told_tags(self, rows: Rows, asked_at: float) -> None:
+        self._by.pool.note_tags(self._name, rows, asked_at)
+        self._next()
+
+    def _untold(self) -> None:
+        """A check is to look after it."""
+        self._check_at = self._by.timeline.now
+        self._next()
+
+
 class Prober:
     """
     Keeps what the pool knows of the hosts fresh.
@@ -150,13 +244,13 @@ class Prober:
         ps_interval_s: float,
     ) -> None:
         self.hosts = hosts
-        self._pool = pool
+        self.pool = pool
         self._catalog = pool.catalog
         self.timeline = timeline
         self._rng = rng
         self.models = models
         self._ps_interval_s = ps_interval_s
-        self._to_read: set[str] = set()
+        self._keepers: dict[str, Keeper] = {}
         self._turns: dict[str, int] = {}
         self.trials: set[tuple[str, str | None]] = set()
         self.loads: dict[str, Loading] = {}
@@ -166,35 +260,29 @@ class Prober:
         pool.abandon = self.abandon
 
     def start(self) -> None:
-        """Make the first round at once, and the next ones in their time."""
+        """
+        All hosts have been looked at, as at the start of the product.
+
+        That was within one interval ago, which chance decides, and of all at the same instant:
+        from then on each is read in its own time.
+        """
+        since_s = self._rng.uniform(0.0, self._ps_interval_s)
         for name, host in self.hosts.items():
-            self._pool.observe(name, CheckResult(True, ANSWER_S, version=VERSION))
-            self._pool.note_tags(name, host.tags(), 0.0)
-            self._pool.note_ps(name, host.ps(), 0.0)
-            self._to_read.discard(name)
-            self._later(name)
-            self.timeline.after(self._rng.uniform(0, self._ps_interval_s), self._keep_ps, name)
-            self.timeline.after(self._rng.uniform(0, TAGS_S), self._keep_tags, name)
+            self.pool.observe(name, CheckResult(True, host.answer_s, version=VERSION))
+            self.pool.note_tags(name, host.tags(), 0.0)
+            self.pool.note_ps(name, host.ps(), 0.0)
+            keeper = self._keepers[name] = Keeper(self, name, self._ps_interval_s)
+            keeper.begin(since_s)
 
     # -- checks and lists ----------------------------------------------------------------------
 
-    def _later(self, name: str) -> None:
-        self.timeline.after(self._pool.members[name].health.due_in(), self._ask_check, name)
-
-    def _ask_check(self, name: str) -> None:
-        self._check(name, lambda result: self._observed(name, result))
-
-    def _observed(self, name: str, result: CheckResult) -> None:
-        self._pool.observe(name, result)
-        self._later(name)
-
-    def _check(self, name: str, then: Callable[[CheckResult], None]) -> None:
+    def check(self, name: str, then: Callable[[CheckResult], None]) -> None:
         """Ask for the version."""
         host = self.hosts[name]
         if host.is_alive:
-            result = CheckResult(True, ANSWER_S, version=VERSION)
+            result = CheckResult(True, host.answer_s, version=VERSION)
         elif host.is_refusing:
-            result = CheckResult(False, ANSWER_S, error="cannot connect", connected=False)
+            result = CheckResult(False, host.answer_s, error="cannot connect", connected=False)
         else:
             result = CheckResult(
                 False, TIMEOUT_S, error="no answer in time", connected=host.listens
@@ -203,49 +291,18 @@ class Prober:
 
     def refresh(self, name: str) -> None:
         """Read a backend's lists again, now."""
-        if name not in self._to_read:
-            self._to_read.add(name)
-            self.timeline.after(0.0, self._refresh, name)
-
-    def _refresh(self, name: str) -> None:
-        if name in self._to_read:
-            self._to_read.discard(name)
-            self._read_ps(name)
-            self._read_tags(name)
-
-    def _is_well(self, name: str) -> bool:
-        health = self._pool.members[name].health
-        return health.up and not health.last_error
-
-    def _keep_ps(self, name: str) -> None:
-        self._read_ps(name)
-        interval_s = self._ps_interval_s * self._rng.uniform(0.9, 1.1)
-        self.timeline.after(interval_s, self._keep_ps, name)
-
-    def _keep_tags(self, name: str) -> None:
-        self._read_tags(name)
-        self.timeline.after(TAGS_S * self._rng.uniform(0.9, 1.1), self._keep_tags, name)
-
-    def _read_ps(self, name: str) -> None:
-        host = self.hosts[name]
-        if self._is_well(name) and host.is_alive:
-            now = self.timeline.now
-            self.timeline.after(ANSWER_S, self._pool.note_ps, name, host.ps(), now)
-
-    def _read_tags(self, name: str) -> None:
-        host = self.hosts[name]
-        if self._is_well(name) and host.is_alive:
-            now = self.timeline.now
-            self.timeline.after(ANSWER_S, self._pool.note_tags, name, host.tags(), now)
+        keeper = self._keepers.get(name)
+        if keeper is not None:
+            keeper.refresh()
 
     # -- trials and suspicion ------------------------------------------------------------------
 
     def look_around(self) -> None:
         """Trials that are due, and silences that nobody has explained."""
-        for trial in self._pool.due_trials():
+        for trial in self.pool.due_trials():
             self.trials.add((trial.backend, trial.model))
-            self._check(trial.backend, partial(self._tried, trial))
-        for suspect in self._pool.suspects():
+            self.check(trial.backend, partial(self._tried, trial))
+        for suspect in self.pool.suspects():
             self._question(suspect)
 
     def _tried(self, trial: Trial, check: CheckResult) -> None:
@@ -258,7 +315,7 @@ class Prober:
             tokens = CANARY_TOKENS_MIDSTREAM if trial.midstream else CANARY_TOKENS
             self._canary(trial.backend, resident, tokens, decide)
         elif wanted is not None:
-            if self._pool.take_token(trial.backend, wanted, "trial of a breaker", trial=True):
+            if self.pool.take_token(trial.backend, wanted, "trial of a breaker", trial=True):
                 self._begin(Loading(self, trial.backend, wanted, then=decide))
             else:
                 self._decide(trial, STOPPED, None)
@@ -279,7 +336,7 @@ class Prober:
 
     def _canary_model(self, trial: Trial) -> PlacementKey | None:
         backend = trial.backend
-        asked = self._pool.members[backend].asked
+        asked = self.pool.members[backend].asked
         loaded = [trial.model] if trial.model is not None else self._catalog.loaded(backend)
         turn = self._turns[backend] = self._turns.get(backend, -1) + 1
         keys = (self._catalog.resident_options(backend, m) or asked.get(m) for m in loaded)
@@ -291,7 +348,7 @@ class Prober:
         return fit[turn % len(fit)] if fit else None
 
     def _wanted(self, trial: Trial) -> PlacementKey | None:
-        member = self._pool.members[trial.backend]
+        member = self.pool.members[trial.backend]
         if member.loading is not None:
             return None
         if trial.model is not None:
@@ -308,34 +365,34 @@ class Prober:
         host = self.hosts[suspect.backend]
         if host.is_alive:
             now = self.timeline.now
-            self.timeline.after(ANSWER_S, self._told_ps, suspect, host.ps(), now)
+            self.timeline.after(host.answer_s, self._told_ps, suspect, host.ps(), now)
         else:
-            self._check(suspect.backend, partial(self._untold, suspect))
+            self.check(suspect.backend, partial(self._untold, suspect))
 
     def _untold(self, suspect: Suspect, check: CheckResult) -> None:
         silent = f"silent for {suspect.silent_s:.0f} s"
         if not check.ok:
-            self._pool.convict(suspect, f"{silent}, {check.error}")
+            self.pool.convict(suspect, f"{silent}, {check.error}")
         else:
             self._question(suspect)
 
     def _told_ps(self, suspect: Suspect, rows: list[object], asked_at: float) -> None:
         backend, model = suspect.backend, suspect.model
-        self._pool.note_ps(backend, rows, asked_at)
+        self.pool.note_ps(backend, rows, asked_at)
         if self._catalog.resident(backend, model) is None:
-            self._pool.acquit(suspect, answered=False)
+            self.pool.acquit(suspect, answered=False)
             return
         key = self._catalog.resident_options(backend, model) or PlacementKey(model)
         self._canary(backend, key, CANARY_TOKENS, partial(self._canary_told, suspect))
 
     def _canary_told(self, suspect: Suspect, judgement: Judgement, _: Answer | None) -> None:
         if judgement.verdict in ANSWERED | {Verdict.OK}:
-            self._pool.acquit(suspect, answered=judgement.verdict is Verdict.OK)
+            self.pool.acquit(suspect, answered=judgement.verdict is Verdict.OK)
         elif suspect.excused:
-            self._pool.acquit(suspect, answered=True)
+            self.pool.acquit(suspect, answered=True)
         else:
             text = f"silent for {suspect.silent_s:.0f} s, and a canary was not answered"
-            self._pool.convict(suspect, text)
+            self.pool.convict(suspect, text)
 
     # -- loads ---------------------------------------------------------------------------------
 
@@ -371,26 +428,31 @@ class Prober:
             unreached=judgement.unreached,
             repeated_crash=judgement.crash and repeats_crash(attempts),
         )
-        self._pool.end_load(backend, loading.key, outcome)
+        self.pool.end_load(backend, loading.key, outcome)
         if loading.then is not None:
             loading.then(judgement, answer)
         elif load is not None and self.dispatcher is not None:
-            is_fine = judgement.verdict in (Verdict.OK, Verdict.STOPPED)
+            if judgement.verdict is Verdict.STOPPED:
+                self.dispatcher.load_stopped(load)
+                return
+            is_fine = judgement.verdict is Verdict.OK
             attempt = None if is_fine else Attempt(len(attempts) + 1, backend, outcome)
-            load_s = 0.0 if judgement is STOPPED else now - loading.began_at
-            self.dispatcher.load_ended(load, attempt, answer, load_s)
+            self.dispatcher.load_ended(load, attempt, answer, now - loading.began_at)
 
     def unload(self, unload: Unload) -> None:
         """Make room."""
-        self.timeline.after(ANSWER_S, self.unload_now, unload.backend, unload.key)
+        self.unload_now(unload.backend, unload.key)
 
     def unload_now(self, backend: str, key: PlacementKey) -> None:
         """Unload a model; nobody minds if that fails."""
         host = self.hosts[backend]
         if host.is_alive:
-            host.unload(self.models[key.model])
-            self._catalog.note_unloaded(backend, key.model)
-            self.refresh(backend)
+            self.timeline.after(0.0, host.unload, self.models[key.model])
+            self.timeline.after(host.answer_s, self._unloaded, backend, key)
+
+    def _unloaded(self, backend: str, key: PlacementKey) -> None:
+        self._catalog.note_unloaded(backend, key.model)
+        self.refresh(backend)
 
     def _kick(self) -> None:
         if self.dispatcher is not None:
@@ -425,8 +487,8 @@ class Loading:
         victims = () if load is None else load.victims
         delay_s = 0.0
         for victim in victims:
-            delay_s += ANSWER_S
             by.timeline.after(delay_s, by.unload_now, backend, victim)
+            delay_s += by.hosts[backend].answer_s
         by.timeline.after(delay_s, self._send)
 
     def __str__(self) -> str:

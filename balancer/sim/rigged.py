@@ -25,7 +25,6 @@ from balancer.sim.text import Piece
 from balancer.sim.timeline import Entry, Timeline
 
 VERSION: Final = "0.30.1"
-ANSWER_S: Final = 0.005  # of a question that needs no model
 WRITE_S: Final = 0.05  # between writes of a stream; of longer ones a host looks slow for a while
 EPOCH_NS: Final = 1_767_225_600_000_000_000  # where virtual time begins
 STRANGE_TOKENS: Final = 128  # of an answer to nobody's job, unless it says how long
@@ -44,11 +43,14 @@ class LoopTimeline(Timeline):
     A timeline that a loop drives: what is to happen does when the loop's time has come.
 
     Whoever asks a host from without says `catch_up` before.
+
+    Attributes:
+        origin: From where on instants at which hosts write are counted.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
-        self.now = loop.time()
+        self.now = self.origin = loop.time()
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
         self._due = math.inf
@@ -162,7 +164,7 @@ class RiggedOllama:
 
     def _later(self, exchange: Exchange, value: object) -> None:
         """An answer that needs no model."""
-        self.loop.call_later(ANSWER_S, _reply, exchange, 200, value)
+        self.loop.call_later(self.host.answer_s, _reply, exchange, 200, value)
 
     def _take(self, exchange: Exchange, path: str, body: Mapping[str, Any]) -> None:
         name = self._names.get(body["model"])
@@ -209,7 +211,8 @@ class RiggedOllama:
         self.streams[answer] = None
         if self._timer is None:
             # All hosts write at the same instants, which spares a jumping loop jumps.
-            at = (math.floor(self.loop.time() / WRITE_S) + 1) * WRITE_S
+            since, origin = self.loop.time() - self.timeline.origin, self.timeline.origin
+            at = origin + (math.floor(since / WRITE_S) + 1) * WRITE_S
             self._timer = self.loop.call_at(at, self._write)
 
     def _write(self) -> None:

@@ -11,12 +11,15 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final, Protocol
 
 from balancer.core import names, routes, verdicts
 from balancer.core.admission import Admission, QueueLimits
+from balancer.core.body import read
 from balancer.core.catalog import Catalog
+from balancer.core.chains import NOTHING, chain
 from balancer.core.dispatch import Dispatcher, LoadFailed
 from balancer.core.domain import (
     Attempt,
@@ -39,16 +42,21 @@ from balancer.core.retry import Budget, again, excluded, repeats_crash
 from balancer.core.scheduler import Ticket, TicketState
 from balancer.core.strategy import build
 from balancer.core.verdicts import Failure, FailureKind, Judgement
+from balancer.sim.bodies import request
 from balancer.sim.jobs import Job, Record
 from balancer.sim.machine import Host, Loss, Model, Told, Work
 from balancer.sim.probing import OK, Prober, judge
 from balancer.sim.timeline import Entry, Timeline
 
-LOOK_S: Final = 0.05
+LOOK_S: Final = 0.05  # between writes of a stream
 TICK_S: Final = 0.5
 IDLE_S: Final = 300.0
 CHAT: Final = routes.find("POST", "/api/chat")
 EMBED: Final = routes.find("POST", "/api/embed")
+# As the product makes it of its defaults: no trial of a backend is given up before a load is.
+USUAL: Final = PoolSettings(
+    host=replace(PoolSettings().host, half_open_max_s=PoolSettings().load_s + 60.0)
+)
 WIDE: Final = QueueLimits(10**9, 10**9, 1e9)
 GONE: Final = Judgement(Verdict.GONE)
 
@@ -139,6 +147,7 @@ class Try:
         self.told = 1
         self.lease.on_revoke = None
         self.lease.moved()
+        self._by.streaming()
 
     def ended(self, work: Work, told: Told) -> None:  # noqa: ARG002 - a sink
         """It was answered in full."""
@@ -228,9 +237,9 @@ class Shell:
         self._embeds = frozenset(model.name for model in models if model.embedding)
         self._principals: dict[str, Principal] = {}
         self.catalog = Catalog(clock)
-        self.pool = Pool(
-            settings or PoolSettings(), self.catalog, clock, rng, self._emit, self._hears
-        )
+        self.pool = Pool(settings or USUAL, self.catalog, clock, rng, self._emit, self._hears)
+        told = {"slots_known": slots_known, "memory_known": memory_known}
+        self.pool.reshape([_backend(host, **told) for host in hosts.values()])
         canonical = {key.model: name for name, key in self._keys.items()}
         self.prober = Prober(hosts, self.pool, timeline, rng, canonical, ps_interval_s)
         self.scheduler = build(policy, self.pool, knobs=knobs)
@@ -250,10 +259,8 @@ class Shell:
         self.budget = Budget(clock)
         self._wanted_at = math.inf
         self._alarm: Entry | None = None
-        told = {"slots_known": slots_known, "memory_known": memory_known}
-        self.pool.reshape([_backend(host, **told) for host in hosts.values()])
         self.prober.start()
-        self._looked_at = -math.inf
+        self._is_looking = False
         timeline.after(TICK_S, self._tick)
 
     def _hears(self, kind: type[Event]) -> bool:  # noqa: ARG002 - the core's question
@@ -293,11 +300,17 @@ class Shell:
             principal = Principal(job.who or "anonymous", Role.USER)
             self._principals[job.who] = principal
         embeds = job.model in self._embeds
+        key, route = self._keys[job.model], EMBED if embeds else CHAT
+        # Sizes are read off a body, as the product reads them, and are no better than there.
+        _, body = request(record.job, job, embeds=embeds)
+        told = read(route, body)
+        is_choice = self.dispatcher.is_choice(key.model)
+        links, shared = chain(body, route, key.model) if is_choice else NOTHING
         return Call(
             f"c{record.job}",
-            EMBED if embeds else CHAT,
+            route,
             job.model,
-            self._keys[job.model],
+            key,
             streaming=not embeds,
             purpose=Purpose.RUN,
             replayable=True,
@@ -305,12 +318,13 @@ class Shell:
             arrived_at=record.arrived_at,
             deadline=None,
             body=b"",
-            prompt_tokens=job.prompt_tokens,
+            prompt_tokens=told.prompt_tokens,
             embedding=embeds,
             fair_key=job.who,
             batch=job.batch,
-            chain=job.chain,
-            shared=job.shared,
+            inputs=told.inputs,
+            chain=links,
+            shared=shared,
         )
 
     def _submit(self, course: Course) -> None:
@@ -456,23 +470,27 @@ class Shell:
             self._wake_at(self._wanted_at)
         else:
             self._wanted_at = math.inf
-            self._look()
             self.dispatcher.kick()
 
     def _tick(self) -> None:
-        """Streams tell how far they are; then trials and the watchdog."""
-        self._look()
+        """Trials and the watchdog."""
         self.prober.look_around()
         self.timeline.after(TICK_S, self._tick)
 
+    def streaming(self) -> None:
+        """A stream has begun: from now on its tokens come in time."""
+        if not self._is_looking:
+            self._is_looking = True
+            self.timeline.at((math.floor(self.timeline.now / LOOK_S) + 1) * LOOK_S, self._look)
+
     def _look(self) -> None:
-        """Whoever looks at the streams finds them as they are."""
-        if self.timeline.now - self._looked_at < LOOK_S:
-            return
-        self._looked_at = self.timeline.now
-        for attempt in list(self.running):
-            if attempt.first_at is not None:
-                attempt.look()
+        """All hosts write what they have, at the same instants."""
+        streams = [attempt for attempt in self.running if attempt.first_at is not None]
+        for attempt in streams:
+            attempt.look()
+        self._is_looking = bool(streams)
+        if streams:
+            self.timeline.after(LOOK_S, self._look)
 
 
 def _key(model: Model) -> PlacementKey:

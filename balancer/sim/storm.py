@@ -120,15 +120,7 @@ class Damage:
 
     def row(self) -> str:
         """One line of the table."""
-        fates = self.tally.fates()
-        waits = [f"{s:.1f}" for s in self.recovered_s if s is not None]
-        longest = max(waits, key=float) if waits else "–"
-        kinds = ", ".join(f"{v} {n}" for v, n in self.verdicts.items() if v not in HARMLESS)
-        return (
-            f"| {self.name} | {len(self.tally.seen)} | {fates['lost']} | {fates['silent']} "
-            f"| {fates['cut']} | {self.wasted} ({kinds or 'none'}) | {longest} "
-            f"| {self.tally.first_s(0.5):.2f} / {self.tally.first_s(0.99):.2f} |"
-        )
+        return row(self.name, self.tally, self.verdicts, self.recovered_s)
 
 
 HEADER: Final = (
@@ -136,6 +128,22 @@ HEADER: Final = (
     "| wasted attempts | recovered within, s | first record p50 / p99, s |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
+
+
+def row(
+    name: str, tally: Tally, verdicts: Mapping[str, int], recovered_s: Sequence[float | None]
+) -> str:
+    """One line of the table under `HEADER`; arguments as of `Damage`."""
+    fates = tally.fates()
+    waits = [f"{s:.1f}" for s in recovered_s if s is not None]
+    longest = max(waits, key=float) if waits else "–"
+    wasted = {verdict: n for verdict, n in verdicts.items() if verdict not in HARMLESS}
+    kinds = ", ".join(f"{verdict} {n}" for verdict, n in wasted.items())
+    return (
+        f"| {name} | {len(tally.seen)} | {fates['lost']} | {fates['silent']} | {fates['cut']} "
+        f"| {sum(wasted.values())} ({kinds or 'none'}) | {longest} "
+        f"| {tally.first_s(0.5):.2f} / {tally.first_s(0.99):.2f} |"
+    )
 
 
 def models() -> tuple[SimModel, ...]:

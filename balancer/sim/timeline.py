@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-KEPT: Final = 20  # of the events told when something is wrong
+KEPT: Final = 50  # of the events told when something is wrong
 
 # When, order among equals, what, with what. What is None once it is cancelled.
 Entry = list[Any]
@@ -68,7 +68,7 @@ class Timeline:
             self.now = when
             self.happened += 1
             if self.after_each is not None:
-                self.recent.append(f"{when:.6f} {_called(what)} {_told(args)}")
+                self._keep(when, f"{_called(what)} {_told(args)}")
                 what(*args)
                 self.after_each()
             else:
@@ -76,6 +76,12 @@ class Timeline:
             if self._stopped:
                 return
         self.now = max(self.now, until)
+
+    def _keep(self, when: float, told: str) -> None:
+        """Of the same thing again and again, the last time."""
+        if self.recent and self.recent[-1].endswith(f" {told}"):
+            self.recent.pop()
+        self.recent.append(f"{when:.6f} {told}")
 
 
 def _told(args: tuple[Any, ...]) -> str:

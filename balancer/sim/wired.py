@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,13 +26,15 @@ from balancer.config import load
 from balancer.core.events import Event, LoadStarted, Mishap
 from balancer.sim.bodies import Bodies
 from balancer.sim.jobs import Job, Record, Report, with_chains
-from balancer.sim.machine import Host, Machine, Model, Told
+from balancer.sim.machine import ANSWER_S, Host, Machine, Model, Told
 from balancer.sim.rigged import LoopTimeline, RiggedOllama
+from balancer.sim.timeline import Timeline
 
 # A queue as wide as that of the virtual world.
 WIDE: Final = MappingProxyType(
     {"queue.max_depth": 10**6, "queue.max_depth_per_model": 10**6, "queue.max_wait": "1000h"}
 )
+_SAID: Final = re.compile(rb'"content":"[^"]|"embeddings":\[\[')
 SETTLED_S: Final = 10.0  # to get to know all hosts, at the most
 
 
@@ -65,16 +69,21 @@ class Wired:
         """
         loop = asyncio.get_running_loop()
         timeline, bodies = LoopTimeline(loop), Bodies(with_chains(jobs), self.models)
-        hosts = [Host(machine, self.models, timeline) for machine in self.machines]
+        hosts = [
+            Host(machine, self.models, timeline, place)
+            for place, machine in enumerate(self.machines)
+        ]
         for host in hosts:
             for model in self.warm.get(host.name, ()):
                 host.load_now(model)
         events: list[Event] = []
-        crowd = Crowd(bodies)
+        crowd = Crowd(bodies, timeline)
         async with AsyncExitStack() as stack:
             stack.callback(timeline.close)
             rigged = [
-                await stack.enter_async_context(RiggedOllama(host, timeline, bodies, crowd.told))
+                await stack.enter_async_context(
+                    RiggedOllama(host, timeline, bodies, partial(crowd.told, host.name))
+                )
                 for host in hosts
             ]
             balancer = Balancer(
@@ -82,10 +91,13 @@ class Wired:
                 seed=self.seed,
                 subscribers=[lambda event: _keep(events, event)],
             )
+            read_at = loop.time() + ANSWER_S  # all hosts: their first checks are answered
             await balancer.start()
             stack.push_async_callback(balancer.close)
             await _settled(balancer)
-            await asyncio.sleep(Random(self.seed).uniform(0.0, self.ps_interval_s))
+            begin_at = read_at + Random(self.seed).uniform(0.0, self.ps_interval_s)
+            await asyncio.sleep(begin_at - loop.time())
+            timeline.origin = loop.time()
             await crowd.run(balancer.addresses[0], until)
         mishaps = [event for event in events if isinstance(event, Mishap)]
         if mishaps:
@@ -125,10 +137,15 @@ class Wired:
 
 
 class Crowd:
-    """The clients of all jobs, each on a connection of its own."""
+    """
+    The clients of all jobs, each on a connection of its own.
 
-    def __init__(self, bodies: Bodies) -> None:
+    Those that come at one instant come in the order of the list.
+    """
+
+    def __init__(self, bodies: Bodies, timeline: Timeline) -> None:
         self.bodies = bodies
+        self.timeline = timeline
         self.records = [Record(place, math.inf) for place in range(len(bodies.jobs))]
         self.ended_at = 0.0
         self._followers: dict[int, list[int]] = {}
@@ -151,7 +168,7 @@ class Crowd:
         self._place = (host, int(port))
         for place, job in enumerate(self.bodies.jobs):
             if job.after is None:
-                self._loop.call_at(self._began_at + job.at, self._arrive, place)
+                self.timeline.at(self._began_at + job.at, self._arrive, place)
             else:
                 self._followers.setdefault(job.after[0], []).append(place)
         if self._open:
@@ -161,9 +178,9 @@ class Crowd:
             task.cancel()
         await asyncio.gather(*self._asking, return_exceptions=True)
 
-    def told(self, place: int, told: Told) -> None:
+    def told(self, backend: str, place: int, told: Told) -> None:
         """What a host says of a job that it answered."""
-        self.records[place].cached = told.cached
+        self.records[place].backend, self.records[place].cached = backend, told.cached
 
     def _arrive(self, place: int) -> None:
         record = self.records[place]
@@ -192,7 +209,7 @@ class Crowd:
         for follower in self._followers.pop(place, ()):
             after = self.bodies.jobs[follower].after
             assert after is not None  # noqa: S101 - that is how it came to follow
-            self._loop.call_later(after[1], self._arrive, follower)
+            self.timeline.at(self._loop.time() + after[1], self._arrive, follower)
         self._open -= 1
         if not self._open:
             self._over.set_result(None)
@@ -240,7 +257,8 @@ class Client(asyncio.Protocol):
 
 
 def _has_token(data: bytes) -> bool:
-    return b'"content":' in data or b'"embeddings":[[' in data
+    """Whether it says anything: a heartbeat does not."""
+    return _SAID.search(data) is not None
 
 
 def _head(path: str, job: Job, size: int) -> bytes:

@@ -125,7 +125,10 @@ class World:
             "mishaps": len(mishaps),
             "knobs": knobs,
         }
-        self.hosts = {each.name: Host(each, models, self.timeline) for each in machines}
+        self.hosts = {
+            each.name: Host(each, models, self.timeline, place)
+            for place, each in enumerate(machines)
+        }
         for name, loaded in (warm or {}).items():
             for model in loaded:
                 self.hosts[name].load_now(model)

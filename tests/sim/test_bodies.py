@@ -46,6 +46,15 @@ def test_a_turn_begins_as_the_one_before() -> None:
     assert roles == ["system", "user", "assistant", "user"]
 
 
+def test_prompts_begin_alike_whatever_follows() -> None:
+    """One more link, or none, changes nothing of what stands before it."""
+    links = ((1, 100), (2, 200), (3, 300), (4, 400))
+    jobs = [Job(0.0, "m", 100 * n, 5, chain=links[:n]) for n in (2, 3, 4)]
+    route, bodies = routes.find("POST", "/api/chat"), Bodies(jobs, [M])
+    whole, *chains_of = (chains.chain(bodies.of(at)[1], route)[0] for at in (2, 0, 1))
+    assert [whole[: len(each)] for each in chains_of] == chains_of
+
+
 def test_jobs_that_cannot_be_told_apart_are_refused() -> None:
     """Two with one chain would be one to the host."""
     with pytest.raises(ValueError, match="same chain"):

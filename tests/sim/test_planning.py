@@ -15,11 +15,20 @@ from typing import Any
 import pytest
 
 from balancer.core.admission import QueueLimits
+from balancer.core.cells import Cell, Cells
 from balancer.core.cost import GO
 from balancer.core.knobs import Knobs
 from balancer.core.plan import KEPT_TICKS, Plan
 from balancer.core.queues import Queue, Waiter
-from balancer.core.scheduler import Effect, Fact, Load, LoadAnswered, LoadRefused, WakeAt
+from balancer.core.scheduler import (
+    Effect,
+    Fact,
+    Load,
+    LoadAnswered,
+    LoadRefused,
+    Ticket,
+    WakeAt,
+)
 from balancer.sim.world import HOST_TYPES, Job, Machine, Mishap, Model, Report, World
 from tests.sim.test_world import calls, trouble
 
@@ -176,6 +185,41 @@ def test_the_plans_laws_hold_whatever_happens(watched: list[Watched]) -> None:
     assert seen["passes"] > 100 * len(SEEDS)
     for what in ("declined", "drains", "going"):
         assert seen[what], seen
+
+
+class Told(Cells):
+    """Cells that are known to a test."""
+
+    made: list[Told]
+    moves = 0
+
+    def __init__(self, *told: Any) -> None:
+        super().__init__(*told)
+        self.made.append(self)
+
+    def _move(self, ticket: Ticket, cell: Cell, there: Cell) -> None:
+        self.moves += 1
+        super()._move(ticket, cell, there)
+
+    def left_over(self) -> list[object]:
+        """What is still counted though nothing runs."""
+        return [*self._of, *self._runs, *(cell.calls for cell in self.cells if cell.calls)]
+
+
+def test_the_laws_hold_in_cells(watched: list[Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every cell's plan; and no cell counts anybody who is not there any more."""
+    for name, value in (("FROM", 1), ("SIZE", 2), ("LOOK_S", 0.1), ("Cells", Told)):
+        monkeypatch.setattr(f"balancer.core.cells.{name}", value)
+    monkeypatch.setattr(Told, "made", [], raising=False)
+    for seed in SEEDS:
+        watched.clear()
+        made, jobs = world(seed)
+        report = made.run(jobs)
+        assert [plan.left_over() for plan in watched] == [[]] * len(watched), seed
+        assert {"unfinished", "never"}.isdisjoint(r.status for r in report.records), seed
+    assert len(Told.made) > len(SEEDS) // 2
+    assert not any(cells.left_over() for cells in Told.made)
+    assert any(cells.moves for cells in Told.made)
 
 
 def test_nobody_starves(watched: list[Watched]) -> None:

@@ -62,6 +62,38 @@ def test_a_slice_is_answered_as_in_the_virtual_world() -> None:
         assert ours[name] <= max(1.25 * theirs[name], theirs[name] + 0.05), name
 
 
+def test_every_decision_is_that_of_the_virtual_world() -> None:
+    """More models than memory: calls, loads and what goes for them, at the same instants."""
+    models = [Model(f"m{size}", float(size), 1.6 * size) for size in (4, 5, 6, 7, 8, 9)]
+    rng = random.Random(2)
+    jobs = [
+        Job(0.113 + 0.7131 * place, rng.choice(models).name, rng.randint(2, 2000), length, "u")
+        for place, length in enumerate(rng.choices(range(5, 150), k=150))
+    ]
+    machines = tuple(
+        Machine(name, HOST_TYPES[name], max_models=2) for name in ("rtx3060", "rtx3090", "m1max")
+    )
+    wired = run(Wired(machines, models).run(jobs, 3600.0))
+    world = World(machines, models).run(jobs, 3600.0)
+    assert wired.evictions > 0
+    assert (wired.loads_by, wired.evictions) == (world.loads_by, world.evictions)
+    for ours, theirs in zip(wired.records, world.records, strict=True):
+        assert (ours.backend, ours.status) == (theirs.backend, theirs.status), ours.job
+        assert ours.first_at == pytest.approx(theirs.first_at, abs=0.001)
+        assert ours.ended_at == pytest.approx(theirs.ended_at, abs=0.001)
+    waits_s = [record.first_at - record.arrived_at for record in wired.records if record.first_at]
+    assert max(waits_s) > 20.0, "nobody was sent a heartbeat, which is no token"
+
+
+def test_calls_of_one_instant_come_in_order() -> None:
+    """The first of the list takes the one slot, in both."""
+    machines = (Machine("h0", HOST_TYPES["rtx3090"], slots=1),)
+    jobs = [Job(1.0, "m", 100, 50 + place) for place in range(6)]
+    for report in both(machines, jobs):
+        firsts = [record.first_at for record in report.records]
+        assert firsts == sorted(firsts, key=lambda at: at or 0.0)
+
+
 def test_who_leaves_is_let_go() -> None:
     """The host drops the call, and the slot serves the next one at once."""
     jobs = [Job(0.0, "m", 100, 1400, leaves_after=2.0), Job(3.0, "m", 100, 10)]
