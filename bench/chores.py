@@ -19,10 +19,11 @@ import time
 import timeit
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, TextIO
 
+from lists import row
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from balancer.core import names, routes, strategy
@@ -31,6 +32,8 @@ from balancer.core.bus import Bus
 from balancer.core.catalog import Catalog
 from balancer.core.dispatch import Dispatcher
 from balancer.core.domain import (
+    INTERACTIVE,
+    Allowance,
     Backend,
     Call,
     CheckResult,
@@ -82,6 +85,8 @@ class Key:
     role: Role = Role.USER
     models: tuple[str, ...] = ("*",)
     expires_at: float | None = 4e9
+    priority: int = INTERACTIVE
+    allowance: Allowance = field(default_factory=Allowance)
 
 
 class Transport:
@@ -183,21 +188,6 @@ class World:
             "log": (LogWriter(log), (CallEnded,)),  # of the few that come with each call
             "notify": (Notify(Wanted(), clock, watchdog=False), Notify.KINDS),
         }
-
-
-def row(name: str) -> dict[str, Any]:
-    """Of a backend's lists."""
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": "2026-11-21T12:00:00Z",
-        "expires_at": "2026-11-21T12:05:00Z",
-        "size": 4_000_000_000,
-        "size_vram": 4_000_000_000,
-        "digest": random.Random(name).randbytes(32).hex(),
-        "details": {"format": "gguf", "context_length": 32768},
-        "context_length": 4096,
-    }
 
 
 def calls(world: World, count: int, spent: Spent, stamp: Callable[[], float]) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import machine
+from lists import row
 from tables import heading, table
 
 from balancer.core import names, routes, strategy
@@ -139,12 +140,13 @@ class Rig:
         self._order = 0
         self._timer = 0
         self._granted: list[Lease] = []
-        self._rows = [_row(n) for n in range(models)]
-        self._keys = [PlacementKey(names.parse(row["name"]).canonical) for row in self._rows]
+        self._rows = [row(f"model{n}:8b") for n in range(models)]
+        self._keys = [PlacementKey(names.parse(it["name"]).canonical) for it in self._rows]
         self._weights = [rank**-ZIPF for rank in range(1, models + 1)]
         self.waiting = 0
         catalog = Catalog(self.clock)
         self.pool = Pool(PoolSettings(), catalog, self.clock, self._chance, _ignore, _deaf)
+        self.pool.reshape([Backend(f"gpu{n}", f"http://gpu{n}:11434", SLOTS) for n in range(hosts)])
         self.dispatcher = Dispatcher(
             self.pool,
             strategy.build(policy, self.pool),
@@ -157,7 +159,6 @@ class Rig:
             _deaf,
         )
         self.pool.changed = self.dispatcher.kick
-        self.pool.reshape([Backend(f"gpu{n}", f"http://gpu{n}:11434", SLOTS) for n in range(hosts)])
         self._hosts = {
             name: Host(name, self._chance.choice((0.4, 1.0, 1.5))) for name in self.pool.members
         }
@@ -303,21 +304,6 @@ class Rig:
         if unload.key in host.residents:
             host.residents.remove(unload.key)
         self.pool.catalog.note_unloaded(unload.backend, unload.key.model)
-
-
-def _row(number: int) -> dict[str, Any]:
-    name = f"model{number}:8b"
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": "2026-11-21T12:00:00Z",
-        "expires_at": "2026-11-21T12:05:00Z",
-        "size": 4_900_000_000,
-        "size_vram": 4_900_000_000,
-        "digest": random.Random(name).randbytes(32).hex(),
-        "details": {"format": "gguf", "context_length": 32768, "parameter_size": "8.0B"},
-        "context_length": 4096,
-    }
 
 
 def _ignore(_: Event) -> None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from processes import Rig, SimHost
 
-from balancer.sim.storm import HEADER, MODELS, Course, Steps, courses, warm_up, weather
+from balancer.sim.storm import HEADER, MODELS, Course, Steps, courses, row, warm_up, weather
 from balancer.sim.traffic import Traffic
 
 WANTED: Sequence[str] = (
@@ -60,12 +60,11 @@ async def storm(name: str, cycles: int) -> bool:
     course = replace(course, most=min(course.most, cycles))
     loop = asyncio.get_running_loop()
     # At sixty calls a second a load of three seconds keeps as many waiting as the default allows.
-    env = {"BALANCER_QUEUE__MAX_DEPTH_PER_MODEL": "256"}
+    overrides = {"queue.max_depth_per_model": 256, **course.overrides}
+    env = {f"BALANCER_{key.replace('.', '__').upper()}": str(of) for key, of in overrides.items()}
     if name.startswith("500"):  # or the fault is met but once in ten seconds, and then less
         env["BALANCER_BREAKER__MODEL__BACKOFF"] = "1s"
         env["BALANCER_BREAKER__MODEL__BACKOFF_MAX"] = "2s"
-    if name == "stalled stream":
-        env["BALANCER_TIMEOUTS__IDLE"] = "20s"
     async with Rig(env) as rig:
         victim = rig.hosts[0]
         backend = victim.url.removeprefix("http://")
@@ -90,28 +89,20 @@ async def storm(name: str, cycles: int) -> bool:
         verdicts = await rig.failures(backend)
         state = await rig.status()
         bad_lines = [line for line in rig.log.splitlines() if "Traceback" in line]
-    fates = traffic.tally.fates()
+    tally = traffic.tally
+    fates = tally.fates()
     waits = [
         min(
             (
                 s.ended_at - h
-                for s in traffic.tally.seen
+                for s in tally.seen
                 if s.backend == backend and s.fate == "ok" and h < s.began_at < end
             ),
             default=None,
         )
         for h, end in heals
     ]
-    told = ", ".join(f"{verdict} {n}" for verdict, n in verdicts.items() if verdict != "gone")
-    longest = max((w for w in waits if w is not None), default=float("nan"))
-    tally = traffic.tally
-    wasted = sum(n for verdict, n in verdicts.items() if verdict != "gone")
-    print(
-        f"| {name} | {len(tally.seen)} | {fates['lost']} | {fates['silent']} | {fates['cut']} "
-        f"| {wasted} ({told or 'none'}) | {longest:.1f} "
-        f"| {tally.first_s(0.5):.2f} / {tally.first_s(0.99):.2f} |",
-        flush=True,
-    )
+    print(row(name, tally, verdicts, waits), flush=True)
     for seen in tally.seen:
         if seen.fate in ("lost", "silent"):
             print("   ", seen.fate, seen.plan.path, seen.plan.model, seen.status, seen.text)
