@@ -52,6 +52,15 @@ def _calls(name: str, about: str, options: tuple[str, ...], rounds: int = 99) ->
     return Scenario(name, about, Group.CALLS, options, rounds=rounds)
 
 
+def _arrivals(name: str, about: str, what: str) -> Scenario:
+    """
+    Calls at a rate that every proxy can keep up with, so that all do the same work.
+
+    One that is full is woken once for many clients, and looks cheaper than at any lesser load.
+    """
+    return Scenario(name, about, Group.CALLS, _options("rate", rate=1000, what=what))
+
+
 def _streams(
     name: str, count: int, per_s: int, least_s: float = 0.0, warm_up_s: float = 1.0
 ) -> Scenario:
@@ -71,6 +80,8 @@ SCENARIOS: Mapping[str, Scenario] = {
         _calls("chat", "2 kB chat, 32 clients", _options("closed", what="chat", conns=32)),
         _calls("chat8", "the same, 8 clients", _options("closed", what="chat", conns=8)),
         _calls("chat1", "the same, 1 client", _options("closed", what="chat", conns=1)),
+        _arrivals("tags1000", "GET /api/tags, 1,000 arrivals/s", "tags"),
+        _arrivals("chat1000", "2 kB chat, 1,000 arrivals/s", "chat"),
         _calls("chat50k", "50 kB chat, 32 clients", _options("closed", what="chat50k", conns=32)),
         _calls(
             "churn",

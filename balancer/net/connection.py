@@ -8,6 +8,8 @@ Laws:
 - Callbacks of the parser only take notes. The sink is called when the parser has returned; after
   each call of it, look whether the transaction is still there.
 - A read that does not parse, and whatever stood before in it, is not forwarded.
+- A chunk that is passed on with its framing is, byte by byte, what we would have made of it: it
+  came whole in a read of its own, where the parser stood at a chunk's beginning.
 - What is not beyond doubt is not used again: only a whole answer of known length, behind which
   nothing came but line ends, over which the parser passes, to a request that was sent whole.
 - Bytes that nobody asked for close the connection.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -37,8 +40,22 @@ MAX_HEAD_BYTES: Final = 64 * 1024  # also of anything else in an answer that is 
 MAX_HEADERS: Final = 128
 MAX_INTERIM: Final = 8
 EMPTY_INTERIM: Final = (100, 102, 103)  # of which the parser knows that they have no body
+CHUNK_MAX: Final = 0xFFF  # bytes of the longest chunk that may be passed on with its framing
+CHUNK_READ: Final = CHUNK_MAX + 8  # the read that holds it is shorter
 STOPPED: Final = Failure(FailureKind.CUT, "the balancer stopped")
 FAILED: Final = Failure(FailureKind.CUT, "the balancer failed")
+
+
+def _heads() -> list[bytes]:
+    """The first line of a chunk of ours, by the size of all of it; some sizes none has."""
+    heads = [b"\n"] * CHUNK_READ  # which no line holds
+    for size in range(1, CHUNK_MAX + 1):
+        head = b"%x\r" % size
+        heads[len(head) + size + 3] = head
+    return heads
+
+
+HEADS: Final = _heads()
 
 
 class Sink(Protocol):
@@ -57,6 +74,13 @@ class Sink(Protocol):
         """It is not, and will not be."""
 
 
+class Chunks(Protocol):
+    """Who receives a body in chunks, where it comes in such."""
+
+    def chunk(self, data: bytes, lines: list[bytes]) -> None:
+        """A whole chunk, and its lines: of the body are all but the first and the last two."""
+
+
 class Handle(Protocol):
     """One transaction under way."""
 
@@ -68,6 +92,9 @@ class Handle(Protocol):
 
     def turn(self, sink: Sink) -> None:
         """What comes from now on is for *sink*."""
+
+    def pass_chunks(self, chunks: Chunks) -> None:
+        """What may be passed on with its framing is for *chunks*; all else is for the sink."""
 
     def moved_at(self) -> float:
         """When anything last moved on the way to the backend or back."""
@@ -103,6 +130,7 @@ class Transaction:
     __slots__ = (
         "bare",
         "body",
+        "chunks",
         "connecting",
         "connection",
         "head",
@@ -132,6 +160,7 @@ class Transaction:
         self.patient = patient
         self.idle_s = math.inf if idle_s is None else idle_s
         self.paused = False
+        self.chunks: Chunks | None = None
         self.connection: BackendConnection | None = None
         self.connecting: asyncio.Task[None] | None = None
         wheel.add(self)
@@ -155,6 +184,11 @@ class Transaction:
         if self.sink is not None:
             self.sink = sink
 
+    def pass_chunks(self, chunks: Chunks) -> None:
+        """What may be passed on with its framing is for *chunks*; all else is for the sink."""
+        if self.sink is not None:
+            self.chunks = chunks
+
     def moved_at(self) -> float:
         """When anything last moved; -inf: there is no connection."""
         return -math.inf if self.connection is None else self.connection.touched
@@ -171,7 +205,7 @@ class Transaction:
 
     def leave(self) -> Sink | None:
         """End, and close the connection, made or being made; whom to tell, None: nobody."""
-        sink, self.sink = self.sink, None
+        sink, self.sink, self.chunks = self.sink, None, None
         self.wheel.discard(self)
         connection, self.connection = self.connection, None
         if connection is not None:
@@ -208,6 +242,7 @@ class BackendConnection(asyncio.Protocol):
 
     __slots__ = (
         "_chunked",
+        "_chunks",
         "_clock",
         "_head_bytes",
         "_headers",
@@ -216,6 +251,7 @@ class BackendConnection(asyncio.Protocol):
         "_interim",
         "_is_interim",
         "_keep",
+        "_marks",
         "_over",
         "_parser",
         "_parts",
@@ -235,6 +271,8 @@ class BackendConnection(asyncio.Protocol):
         "epoch",
         "idle_since",
         "on_body",
+        "on_chunk_complete",
+        "on_chunk_header",
         "touched",
     )
 
@@ -248,6 +286,10 @@ class BackendConnection(asyncio.Protocol):
         self._parser: Any = None
         self._parts: list[bytes] = []
         self.on_body = self._parts.append
+        self._chunks: Chunks | None = None  # while a read may be a chunk of its own
+        self._marks: list[None] = []  # not empty: a chunk has ended, and no other has begun
+        self.on_chunk_header = self._marks.clear
+        self.on_chunk_complete = partial(self._marks.append, None)
         self._rest: memoryview | None = None
         self._send_by = math.inf
         self._used = False
@@ -265,6 +307,8 @@ class BackendConnection(asyncio.Protocol):
         self._heard = False
         self._chunked = False
         self._sized = False
+        self._chunks = None
+        self._marks.clear()
         self._is_interim = False
         self._interim = 0
         self._head_bytes = 0
@@ -290,7 +334,7 @@ class BackendConnection(asyncio.Protocol):
 
     def drop(self) -> None:
         """Close it at once."""
-        self._transaction = None
+        self._transaction = self._chunks = None
         self._rest = None
         self._transport.abort()
 
@@ -312,7 +356,7 @@ class BackendConnection(asyncio.Protocol):
             self._over = True  # this is how an answer without a length ends
             self._finish(transaction)
         elif self._used and not self._heard and self._clock() - self.touched <= STALE_S:
-            self._transaction = transaction.connection = None
+            self._transaction = transaction.connection = self._chunks = None
             self._rest = None
             self._home.stale(transaction)
         else:
@@ -407,6 +451,17 @@ class BackendConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """A read: parse it, then tell what it held."""
+        if self._chunks is not None and len(data) < CHUNK_READ:
+            lines = data.split(b"\n")
+            if lines[0] == HEADS[len(data)] and not lines[-1] and lines[-2] == b"\r":
+                self.touched = self._clock()
+                try:
+                    self._chunks.chunk(data, lines)
+                except Exception:
+                    if self._transaction is not None:
+                        self._transaction.fail(FAILED)
+                    raise
+                return
         transaction = self._transaction
         if transaction is None:
             self.drop()
@@ -419,12 +474,12 @@ class BackendConnection(asyncio.Protocol):
             self._garbled(transaction, self._why or str(error))
             return
         try:
-            self._tell(transaction, len(data))
-        except Exception:  # a bug of ours; whoever waits must not wait for ever
-            transaction.fail(FAILED)
+            self._tell(transaction, data)
+        except Exception:
+            transaction.fail(FAILED)  # a bug of ours; whoever waits must not wait for ever
             raise
 
-    def _tell(self, transaction: Transaction, size: int) -> None:
+    def _tell(self, transaction: Transaction, read: bytes) -> None:
         sink = transaction.sink
         if sink is None:
             return
@@ -441,11 +496,16 @@ class BackendConnection(asyncio.Protocol):
             parts.clear()
             sink.data(data)
         elif not self._over:
-            self._quiet_bytes += size
+            self._quiet_bytes += len(read)
             if self._quiet_bytes > MAX_HEAD_BYTES:
                 self._garbled(transaction, "too much beside the answer")
-        if self._over and self._transaction is transaction:
+        if self._transaction is not transaction:
+            return
+        if self._over:
             self._finish(transaction)
+        else:
+            # Behind a chunk no line ends but that of the next one's size, of which we would know.
+            self._chunks = transaction.chunks if self._marks and read[-1:] == b"\n" else None
 
     def _begun(self, transaction: Transaction) -> None:
         """The head is here: what was not sent by now will not be."""
@@ -460,8 +520,8 @@ class BackendConnection(asyncio.Protocol):
     def _finish(self, transaction: Transaction) -> None:
         """The answer is complete."""
         keep = self._keep and self._sent and not self._transport.get_write_buffer_size()
-        sink, transaction.sink = transaction.sink, None
-        self._transaction = transaction.connection = None
+        sink, transaction.sink, transaction.chunks = transaction.sink, None, None
+        self._transaction = transaction.connection = self._chunks = None
         transaction.wheel.discard(transaction)
         if not keep:
             self.drop()

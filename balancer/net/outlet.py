@@ -55,11 +55,22 @@ class Outlet:
         date: The time of day as HTTP tells it.
 
     Attributes:
-        bytes_out: Of the body so far, without its framing.
+        chunks: Takes parts that stand framed as `write` would frame them; None: not now.
+        passed_bytes: Of the body so far, what went out that way.
         keep_alive: Another request may follow on the connection.
     """
 
-    __slots__ = ("_chunked", "_connection", "_date", "_head", "bytes_out", "keep_alive", "request")
+    __slots__ = (
+        "_chunked",
+        "_connection",
+        "_date",
+        "_head",
+        "_written_bytes",
+        "chunks",
+        "keep_alive",
+        "passed_bytes",
+        "request",
+    )
 
     def __init__(self, request: Request, date: Callable[[], str]) -> None:
         self.request = request
@@ -67,8 +78,14 @@ class Outlet:
         self._date = date
         self._head = b""
         self._chunked = False
-        self.bytes_out = 0
+        self._written_bytes = self.passed_bytes = 0
+        self.chunks: asyncio.Transport | None = None
         self.keep_alive = request.keep_alive
+
+    @property
+    def bytes_out(self) -> int:
+        """Of the body so far, without its framing."""
+        return self._written_bytes + self.passed_bytes
 
     def read_by(self, reader: Reader) -> None:
         """From now on tell *reader* how the client reads what is written."""
@@ -111,18 +128,20 @@ class Outlet:
 
     def write(self, data: bytes) -> None:
         """Send a part of the body."""
-        self.bytes_out += len(data)
+        self._written_bytes += len(data)
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
+        transport = self._connection.transport
         if self._head:
             data, self._head = self._head + data, b""
-        transport = self._connection.transport
+            self.chunks = transport if self._chunked else None
         if transport is not None and not transport.is_closing():
             transport.write(data)
 
     def end(self, last: bytes = b"") -> None:
         """Send the last part, and the body's end."""
-        self.bytes_out += len(last)
+        self._written_bytes += len(last)
+        self.chunks = None
         if self._chunked:
             last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if last else _LAST
         if self._head:
@@ -147,6 +166,7 @@ class Outlet:
     def abort(self) -> None:
         """Break the body off: the one way to say that it failed where nothing else can."""
         self._head = b""
+        self.chunks = None
         self._connection.reader = None
         self.keep_alive = False
         if self._connection.transport is not None:

@@ -45,6 +45,7 @@ class Relay:
 
     __slots__ = (
         "_attempt",
+        "_chunks",
         "_exchange",
         "_is_stopping",
         "_lease",
@@ -52,6 +53,7 @@ class Relay:
         "_on_over",
         "_outcome",
         "_outlet",
+        "_passed_bytes",
         "_reply",
         "_run",
         "_split",
@@ -80,6 +82,8 @@ class Relay:
         self._outlet = exchange.outlet
         self._run = lease.run
         self._moved_at = 0.0
+        self._chunks: asyncio.Transport | None = None
+        self._passed_bytes = 0
         self.is_over = False
 
     def start(self, headers: Mapping[str, str]) -> None:
@@ -88,6 +92,8 @@ class Relay:
         held = attempt.turn(self)  # which lets a backend go on that the next may hold back
         reply.take_over(self)
         reply.begin(headers)
+        if self._split is not None and attempt.handle is not None:
+            attempt.handle.pass_chunks(self)
         if held:
             attempt.received -= len(held)
             self.data(held)
@@ -108,6 +114,18 @@ class Relay:
             self._run.records = split.records  # a read may bring many, or none
         if data and not self.is_over:
             self._outlet.write(data)
+            self._chunks = self._outlet.chunks
+
+    def chunk(self, data: bytes, lines: list[bytes]) -> None:
+        """One chunk, framed as we would frame it: so it goes out, if it is one whole record."""
+        split, transport = self._split, self._chunks
+        if split is not None and transport is not None and split.passes(lines):
+            self._run.records = split.records
+            self._passed_bytes += len(data) - len(lines[0]) - 3
+            if not transport.is_closing():
+                transport.write(data)
+        else:
+            self.data(data[len(lines[0]) + 1 : -2])
 
     def end(self) -> None:
         """It is complete."""
@@ -218,6 +236,8 @@ class Relay:
         usage = ending.usage if ending is not None else Usage()
         self._exchange.usage = usage
         blank = ending is not None and ending.blank_model
+        self._attempt.received += self._passed_bytes
+        self._outlet.passed_bytes = self._passed_bytes
         outcome = self._outcome(judgement, usage)
         self._lease.settle(replace(outcome, committed=True, blank_model=blank))
 
@@ -247,6 +267,7 @@ class Relay:
 
     def _end(self) -> None:
         self.is_over = True
+        self._chunks = self._outlet.chunks = None
         self._reply.give_over()
         self._on_over()
 

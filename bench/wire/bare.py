@@ -47,10 +47,20 @@ class Passing:
         kind = {k: v for k, v in told.items() if k.lower() == "content-type"}
         self._outlet.begin(status, kind, None if length is None else int(length))
         self._outlet.read_by(self)
+        if self.handle is not None:
+            self.handle.pass_chunks(self)
 
     def data(self, data: bytes) -> None:
         """A read's worth of the body."""
         self._outlet.write(data)
+
+    def chunk(self, data: bytes, lines: list[bytes]) -> None:
+        """A chunk as we would make it."""
+        outlet = self._outlet
+        if outlet.chunks is None:
+            self.data(data[len(lines[0]) + 1 : -2])
+        elif not outlet.chunks.is_closing():
+            outlet.chunks.write(data)
 
     def end(self) -> None:
         """The end."""

@@ -10,6 +10,7 @@ import pytest
 from balancer.core.domain import Framing, Verdict
 from balancer.core.verdicts import Failure, FailureKind, Judgement
 from balancer.net.attempt import HIGH_WATER, HOLD_ERROR, HOLD_WHOLE, Attempt
+from balancer.net.connection import Chunks
 from balancer.net.upstream import Sink
 from tests.core.clocks import ManualClock
 from tests.net.parts import FakeLease, Tape, a_call
@@ -31,6 +32,10 @@ class FakeHandle:
     def turn(self, sink: Sink) -> None:
         """Tell another from now on."""
         self.sink = sink
+
+    def pass_chunks(self, chunks: Chunks) -> None:
+        """Never asked here."""
+        raise AssertionError
 
     def moved_at(self) -> float:
         """Never asked here."""

@@ -832,6 +832,153 @@ def test_the_next_transaction_may_begin_from_within_the_end() -> None:
     assert (first.ends, second.ends, second.body) == ([None], [None], b"ok")
 
 
+class Chunked(Tape):
+    """A sink that takes chunks, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: list[bytes] = []
+
+    def chunk(self, data: bytes, lines: list[bytes]) -> None:
+        assert data.split(b"\n") == lines
+        self.chunks.append(data)
+        self.data(b"".join(line + b"\n" for line in lines[1:-2]))
+
+
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+LINE = b'{"a":1}\n'
+
+
+def framed(data: bytes) -> bytes:
+    """A chunk as we make them."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def chunked(*reads: bytes) -> tuple[Bench, Chunked]:
+    """An answer in chunks, whose head came with a first one."""
+    bench, tape = Bench(), Chunked()
+    bench.begin(tape).pass_chunks(tape)
+    bench.feed(CHUNKED + framed(LINE), *reads)
+    return bench, tape
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 255, 256, 257, 4094, 4095])
+def test_a_chunk_in_a_read_of_its_own_is_passed_as_it_is(size: int) -> None:
+    """It is what we would make of it; the parser, which has not seen it, goes on behind it."""
+    line = b"x" * (size - 1) + b"\n"
+    bench, tape = chunked(framed(line), framed(LINE), b"0\r\n\r\n")
+    assert tape.chunks == [framed(line), framed(LINE)]
+    assert (tape.body, tape.ends) == (LINE + line + LINE, [None])
+    assert bench.kept
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        framed(b"no line"),
+        framed(LINE) + framed(LINE),
+        b"8 \r\n" + LINE + b"\r\n",
+        b"08\r\n" + LINE + b"\r\n",
+        b"8;a=b\r\n" + LINE + b"\r\n",
+        framed(LINE[:-1] * 4 + b"\n").upper(),
+        b"C\r\n" + b"a" * 11 + b"\n\r\n",
+        framed(b"x" * 4095 + b"\n"),
+        b"8\r\n" + b"\n\r\n" * 9,
+        b"7\r\n" + LINE + b"\r\n",
+        b"9\r\n" + LINE + b"\r\n",
+        b"+8\r\n" + LINE + b"\r\n",
+        b"8\n" + LINE + b"\r\n",
+        b"\n\r\n",
+        b"\r\n",
+        b"0\r\n\r\n",
+    ],
+)
+def test_whatever_else_comes_is_parsed(read: bytes) -> None:
+    """Nothing of a framing that is not our own goes past the parser."""
+    expected = Bench()
+    plain = expected.told(CHUNKED + framed(LINE), read)
+    bench, tape = chunked(read)
+    assert tape.chunks == []
+    assert (tape.body, [*map(str, tape.ends)]) == (plain.body, [*map(str, plain.ends)])
+    assert bench.line.closing is expected.line.closing
+
+
+@pytest.mark.parametrize("cut", range(1, 13))
+def test_behind_a_part_of_a_chunk_nothing_is_taken_for_one(cut: int) -> None:
+    """What looks like a chunk may stand inside of one."""
+    inner = framed(LINE)
+    outer = framed(b"12345\r\n" + inner + b"\n")
+    at = outer.index(inner)
+    start, rest = outer[:at], outer[at + len(inner) :]
+    bench, tape = chunked(start, inner, rest, framed(LINE))
+    assert tape.chunks == [framed(LINE)]
+    assert tape.body == LINE + b"12345\r\n" + inner + b"\n" + LINE
+    bench, tape = chunked(inner[:cut], inner[cut:], inner)
+    assert tape.chunks == [inner]
+    assert tape.body == LINE * 3
+    assert not bench.line.closing
+
+
+@given(st.data())
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_reads_of_any_size_bring_the_same_body(data: st.DataObject) -> None:
+    """Every chunk that is passed is byte by byte what we would have made of it."""
+    texts = st.lists(st.text(alphabet="a\r\n1", min_size=1, max_size=30).map(str.encode))
+    pieces = data.draw(texts)
+    odd = data.draw(st.lists(st.booleans(), min_size=len(pieces), max_size=len(pieces)))
+    chunks = [b"0" * is_odd + framed(piece) for piece, is_odd in zip(pieces, odd, strict=True)]
+    whole = b"".join(chunks) + b"0\r\n\r\n"
+    ends = [sum(map(len, chunks[:i])) for i in range(len(chunks) + 1)]
+    at = data.draw(st.lists(st.sampled_from(ends) | st.integers(0, len(whole))))
+    marks = [0, *sorted(at), len(whole)]
+    bench, tape = chunked(*(whole[a:b] for a, b in pairwise(marks)))
+    assert tape.body == LINE + b"".join(pieces)
+    assert tape.ends == [None]
+    assert bench.kept
+    for chunk in tape.chunks:
+        size, _, rest = chunk.partition(b"\r\n")
+        assert chunk == framed(rest[:-2])
+        assert chunk.endswith(b"\n\r\n")
+        assert size == b"%x" % (len(rest) - 2)
+
+
+def test_chunks_of_one_answer_are_nothing_to_the_next() -> None:
+    """The connection's next answer goes to its own sink."""
+    bench, first = chunked(framed(LINE), b"0\r\n\r\n")
+    second = bench.told(CHUNKED + framed(LINE), framed(LINE), b"0\r\n\r\n")
+    assert len(first.chunks) == 1
+    assert (second.body, second.ends) == (LINE * 2, [None])
+    over = bench.begin(first := Chunked())
+    bench.feed(SHORT)
+    over.pass_chunks(first)
+    assert over.chunks is None, "they would hold each other"
+
+
+def test_a_bug_in_taking_a_chunk_ends_the_answer() -> None:
+    """Whoever waits must not wait for ever."""
+    bench, tape = chunked(framed(LINE))
+
+    def bug() -> None:
+        raise RuntimeError("bug")
+
+    tape.at["data"] = bug
+    with pytest.raises(RuntimeError, match="bug"):
+        bench.feed(framed(LINE))
+    assert tape.failure.detail == "the balancer failed"
+    assert bench.line.closing
+
+
+def test_a_chunk_is_a_movement() -> None:
+    """A stream of chunks is not silent."""
+    bench, tape = chunked()
+    for _ in range(3):
+        bench.loop.sleep(200.0)
+        bench.feed(framed(LINE))
+    assert len(tape.chunks) == 3
+    bench.loop.sleep(301.0)
+    assert tape.failure.kind is FailureKind.IDLE
+
+
 def test_a_sink_may_be_replaced() -> None:
     """Whoever relays takes over from whoever judged, at any point before the end."""
     bench, first, second = Bench(), Tape(), Tape()

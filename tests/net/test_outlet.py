@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, cast
 
 import pytest
+from aiohttp import HttpVersion10
 
 from balancer.net.outlet import Dates, Outlet, Written
 from tests.core.clocks import ManualClock
@@ -273,3 +274,34 @@ async def test_aiohttp_is_told_what_became_of_the_connection() -> None:
     assert (written.status, written.keep_alive, transport.writes) == (503, True, [])
     outlet.abort()
     assert not written.keep_alive
+
+
+# -- chunks as they came ---------------------------------------------------------------------------
+
+
+def test_chunks_may_go_past_it_between_the_head_and_the_end() -> None:
+    """What stands framed already is written to the socket; it counts where it is told."""
+    outlet, transport = an_outlet(FakeRequest())
+    outlet.begin(200, HEADERS, None)
+    assert outlet.chunks is None, "the head has not gone out"
+    outlet.write(b"one")
+    assert outlet.chunks is transport
+    outlet.passed_bytes += 3
+    assert outlet.bytes_out == 6
+    outlet.end()
+    assert outlet.chunks is None
+
+
+def test_no_chunks_for_who_is_sent_none() -> None:
+    """A client of HTTP/1.0, an answer of known length, and one that was broken off."""
+    old, _ = an_outlet(FakeRequest(version=HttpVersion10))
+    old.begin(200, HEADERS, None)
+    old.write(b"one")
+    known, _ = an_outlet(FakeRequest())
+    known.begin(200, HEADERS, 6)
+    known.write(b"one")
+    broken, _ = an_outlet(FakeRequest())
+    broken.begin(200, HEADERS, None)
+    broken.write(b"one")
+    broken.abort()
+    assert (old.chunks, known.chunks, broken.chunks) == (None, None, None)

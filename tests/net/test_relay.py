@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from balancer.net.relay import Relay
 from balancer.sim.host import SimModel
 from tests.conftest import Start
 from tests.e2e.stage import CHAT, Asking, models, now, records, verdicts, virtual
@@ -124,6 +125,40 @@ async def test_a_document_cut_after_its_beginning_was_sent_is_cut_for_the_client
     assert reply.status == 200
     assert reply.ended in ("cut", "reset")
     assert [told.outcome for told in await rig.ended()] == ["upstream_error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "record", "last"),
+    [
+        ("/api/chat", CHAT, NDJSON, LINE, DONE),
+        (*V1, [("Content-Type", "text/event-stream")], b'data: {"a":1}\n\n', b"data: [DONE]\n\n"),
+    ],
+)
+@virtual
+async def test_chunks_that_pass_as_they_are_count_as_all_others(
+    path: str, body: Any, headers: Any, record: bytes, last: bytes
+) -> None:
+    """Whether a record had a chunk of its own changes nothing of what is told."""
+    async with running(1, models=models()) as rig:
+        await rig.warm("a", "m")
+        segments: list[Any] = [record, *[(0.5, record)] * 6, (0.5, record * 2), (0.5, record)]
+        segments += [(0.5, last)]
+        rig.fleet["a"].script(path, headers=headers, segments=segments, framing="chunked")
+        passed = []
+        write = Relay.chunk
+
+        def chunk(self: Relay, data: bytes, lines: list[bytes]) -> None:
+            passed.append(data)
+            write(self, data, lines)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Relay, "chunk", chunk)
+            reply = await rig.ask("POST", path, body)
+        assert len(passed) >= 6
+        assert (reply.body, reply.ended) == (record * 10 + last, "clean")
+        (told,) = await rig.ended()
+        assert (told.outcome, told.bytes_out) == ("ok", len(reply.body))
+        assert verdicts(rig) == [("a", "ok")]
 
 
 @pytest.mark.parametrize(
