@@ -6,7 +6,15 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 _MAY_BE_ZERO: Final = frozenset(
-    {"decode_weight", "disturb_weight", "eviction_weight", "batch_reserve", "prefer_s", "move_gain"}
+    {
+        "decode_weight",
+        "disturb_weight",
+        "cache_weight",
+        "eviction_weight",
+        "batch_reserve",
+        "prefer_s",
+        "move_gain",
+    }
 )
 
 
@@ -18,6 +26,7 @@ class Knobs:
     Args:
         decode_weight: A second of decoding against a second of waiting for the first token.
         disturb_weight: Of the delay that a call imposes on running streams.
+        cache_weight: Of the tokens of a prompt that are thought to be cached.
         eviction_weight: Of what an eviction will cost those who want the model that went.
         demand_fast_s: Memory of arrivals, for copies and queueing.
         demand_slow_s: Memory of arrivals, for "is it still wanted".
@@ -46,6 +55,7 @@ class Knobs:
 
     decode_weight: float = 0.2
     disturb_weight: float = 0.4
+    cache_weight: float = 1.0
     eviction_weight: float = 1.0
     demand_fast_s: float = 120.0
     demand_slow_s: float = 1800.0

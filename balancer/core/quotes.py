@@ -186,7 +186,7 @@ class Quotes:
             )
             if links:  # they are estimates, as is the prompt's length
                 share = links / call.prompt_tokens * self._prefixes.reuse(key.model)
-                cached = min(share, 1.0) * need.prompt
+                cached = min(share, 1.0) * need.prompt * self._knobs.cache_weight
         ahead = promised.get(name, 0)
         if quote.may_probe and (
             ticket.attempts or call.batch or call.embedding or not call.streaming
