@@ -14,7 +14,11 @@ from typer.main import get_command
 
 from balancer.cli import app
 from balancer.config import load, schema
+from balancer.core import slots, speeds
+from balancer.core.knobs import Knobs
+from balancer.core.pool import PoolSettings
 from balancer.core.routes import TABLE
+from balancer.core.sharing import BATCH_BELOW, MANY_INPUTS
 from balancer.ops.metrics import METRICS, PREFIX
 from docs.generate import PAGES
 
@@ -43,6 +47,31 @@ def test_configurations_in_the_readme_are_good() -> None:
     assert blocks
     for text in blocks:
         assert load(text, {"WEBUI_KEY": "0123456789abcdef"}).warnings == ()
+
+
+def test_numbers_in_words_are_those_of_the_code() -> None:
+    """Nobody who changes one of them thinks of what is written about it."""
+    knobs, pool = Knobs(), PoolSettings()
+    assert (speeds.OPINION_SAMPLES, knobs.prefer_s, pool.host.ratio) == (8, 0.5, 0.5)
+    assert (knobs.batch_reserve, knobs.batch_weight, knobs.batch_floor) == (0.1, 0.25, 0.1)
+    assert (knobs.tier_patience_s, knobs.decline_s, knobs.batch_patience_s) == (10.0, 10.0, 60.0)
+    assert (pool.model.ratio, pool.model.window_s) == (0.5, 120.0)
+    example = re.sub(r"[\s#]+", " ", read("config.example.yaml"))
+    for words in (
+        f"Calls below {BATCH_BELOW} are batch",
+        f"Embeddings of more than {MANY_INPUTS} texts are batch",
+        f"auto: {slots.DEFAULT}. The strategy plan learns: from {slots.DEFAULT} on",
+        f"last {pool.host.window_s:.0f} s do, too, if there are at least {pool.host.minimum}",
+        f"last two minutes, if there are at least {pool.model.minimum}",
+        "after eight measured calls it counts no more",
+        "no more than half a second longer",
+        "would take more than 10 s",
+    ):
+        assert words in example
+    page = re.sub(r"\s+", " ", read("docs/routing.md"))
+    assert (
+        f"priority is below {BATCH_BELOW}, and embeddings of more than {MANY_INPUTS} texts" in page
+    )
 
 
 def test_the_readme_names_every_command() -> None:

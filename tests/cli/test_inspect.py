@@ -276,7 +276,13 @@ def test_explain_does_not_claim_what_a_call_asked_for(
     command: Command, gets: int | None, words: str
 ) -> None:
     """Where the policy may have changed the context, and what was asked for is not kept."""
-    context: dict[str, Any] = {"policy": "reuse", "asked": None, "gets": gets, "rewritten": None, "defaults": {}}
+    context: dict[str, Any] = {
+        "policy": "reuse",
+        "asked": None,
+        "gets": gets,
+        "rewritten": None,
+        "defaults": {},
+    }
     doc = explanation(num_ctx=context)
     with serving({"/_balancer/explain?model=m&call=r1": (200, doc)}) as stub:
         told = command("explain", "m", "--call", "r1", "--admin", f"127.0.0.1:{stub.port}")
