@@ -385,7 +385,7 @@ class Balancer:
         sockets = self._sockets or [bind(address) for address in self.config.server.listen]
         if self.switches is not None:
             self.switches.read()
-        self.pool.reshape(backends(self.config))
+        self._reshape()
         if self.learned is not None:
             self.learned.read()
             self.tasks.spawn(self.learned.run(), "learned")
@@ -508,10 +508,7 @@ class Balancer:
         self.catalog.aliases = aliases(config)
         self.contexts.rules = context_rules(config)
         self.pool.pins = pins(config, self.contexts)
-        self.pool.reshape(backends(config))
-        if config.routing != routing or strategy.cell_count(self.pool) != self._cells:
-            # another has to learn anew what is cached where
-            self.dispatcher.exchange(self._scheduler(config))
+        self._reshape(anew=config.routing != routing)
         self.dispatcher.admission.limits = queue_limits(config)
         self.prober.settings = prober_settings(config)
         self.prober.follow()
@@ -525,6 +522,13 @@ class Balancer:
         self.discovery.follow(written)
         self.dispatcher.kick()
 
+    def _reshape(self, *, anew: bool = False) -> None:
+        """Take over who the backends are; where that asks for it, or *anew*, another scheduler."""
+        self.pool.reshape(backends(self.config))
+        if anew or strategy.cell_count(self.pool, self._cells) != self._cells:
+            # another has to learn anew what is cached where
+            self.dispatcher.exchange(self._scheduler(self.config))
+
     def _found(self) -> None:
         """Take over what discovery has found since; what is written stays as it was read."""
         config = self.config = join(self.reload.current, self.discovery.found)
@@ -535,7 +539,7 @@ class Balancer:
             else _target(spec, config)
             for spec in config.backends
         }
-        self.pool.reshape(backends(config))
+        self._reshape()
         self.prober.follow()
         self.dispatcher.kick()
 

@@ -219,13 +219,14 @@ class Books:
         ledger.first_byte(track, at)
         if not run.call.streaming or run.remote:
             return
-        self._decisions.foretold(run.backend, track.first_token_s, at - track.at)
         belief = self._belief(ledger)
-        if belief is not None:
-            track.probing = False
-            before = belief.believed(model)
-            if belief.first_byte(model, ledger.shown(model), at, run.probe):
-                self._tell_slots(run.backend, model, before, "seen", at)
+        if belief is None:
+            return
+        self._decisions.foretold(run.backend, track.first_token_s, at - track.at)
+        track.probing = False
+        before = belief.believed(model)
+        if belief.first_byte(model, ledger.shown(model), at, run.probe):
+            self._tell_slots(run.backend, model, before, "seen", at)
 
     def ended(self, ended: Ended) -> Track | None:
         """An attempt ended; None: nobody knew of it."""
@@ -581,8 +582,15 @@ class Books:
             "reuse": self.prefixes.dump(),
         }
 
-    def recall(self, learned: Mapping[str, Any], now: float, age_s: float) -> None:
-        """Take over what another has learned; what cannot be believed is left out."""
+    def recall(
+        self, learned: Mapping[str, Any], now: float, age_s: float, share: float = 1.0
+    ) -> None:
+        """
+        Take over what another has learned; what cannot be believed is left out.
+
+        Args:
+            share: Of the calls that the other had, those that will come here.
+        """
         self._learned, self._recalled_at = learned, now
         for part, take in (("lengths", self.lengths.restore), ("reuse", self.prefixes.restore)):
             told = learned.get(part)
@@ -590,7 +598,7 @@ class Books:
                 take(told)
         demand, ratios = learned.get("demand"), learned.get("ratios")
         if isinstance(demand, dict):
-            self.demand.restore(demand, now, age_s)
+            self.demand.restore(demand, now, age_s, share)
         for model, ratio in ratios.items() if isinstance(ratios, dict) else ():
             if isinstance(ratio, int | float) and RATIOS[0] <= ratio <= RATIOS[1]:
                 self._ratios[model] = float(ratio)

@@ -219,6 +219,11 @@ class Gate(CircuitBreakerListener):
         return self.successes > 1
 
     @property
+    def is_blamed(self) -> bool:
+        """Whether a blame counts still: then time alone may change `one_at_a_time`, either way."""
+        return self._tally.blames > 0
+
+    @property
     def one_at_a_time(self) -> bool:
         """Closed, though the ratio says otherwise: the last one standing should take it slow."""
         if not self._tally.blames:

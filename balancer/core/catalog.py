@@ -633,14 +633,14 @@ class Catalog:
             Whether the list is another than before.
         """
         shelf = self._shelf(backend)
-        shelf.settled = True
+        self._settle(shelf)
         if not (rows is None or isinstance(rows, list)):
             return False
         found: dict[str, _Row] = {}
         for row in _rows(rows, "modified_at"):
             found.setdefault(row.canonical, row)
-        if shelf.missing or not shelf.read:
-            self._learned(backend)
+        if not shelf.read:  # also an empty list is an answer
+            self._remake()
         _settle_missing(shelf, found, self._clock() if asked_at is None else asked_at)
         changed = found.keys() != shelf.rows.keys() or any(
             row.text != shelf.rows[canonical].text for canonical, row in found.items()
@@ -698,7 +698,7 @@ class Catalog:
 
     def note_failed(self, backend: str) -> None:
         """Its first check, or the first reading of its models, failed."""
-        self._shelf(backend).settled = True
+        self._settle(self._shelf(backend))
 
     def note_away(self, backend: str) -> None:
         """It went down: what it had in memory is forgotten, what it lists is remembered a while."""
@@ -1133,6 +1133,12 @@ class Catalog:
     def _shelf(self, backend: str) -> _Shelf:
         """Its shelf; of a backend that is not in the pool an empty one that nobody keeps."""
         return self._shelves.get(backend) or _Shelf()
+
+    def _settle(self, shelf: _Shelf) -> None:
+        """It has answered or failed once: models may be unknown from now on."""
+        if not shelf.settled:
+            shelf.settled = True
+            self._remake()
 
     def _learned(self, backend: str) -> None:
         """What was made of this edition is out of date, in what is of one backend's memory."""

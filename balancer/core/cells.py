@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from zlib import crc32
 
+from balancer.core.demand import Demand
 from balancer.core.domain import Backend, Call, PlacementKey, Residency
+from balancer.core.keeping import Keeping
+from balancer.core.outlook import compared
 from balancer.core.pins import Pin, Pins
 from balancer.core.plan import Plan
 from balancer.core.running import Run
@@ -38,6 +41,7 @@ from balancer.core.scheduler import (
     FirstByte,
     LoadAnswered,
     LoadRefused,
+    Option,
     Rehearsal,
     Ticket,
     View,
@@ -65,8 +69,10 @@ MayStart = Callable[[Call, int], bool]
 Make = Callable[[Sight, MayStart], Plan]
 
 
-def count(backends: int) -> int:
-    """How many cells so many backends make."""
+def count(backends: int, before: int = 0) -> int:
+    """How many cells so many backends make; as many as *before*, as long as that will do."""
+    if before > 1 and SIZE / 2 <= backends / before <= SIZE * 1.5:
+        return before
     return 1 if backends <= FROM else math.ceil(backends / SIZE)
 
 
@@ -80,6 +86,7 @@ class Cell:
         calls: That wait or run here.
         wake_at: When it wants to plan though nothing happens.
         dirty: Something has happened.
+        hurries: Somebody has come who may not wait: it plans at once, or he is refused.
     """
 
     number: int
@@ -88,6 +95,7 @@ class Cell:
     calls: int = 0
     wake_at: float = math.inf
     dirty: bool = True
+    hurries: bool = False
     _sized: tuple[int, float] = field(default=(-1, 1.0))
 
     def capacity(self) -> float:
@@ -116,6 +124,9 @@ class Cells:
     def __init__(self, view: Sight, make: Make, may_start: MayStart, cells: int) -> None:
         self._view = view
         self._outer_may_start = may_start
+        self._keeping = Keeping(view)
+        self._pins_of: Pins | None = None
+        self._allotted: list[Pins] = []
         self._cell_of: dict[str, Cell] = {}
         self._of: dict[Ticket, Cell] = {}  # who waits
         self._sent: dict[Ticket, Cell] = {}  # in this pass; may come back
@@ -138,7 +149,7 @@ class Cells:
         def found(call: Call, excluded: frozenset[str], exists: bool) -> Sequence[Place]:  # noqa: FBT001 - as of `Found`
             return self._by_cell(call, excluded, exists=exists).get(number, ())
 
-        window = Window(self._view, names, found, lambda: self._pins(number, names))
+        window = Window(self._view, names, found, lambda: self._pins(number))
         return Cell(number, make(window, self._may_start), names)
 
     def _may_start(self, call: Call, besides: int) -> bool:
@@ -165,17 +176,39 @@ class Cells:
                 cell.names.add(backend.name)
                 self._cell_of[backend.name] = cell
 
-    def _pins(self, number: int, names: set[str]) -> Pins:
-        """A pin to named backends is kept where these are, one to any by its model's first home."""
-        pins = self._view.pins
-        if not pins:
-            return pins
-        return Pins(pin for pin in pins if self._keeps(pin, number, names))
+    def _pins(self, number: int) -> Pins:
+        """Those that a cell is to keep, as of a moment ago."""
+        if self._view.pins is not self._pins_of:
+            self._allot()
+        return self._allotted[number]
 
-    def _keeps(self, pin: Pin, number: int, names: set[str]) -> bool:
+    def _allot(self) -> None:
+        """Deal the pins out."""
+        self._pins_of = self._view.pins
+        dealt: list[list[Pin]] = [[] for _ in self.cells]
+        for pin in self._pins_of:
+            for number, copies in self._copies(pin).items():
+                dealt[number].append(replace(pin, copies=copies))
+        self._allotted = [Pins(pins) for pins in dealt]
+
+    def _copies(self, pin: Pin) -> dict[int, int]:
+        """
+        How many copies of it each cell is to keep.
+
+        A pin to named backends is kept where these are, one to any in its model's homes: by each
+        as many as can serve it there.
+        """
         if pin.backends:
-            return not names.isdisjoint(pin.backends)
-        return _homes(pin.model, range(len(self.cells)))[0] == number
+            named = [cell for cell in self.cells if not cell.names.isdisjoint(pin.backends)]
+            return {cell.number: pin.copies for cell in named}
+        groups = self._by_cell(self._keeping.stand_in(pin.key), frozenset())
+        copies, left = dict[int, int](), pin.copies
+        for number in _homes(pin.model, groups):
+            copies[number] = min(left, len(groups[number]))
+            left -= copies[number]
+            if not left:
+                break
+        return copies
 
     def _by_cell(
         self, call: Call, excluded: frozenset[str], *, exists: bool = False
@@ -267,6 +300,7 @@ class Cells:
         self._of[ticket] = cell
         cell.calls += 1
         cell.dirty = True
+        cell.hurries = cell.hurries or ticket.limit_at <= ticket.queued_at
         cell.plan.enqueue(ticket)
 
     def withdraw(self, ticket: Ticket) -> None:
@@ -284,19 +318,26 @@ class Cells:
         """All tickets that wait, the oldest first."""
         return sorted(self._of, key=lambda ticket: (ticket.queued_at, ticket.seq))
 
+    def _look_at_next(self, now: float) -> None:
+        """At the next cell where anybody waits."""
+        for _ in self.cells:
+            self._looked = (self._looked + 1) % len(self.cells)
+            cell = self.cells[self._looked]
+            if cell.plan.queues.by_key:
+                self._look(cell, now)
+                return
+
     def _look(self, cell: Cell, now: float) -> None:
         """Let those move who wait where they cannot be served, or would be served later."""
         for queue in list(cell.plan.queues.by_key.values()):
             call = queue.waiters[0].ticket.call
             groups = self._by_cell(call, frozenset())
-            if not groups:
-                continue
-            there = self._choose(call, frozenset(), now)[0]
-            is_long = cell.load() > SPILLS * there.load() + NO_COPY
-            stuck, last = cell.number not in groups, len(queue.waiters) - SPILLED
+            there, last = self._choose(call, frozenset(), now)[0], len(queue.waiters) - SPILLED
+            stuck = bool(groups) and cell.number not in groups
+            is_long = bool(groups) and cell.load() > SPILLS * there.load() + NO_COPY
             for at, waiter in enumerate(list(queue.waiters)):
                 ticket = waiter.ticket
-                if ticket.excluded:
+                if ticket.excluded or ticket.call.route.feature != call.route.feature:
                     self._move_stuck(ticket, cell, now)
                 elif there is not cell and (stuck or (is_long and at and at >= last)):
                     self._move(ticket, cell, there)
@@ -320,6 +361,7 @@ class Cells:
         match fact:
             case Changed("", _, _):
                 self._reshape()
+                self._allot()
                 for each in self.cells:
                     each.plan.note(fact)
                     each.dirty = True
@@ -349,22 +391,22 @@ class Cells:
 
     def learned(self, now: float) -> dict[str, Any]:
         """What would be a pity to forget; of what all learn, what the first ones did."""
-        told: dict[str, Any] = {}
+        told, demand = dict[str, Any](), Demand()
         for cell in self.cells:
             _merge(told, cell.plan.learned(now))
-        return told
+            demand.add(cell.plan.books.demand, now)
+        return told | {"demand": demand.dump(now)}
 
     def recall(self, learned: Mapping[str, Any], now: float, age_s: float) -> None:
         """Take over what another has learned; what cannot be believed is left out."""
         for cell in self.cells:
-            cell.plan.recall(learned, now, age_s)
+            cell.plan.recall(learned, now, age_s, share=1.0 / len(self.cells))
 
     # -- passes --------------------------------------------------------------------------------
 
     def begin(self, ticket: Ticket, now: float) -> Commit | None:
         """Decide for a ticket that waits nowhere yet, while no other does."""
         self._sent.clear()
-        self._started.clear()
         for cell in self._choose(ticket.call, ticket.excluded, now)[:TRIED]:
             commit = cell.plan.begin(ticket, now)
             if commit is not None:
@@ -381,24 +423,25 @@ class Cells:
         """One pass: of the cells where something has happened, or that wanted to be woken."""
         effects: list[Effect] = []
         self._sent.clear()
-        self._started.clear()
-        if self._of and now >= self._look_at:  # at one of them, so that no turn is long
+        if now >= self._look_at:  # at one of them, so that no turn is long
             self._look_at = now + LOOK_S / len(self.cells)
-            self._looked = (self._looked + 1) % len(self.cells)
-            self._look(self.cells[self._looked], now)
+            self._allot()
+            self._look_at_next(now)
         due = [c for c in self.cells if c.dirty or now >= min(c.wake_at, c.plan.wake_at())]
-        due.sort(key=lambda cell: (cell.number - self._first) % len(self.cells))
+        count = len(self.cells)
+        due.sort(key=lambda cell: (not cell.hurries, (cell.number - self._first) % count))
         for cell in due[:TURN]:
             self._plan(cell, now, effects)
+        self._started.clear()  # from here on whoever is granted is counted
         if due:
-            self._first = (due[:TURN][-1].number + 1) % len(self.cells)
+            self._first = (due[:TURN][-1].number + 1) % count
         at = now if len(due) > TURN else min(cell.wake_at for cell in self.cells)
         if at < math.inf:
             effects.append(WakeAt(at))
         return effects
 
     def _plan(self, cell: Cell, now: float, effects: list[Effect]) -> None:
-        cell.dirty, cell.wake_at = False, math.inf
+        cell.dirty, cell.hurries, cell.wake_at = False, False, math.inf
         for effect in cell.plan.plan(now):
             if isinstance(effect, WakeAt):
                 cell.wake_at = min(cell.wake_at, effect.at)
@@ -421,15 +464,17 @@ class Cells:
         """What would be decided for *ticket*, and what it would cost in the other cells."""
         home = self._home(ticket, now)
         told = home.plan.rehearse(ticket, view, now)
-        options, barred = list(told.options), dict(told.barred)
+        rest, barred = list[Option](), dict(told.barred)
         for cell in self.cells:
             if cell is not home:
                 other = cell.plan.rehearse(ticket, view, now)
-                options += other.options
+                rest += other.options
                 barred |= other.barred
-        first = options[: len(told.options)]
-        rest = sorted(options[len(first) :], key=lambda option: option.terms.get("total", math.inf))
-        return replace(told, options=(*first, *rest), barred=barred)
+        rest.sort(key=_total_s)
+        if told.options:  # each cell has one that comes first there
+            best_s = _total_s(told.options[0])
+            rest = [replace(each, why=compared(_total_s(each), best_s)) for each in rest]
+        return replace(told, options=(*told.options, *rest), barred=barred)
 
     def _home(self, ticket: Ticket, now: float) -> Cell:
         return self._of.get(ticket) or self._choose(ticket.call, ticket.excluded, now)[0]
@@ -440,7 +485,7 @@ def _kind(backend: Backend) -> tuple[float, int, int, str]:
     return (backend.weight, backend.vram_bytes or 0, backend.slots or 0, backend.name)
 
 
-def _homes(model: str, numbers: Iterator[int] | Sequence[int] | Mapping[int, Any]) -> list[int]:
+def _homes(model: str, numbers: Iterable[int]) -> list[int]:
     """Cells in the order in which they are home to a model; who comes or goes moves few."""
     return sorted(numbers, key=lambda number: crc32(f"{number}/{model}".encode()))
 
@@ -451,6 +496,10 @@ def _links(call: Call) -> Iterator[str | int]:
         yield call.session
     for hashed, _ in reversed(call.chain[call.shared :]):
         yield hashed
+
+
+def _total_s(option: Option) -> float:
+    return option.terms["total_s"]
 
 
 def _merge(into: dict[str, Any], told: Mapping[str, Any]) -> None:

@@ -100,8 +100,25 @@ class Demand:
             ]
         }
 
-    def restore(self, kept: Mapping[str, Any], now: float, age_s: float) -> None:
-        """Take up what `dump` gave *age_s* ago, but for what cannot be."""
+    def add(self, other: Demand, now: float) -> None:
+        """Count as heard here what another has."""
+        keys, pair = dict.fromkeys((*self.keys(), *other.keys())), (self, other)
+        self._rates = {
+            key: (now, sum(d.fast(key, now) for d in pair), sum(d.slow(key, now) for d in pair))
+            for key in keys
+        }
+        self._since = -math.inf
+        self._sweep(now)
+
+    def restore(
+        self, kept: Mapping[str, Any], now: float, age_s: float, share: float = 1.0
+    ) -> None:
+        """
+        Take up what `dump` gave *age_s* ago, but for what cannot be.
+
+        Args:
+            share: Of the calls, that will come here.
+        """
         rows = kept.get("rates")
         for row in rows[-MOST_KEYS:] if isinstance(rows, list) else ():
             try:
@@ -112,6 +129,6 @@ class Demand:
             except (TypeError, ValueError):
                 continue
             if fit and isinstance(model, str):
-                self._rates[key] = (now - max(0.0, age_s), float(fast), float(slow))
+                self._rates[key] = (now - max(0.0, age_s), fast * share, slow * share)
                 self._since = -math.inf
         self._sweep(now)

@@ -278,12 +278,14 @@ class Dispatcher:
         self._seq = max(self._seq, seq)
         self._owners[ticket] = _Owner(on_grant, on_refuse)
         self._may_wait_until(ticket, limit_at)
-        limit = "" if gives_way is None else self._admission.limit(call.key.model)
+        told = None
+        if gives_way is not None:
+            model, limit = gives_way.call.key.model, self._admission.limit(call.key.model)
+            told = self._admission.full(model, limit, gives_way=True)
         self._admission.entered(call.key.model)
         self._scheduler.enqueue(ticket)
-        if gives_way is not None:
-            model = gives_way.call.key.model
-            self._refuse(gives_way, self._admission.full(model, limit, gives_way=True))
+        if gives_way is not None and told is not None:
+            self._refuse(gives_way, told)
         self.kick(now)  # so that one that may not wait at all is planned for, too
         if ticket.state is WAITING:
             self._emit(CallQueued(now, call.id, call.model, self._admission.depth))
@@ -588,10 +590,10 @@ class Dispatcher:
                     self._refuse(ticket, error)
                 case _:
                     wake = min(wake, effect.at)
+        self._changes_at = self._pool.next_change(now)
         if owners:
             self._expire(self._late(now, planned=True), now)
             limit_at = self._ends[0][0] if self._ends else math.inf
-            self._changes_at = self._pool.next_change(now)
             wake = min(wake, self._changes_at, limit_at)
         self._wake(wake)
 

@@ -13,7 +13,6 @@ _MAY_BE_ZERO: Final = frozenset(
         "eviction_weight",
         "batch_reserve",
         "prefer_s",
-        "move_gain",
     }
 )
 
@@ -50,7 +49,6 @@ class Knobs:
         drain_after_s: So long a call waits at least before a busy model is drained for it.
         copy_demand: Arrivals within `demand_fast_s` from which on copies are made ahead.
         copy_load: Share of the copies' capacity in use from which on another is made.
-        move_gain, move_gap_s: Background moves to better hardware; a gain of 0 turns them off.
     """
 
     decode_weight: float = 0.2
@@ -80,8 +78,6 @@ class Knobs:
     drain_after_s: float = 5.0
     copy_demand: float = 3.0
     copy_load: float = 0.6
-    move_gain: float = 0.0
-    move_gap_s: float = 30.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

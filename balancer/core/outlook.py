@@ -222,14 +222,19 @@ class Outlook:
                 state = "being loaded"
         if choice.short:
             state += f", context of {quote.context} is too short"
-        is_less = best is not None and choice.terms.total < best.terms.total
-        lead = "comes first" if choice is best else "costs less" if is_less else "costs more"
         ledger = self._books.ledger(choice.backend)
         victims = tuple(
             (victim, self._quotes.eviction_s(ledger, victim, now)) for victim in quote.victims
         )
-        why, told = f"{lead}: {terms.total:.2f} s", listed(choice, prompt)
+        best_s = None if choice is best or best is None else best.terms.total
+        why, told = compared(terms.total, best_s), listed(choice, prompt)
         return Option(choice.backend, state, why, terms.kind.value, told, victims)
+
+
+def compared(total_s: float, best_s: float | None) -> str:
+    """A price beside that of the candidate that comes first, for people; None: it does itself."""
+    lead = "comes first" if best_s is None else "costs less" if total_s < best_s else "costs more"
+    return f"{lead}: {total_s:.2f} s"
 
 
 def _queued_s(quote: Quote, ahead: int) -> float:

@@ -170,9 +170,11 @@ class Plan:
         """What would be a pity to forget, as plain data."""
         return self.books.learned(now)
 
-    def recall(self, learned: Mapping[str, Any], now: float = 0.0, age_s: float = 0.0) -> None:
-        """Take over what another has learned; what cannot be believed is left out."""
-        self.books.recall(learned, now, age_s)
+    def recall(
+        self, learned: Mapping[str, Any], now: float = 0.0, age_s: float = 0.0, share: float = 1.0
+    ) -> None:
+        """Take over what another has learned; as for `Books.recall`."""
+        self.books.recall(learned, now, age_s, share)
         self.quotes.forget()
 
     # -- passes --------------------------------------------------------------------------------

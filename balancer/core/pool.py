@@ -587,7 +587,7 @@ class Pool:
 
     def is_choice(self, model: str) -> bool:
         """Whether calls for *model* may go to more than one backend."""
-        edition = self.catalog.edition
+        edition = self.catalog.lists_edition
         if edition != self._edition or len(self._choices) > MOST_KNOWN:
             self._edition = edition
             self._choices.clear()
@@ -991,15 +991,14 @@ class Pool:
                 wait_s = min(wait_s, rule.window_s / rule.buckets)
             if is_changing:
                 wait_s = min(wait_s, member.load.next_change_s())
-            if not is_held and not is_changing:
+            if not is_changing and not member.gate.is_blamed:
                 del self._unsteady[name]
         return now + wait_s
 
     def tell_time(self, now: float) -> None:
         """Time has come for what `next_change` told: no event says so of those that it is of."""
-        for name, member in self._unsteady.items():
-            if member.load.is_changing or member.gate.one_at_a_time:
-                self.note(Changed(name, at=now))
+        for name in self._unsteady:
+            self.note(Changed(name, at=now))
 
     # -- grants --------------------------------------------------------------------------------
 

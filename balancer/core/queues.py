@@ -123,11 +123,6 @@ class Queues:
         """All tickets that wait, in order."""
         return [waiter.ticket for waiter in sorted(self.waiters.values(), key=order)]
 
-    def ahead(self, waiter: Waiter) -> list[Waiter]:
-        """Those that wait for the same and are before it, whether it waits here or nowhere."""
-        queue = self.by_key.get(waiter.ticket.call.key)
-        return [] if queue is None else queue.waiters[: queue.place(waiter)]
-
 
 def order(waiter: Waiter) -> tuple[float, int]:
     """Its place in the queue."""

@@ -18,13 +18,13 @@ from balancer.core.sight import Sight
 STRATEGIES: Final = ("plan", *POLICIES)
 
 
-def cell_count(view: Sight) -> int:
+def cell_count(view: Sight, before: int = 0) -> int:
     """
-    How many cells the plan of such a pool has.
+    How many cells the plan of such a pool has; as many as *before*, as long as that will do.
 
     Tiers are held over the whole pool, so with them it is one, whatever its size.
     """
-    return 1 if view.priorities else cells.count(len(view.backends()))
+    return 1 if view.priorities else cells.count(len(view.backends()), before)
 
 
 def build(

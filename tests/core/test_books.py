@@ -261,3 +261,20 @@ def test_what_a_load_that_came_to_nothing_was_to_leave_is_not_expected(bench: Pl
     bench.sleep(400.0)
     bench.holds("a", "o:1")
     assert bench.plan.books.room("a").too_much is None
+
+
+def test_what_runs_yet_on_a_backend_that_left_tells_nothing_of_it(bench: Planned) -> None:
+    """Nor of another one under its name."""
+    bench.shape("a", "b")
+    for name in "ab":
+        bench.up(name, "m:1", loaded=["m:1"])
+    clients = [bench.submit(id=f"r{n}", prompt_tokens=1000) for n in range(4)]
+    bench.shape("b", backend("a", url="http://elsewhere:11434"))
+    for client in clients:
+        bench.clock.advance(1.0)
+        client.lease.moved()
+    assert set(bench.plan.decisions.ratios) == {"b"}
+    bench.shape("b")
+    bench.end(*clients)
+    assert set(bench.plan.decisions.ratios) == {"b"}
+    assert at_rest(bench.plan)

@@ -18,7 +18,7 @@ from balancer.core.plan import Plan
 from balancer.core.scheduler import Ticket
 from balancer.core.sight import Sight
 from balancer.core.strategy import build, cell_count
-from tests.core.bench import Bench, backend, call, canon, key, outcome
+from tests.core.bench import Bench, backend, call, canon, key, outcome, tried
 from tests.core.planned import at_rest, where
 
 NAMES = [f"gpu{n}" for n in range(6)]
@@ -64,6 +64,17 @@ def bench() -> Iterator[Celled]:
 def test_so_many_backends_make_so_many_cells(backends: int, count: int) -> None:
     """A pool that one plan can look through is not cut."""
     assert cells.count(backends) == count
+
+
+@pytest.mark.parametrize(
+    ("backends", "before", "count"),
+    [(64, 3, 3), (36, 3, 3), (35, 3, 1), (108, 3, 3), (109, 3, 5), (64, 1, 1), (65, 1, 3)],
+)
+def test_a_pool_that_grows_and_shrinks_is_not_dealt_anew_each_time(
+    backends: int, before: int, count: int
+) -> None:
+    """What was learned of caches is lost by it."""
+    assert cells.count(backends, before) == count
 
 
 def test_a_big_pool_is_dealt_into_cells_and_one_with_tiers_is_not() -> None:
@@ -232,10 +243,15 @@ def test_what_waits_moves_over_to_another_dealing(bench: Celled) -> None:
 
 
 def test_explain_shows_the_backends_of_all_cells(bench: Celled) -> None:
-    """The first is where it would go."""
+    """The first is where it would go, the others stand by what they would cost."""
+    bench.submit(id="before", prompt_tokens=20_000)
     told = bench.dispatcher.forecast(call("m:1", arrived_at=bench.clock()))
     assert sorted(option.backend for option in told.options) == NAMES
     assert told.options[0].backend == told.backend
+    leads = [option.why.partition(":")[0] for option in told.options]
+    assert leads == ["comes first", *["costs more"] * 5], "not the first of each cell"
+    prices = [option.terms["total_s"] for option in told.options[2:]]
+    assert prices == sorted(prices)
     assert where(bench.submit()) == [told.backend]
 
 
@@ -264,3 +280,134 @@ def test_a_pin_is_kept_once_and_not_in_every_cell(bench: Celled, backends: tuple
             load: Any = bench.loaded()
             bench.holds(load.backend, "m:1", "o:1")
     assert sorted(asked) == sorted(backends) if backends else len(asked) == 1
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("hosts", [(0, 1), (1, 2), (2, 0)])
+def test_a_pin_is_kept_where_its_model_is(
+    bench: Celled, hosts: tuple[int, int], copies: int
+) -> None:
+    """Though its first home has none of it, or fewer than are wanted."""
+    names = [min(bench.cells.cells[number].names) for number in hosts]
+    for name in names:
+        bench.lists(name, "m:1", "p:1")
+    bench.pool.pins = Pins([Pin(canon("p:1"), (), copies, key("p:1"))])
+    bench.dispatcher.kick()
+    asked: list[str] = []
+    for _ in range(10):
+        bench.sleep(1.0)
+        while bench.loads:
+            asked.append(bench.loads[0].backend)
+            bench.holds(bench.loaded().backend, "m:1", "p:1")
+    assert len(asked) == copies
+    assert set(asked) <= set(names)
+
+
+def test_a_pin_is_kept_elsewhere_when_its_home_goes_away(bench: Celled) -> None:
+    """And by nobody while nobody can."""
+    bench.pool.pins = Pins([Pin(canon("o:1"), (), 1, key("o:1"))])
+    bench.dispatcher.kick()
+    bench.sleep(3.0)
+    first = bench.loads[0].backend
+    bench.holds(bench.loaded().backend, "m:1", "o:1")
+    for name in sorted(bench.cells.cells[bench.cell(first)].names):
+        bench.check(name, ok=False, connected=False, count=3)
+    bench.sleep(5.0)
+    assert bench.cell(bench.loads[-1].backend) != bench.cell(first)
+    for name in NAMES:
+        bench.check(name, ok=False, connected=False, count=3)
+    bench.loads.clear()
+    bench.sleep(5.0)
+    assert bench.loads == []
+
+
+def test_who_ran_in_the_last_pass_is_counted_once(bench: Celled) -> None:
+    """What people are told of a key's limit does not count its calls twice."""
+    owner = Principal("o", Role.USER, allowance=Allowance(slots=2))
+    others = [bench.submit(id=f"o{n}") for n in range(6)]
+    client = bench.submit(id="r", principal=owner, owner="key:o")
+    bench.pool.changed = lambda: None
+    for other in others:
+        other.lease.settle(outcome(now=bench.clock()))
+    bench.pool.changed = bench.dispatcher.kick
+    bench.dispatcher.kick()
+    assert not client.waits
+    told = bench.dispatcher.forecast(call("m:1", id="s", principal=owner, owner="key:o"))
+    assert (told.kind, told.text) == ("now", f"goes to {told.backend} now")
+
+
+def test_who_waits_for_a_route_that_others_do_not_wait_for_is_moved(bench: Celled) -> None:
+    """Though whoever is before him in the queue may stay."""
+    clients = [bench.submit(id=f"r{n}") for n in range(6)]
+    bench.sleep(3.0)
+    first = bench.submit(id="first")
+    (waiting,) = bench.cells.waiting()
+    home = bench.cells._of[waiting]
+    for name in NAMES:
+        if name not in home.names:
+            bench.catalog.note_no_route(name, "v1_completions")
+    late = bench.submit(id="late", path="/v1/completions")
+    assert late.ticket is not None
+    assert bench.cells._of[late.ticket] is home
+    for name in NAMES:
+        bench.catalog.note_version(name, f"0.20.{int(name in home.names)}")  # all may have it anew
+        if name in home.names:
+            bench.catalog.note_no_route(name, "v1_completions")
+    bench.sleep(3.0)
+    assert bench.cells._of[waiting] is home
+    assert bench.cells._of[late.ticket] is not home
+    for client in clients:
+        client.lease.settle(outcome(now=bench.clock()))
+    bench.sleep(3.0)
+    assert not first.waits
+    assert not late.waits
+
+
+def test_who_is_stuck_is_moved_soon_in_however_many_cells(bench: Celled) -> None:
+    """Those where nobody waits are not looked at in between."""
+    bench.cells = Cells(bench.pool, bench._plan, bench.limits.may_start, 6)
+    bench.dispatcher.exchange(bench.cells)
+    clients = [bench.submit(id=f"r{n}") for n in range(6)]
+    bench.submit(id="late")
+    (waiting,) = bench.cells.waiting()
+    home = bench.cells._of[waiting]
+    bench.sleep(1.0)
+    bench.cells._looked = home.number
+    (name,) = home.names
+    bench.check(name, ok=False, connected=False, count=3)
+    bench.sleep(1.0)
+    assert bench.cells._of[waiting] is not home
+    assert len(clients) == 6
+
+
+def test_who_may_not_wait_is_planned_for_at_once(
+    bench: Celled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whosever turn it is: else he is refused beside a free slot."""
+    monkeypatch.setattr(cells, "TURN", 1)
+    bench.admission.limits = QueueLimits(10_000, 10_000, 0.0)
+    for first in range(3):
+        for cell in bench.cells.cells:
+            cell.dirty = True
+        bench.cells._first = first
+        away = frozenset(bench.cells.cells[0].names | bench.cells.cells[1].names)
+        client = bench.submit(id=f"r{first}", excluded=away, attempts=(tried("gpu0"),), seq=1)
+        client.lease.settle(outcome(now=bench.clock()))
+
+
+def test_what_is_wanted_is_neither_lost_nor_multiplied_by_another_dealing(bench: Celled) -> None:
+    """The demand of all cells is that of the pool, before and after."""
+    for _ in range(5):
+        clients = [bench.submit(id=f"r{n}") for n in range(6)]
+        bench.sleep(5.0)
+        for client in clients:
+            client.lease.settle(outcome(now=bench.clock()))
+    wanted, now = key("m:1"), bench.clock()
+    parts = [cell.plan.books.demand.fast(wanted, now) for cell in bench.cells.cells]
+    assert min(parts) > 0.0
+    ((_, _, fast, _),) = bench.cells.learned(now)["demand"]["rates"]
+    assert fast == pytest.approx(sum(parts))
+    fresh = Cells(bench.pool, bench._plan, bench.limits.may_start, 2)
+    fresh.recall(bench.cells.learned(now), now, 0.0)
+    parts = [cell.plan.books.demand.fast(wanted, now) for cell in fresh.cells]
+    assert sum(parts) == pytest.approx(fast)

@@ -105,6 +105,23 @@ def test_rates_outlive_a_restart_by_their_age() -> None:
     assert again.slow(K, 8) == pytest.approx(found.slow(K, 160) * math.exp(-61 / 1800))
 
 
+def test_what_several_heard_adds_up_and_is_shared_out() -> None:
+    """As if one had heard it all; a part of the calls is a part of each rate."""
+    one, two, both = Demand(), Demand(), Demand()
+    for step in range(600):
+        one.arrived(K, float(step))
+        two.arrived(OTHER if step % 2 else K, float(step))
+    both.add(one, 600.0)
+    both.add(two, 600.0)
+    for key in (K, OTHER):
+        assert both.fast(key, 600.0) == pytest.approx(one.fast(key, 600.0) + two.fast(key, 600.0))
+        assert both.slow(key, 600.0) == pytest.approx(one.slow(key, 600.0) + two.slow(key, 600.0))
+    part = Demand()
+    part.restore(both.dump(600.0), 600.0, 0.0, share=0.25)
+    assert part.fast(K, 600.0) == pytest.approx(both.fast(K, 600.0) / 4)
+    assert part.slow(K, 600.0) == pytest.approx(both.slow(K, 600.0) / 4)
+
+
 def test_what_nobody_wants_any_more_is_not_kept() -> None:
     """What is told of a pool at rest comes to an end: it need not be written for ever."""
     found = Demand()

@@ -311,6 +311,16 @@ def test_one_owner_cannot_fill_the_queue_for_others(bench: Bench, limits: QueueL
         bench.dispatcher.withdraw(client.ticket)
 
 
+def test_the_one_that_gives_way_is_told_how_many_wait(bench: Bench) -> None:
+    """As many as may: not one more, for the call that takes its place."""
+    bench.dispatcher.admission.limits = QueueLimits(2, 9)
+    fill(bench)
+    bench.submit(fair_key="many")
+    newest = bench.submit(fair_key="many")
+    bench.submit(fair_key="few")
+    assert "Queue full: 2 calls wait," in newest.error.text
+
+
 def test_who_gives_way_gives_batch_first_and_never_what_was_tried(bench: Bench) -> None:
     """A call that was tried has been let in already."""
     bench.dispatcher.admission.limits = QueueLimits(3, 3)
@@ -1246,6 +1256,21 @@ def test_a_hint_names_only_what_the_caller_may_hear_of(bench: Bench) -> None:
     assert "mine:12" not in second.error.text
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_waits_for_the_first_list_hears_when_it_is_empty(*, fails: bool) -> None:
+    """Or when it cannot be read: what is known of the model then is all there is to know."""
+    bench = Bench()
+    bench.shape("a")
+    bench.check("a")
+    client = bench.submit("n:1")
+    assert client.waits
+    if fails:
+        bench.pool.note_failed("a")
+    else:
+        bench.lists("a")
+    assert isinstance(client.error, errors.NoBackend if fails else errors.UnknownModel)
+
+
 def test_a_call_that_leaves_its_weights_is_marked(bench: Bench) -> None:
     """Only then; a failover to the same weights is one."""
     rows = [tag(model) | {"digest": "f" * 64} for model in ("m:1", "n:1")]
@@ -1452,3 +1477,21 @@ def test_a_forecast_knows_of_early_refusals(bench: Bench) -> None:
     assert bench.admission.refused == {"wait": 1}
     for client in running:
         settle(bench, client)
+
+
+def test_what_time_changed_is_told_once(bench: Bench) -> None:
+    """Also when nobody waits any more: not at each turn from then on."""
+    bench.recover("a", "m:1", loaded=["m:1"])
+    busy = fill(bench)
+    waiting = bench.submit()
+    (refused,) = (client for client in busy if client.lease.backend.name == "b")
+    settle(bench, refused, V.BUSY)
+    assert waiting.waits
+    leave(bench, waiting)
+    told: list[Fact] = []
+    bench.pool.note = told.append
+    for _ in range(9):
+        bench.clock.advance(60.0)
+        bench.dispatcher._is_timed, bench.dispatcher._due = True, bench.clock()
+        bench.dispatcher.kick()
+    assert len(told) <= 2

@@ -11,7 +11,14 @@ import pytest
 from balancer.core.knobs import Knobs
 
 NAMES = [field.name for field in fields(Knobs)]
-WEIGHTS = ("decode_weight", "disturb_weight", "eviction_weight", "batch_reserve", "prefer_s")
+WEIGHTS = (
+    "decode_weight",
+    "disturb_weight",
+    "cache_weight",
+    "eviction_weight",
+    "batch_reserve",
+    "prefer_s",
+)
 
 
 def changed(name: str, value: float) -> dict[str, Any]:
@@ -27,7 +34,7 @@ def test_none_may_be_negative(name: str) -> None:
             replace(Knobs(), **changed(name, value))
 
 
-@pytest.mark.parametrize("name", [*WEIGHTS, "move_gain"])
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_a_weight_may_be_nothing(name: str) -> None:
     """What it weighs does not count then."""
     assert getattr(replace(Knobs(), **changed(name, 0)), name) == 0

@@ -44,7 +44,7 @@ from balancer.core.pool import (
     ProspectKind,
     discreet,
 )
-from balancer.core.scheduler import Began, Ended, Fact, FirstByte, LoadingNow
+from balancer.core.scheduler import Began, Changed, Ended, Fact, FirstByte, LoadingNow
 from balancer.core.verdicts import Judgement
 from balancer.core.watchdog import Suspect
 from tests.core.bench import GB, PoolBench, backend, call, canon, key, outcome, resident, tag
@@ -785,6 +785,26 @@ def test_the_last_one_takes_it_slow_until_it_is_better(bench: PoolBench) -> None
     assert turns == 10
     assert bench.pool.next_change(bench.clock()) == math.inf
     settle(bench, lease)
+
+
+def test_the_last_one_that_is_held_by_time_is_let_go_by_time(bench: PoolBench) -> None:
+    """What went well lapses first: from then on one call at a time, and the end of that is told."""
+    bench.shape("a")
+    bench.blame("a", V.OK, count=20)
+    bench.clock.advance(25.0)
+    for _ in range(5):
+        bench.blame("a", V.OK)
+        bench.blame("a", V.FAULT)
+    assert bench.pool.next_change(bench.clock()) == math.inf
+    bench.clock.advance(6.0)
+    assert bench.pool.slots("a", M) == 1
+    told: list[Fact] = []
+    bench.pool.note = told.append
+    while bench.pool.slots("a", M) == 1:
+        bench.clock.now = bench.pool.next_change(bench.clock())
+    bench.pool.tell_time(bench.clock())
+    assert told == [Changed("a", at=bench.clock())]
+    assert bench.pool.next_change(bench.clock()) == math.inf
 
 
 def test_the_last_one_for_a_model_is_not_opened_for_a_ratio_either(bench: PoolBench) -> None:

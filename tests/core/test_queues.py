@@ -26,15 +26,15 @@ def test_in_order_of_tags_and_then_of_arrival() -> None:
 
 
 def test_who_is_ahead() -> None:
-    """Of the same key only; also of one who waits nowhere, and of one for whom nobody waits."""
+    """Of the same key only; also of one who waits nowhere."""
     queues = Queues()
     first, second = waiter(1.0, 1), waiter(2.0, 2)
     for each in (second, first, waiter(0.0, 3, "n:1")):
         queues.add(each)
-    assert queues.ahead(first) == []
-    assert queues.ahead(second) == [first]
-    assert queues.ahead(waiter(math.inf, 0)) == [first, second]
-    assert queues.ahead(waiter(math.inf, 0, "o:1")) == []
+    queue = queues.by_key[key("m:1")]
+    assert queue.place(first) == 0
+    assert queue.place(second) == 1
+    assert queue.place(waiter(math.inf, 0)) == 2
 
 
 def test_no_queue_is_empty() -> None:
