@@ -62,6 +62,14 @@ WORDS = (
     ),
 )
 CUT = (FailureKind.CUT, FailureKind.RESET)
+RECORDS = (
+    b'{"a":1}\n' * 5,
+    b'{"a":"0\\r\\n"}\n{"b":2}\n0\r\n\r\n',
+    b"data: x\n\n" * 3,
+    b"\n\n\n\r\n",
+)
+RECORD = re.compile(rb".*?\n+|.+", re.DOTALL)
+READ = re.compile(rb".*?\n\r\n|.+", re.DOTALL)  # as hosts write: a chunk in each
 
 
 def make(rng: random.Random) -> bytes:
@@ -73,7 +81,7 @@ def make(rng: random.Random) -> bytes:
 
 
 def _made(rng: random.Random) -> bytes:
-    body = rng.choice((b"", b"hello", b"\r\n0\r\n\r\n", b"x" * 3000))
+    body = rng.choice((b"", b"hello", b"\r\n0\r\n\r\n", b"x" * 3000, *RECORDS))
     data = rng.choice((b"", b"HTTP/1.1 100 Continue\r\n\r\n" * rng.randint(1, 9)))
     status = rng.choice((b"200 OK", b"204 No", b"304 Not", b"404 Not Found", b"500", b"200 "))
     data += rng.choice((b"HTTP/1.1 ", b"HTTP/1.0 ")) + status + b"\r\n"
@@ -85,8 +93,10 @@ def _made(rng: random.Random) -> bytes:
     if how == 1:
         return data + b"\r\n" + body
     data += b"Transfer-Encoding: chunked\r\n\r\n"
-    for part in chance.pieces(rng, body):
-        data += b"%x%b\r\n%b\r\n" % (len(part), rng.choice((b"", b";a", b';a="b"')), part)
+    records = rng.random() < 0.5
+    for part in RECORD.findall(body) if records else chance.pieces(rng, body):
+        extension = b"" if records else rng.choice((b"", b";a", b';a="b"'))
+        data += b"%x%b\r\n%b\r\n" % (len(part), extension, part)
     return data + b"0\r\n" + rng.choice((b"", b"T: 1\r\n")) + b"\r\n"
 
 
@@ -247,15 +257,26 @@ def check(data: bytes, rng: random.Random) -> None:
     """Hold what the sink hears against the strict reader, in one piece and in many."""
     bare, ends, full = rng.random() < 0.1, rng.choice(("eof", "reset")), rng.random() < 0.05
     found = reference(data, bare=bare)
-    for parts in ([data] if data else [], chance.pieces(rng, data), chance.pieces(rng, data)):
+    pieces = (chance.pieces(rng, data), chance.pieces(rng, data), READ.findall(data))
+    for parts in ([data] if data else [], *pieces):
         heard = _transaction(parts, rng, bare=bare, ends=ends, full=full)
         _agrees(heard, found, data, ends=ends, whole=len(parts) <= 1, full=full)
+
+
+class _Passing(Tape):
+    """Takes chunks with their framing, as soon as there is a head."""
+
+    def chunk(self, data: bytes, lines: list[bytes]) -> None:
+        """A whole chunk."""
+        part = b"".join(line + b"\n" for line in lines[1:-2])
+        assert data == b"%x\r\n%b\r\n" % (len(part), part), "not framed as we would"
+        self.data(part)
 
 
 def _transaction(
     parts: list[bytes], rng: random.Random, *, bare: bool, ends: str, full: bool
 ) -> Heard:
-    bench, tape = Bench(), Tape()
+    bench, tape = Bench(), _Passing()
     if rng.random() < 0.3:
         bench.warm()
     bench.line.room = 5 if full else math.inf
@@ -268,6 +289,8 @@ def _transaction(
         if not bench.line.reading:
             transaction.resume()
         bench.connection.data_received(part)
+        if tape.status:
+            transaction.pass_chunks(tape)
         _is_bounded(bench)
     if not tape.ends and not bench.line.closing:
         if ends == "eof":
