@@ -44,6 +44,7 @@ from balancer.core.scheduler import (
     Option,
     Rehearsal,
     Ticket,
+    Unwanted,
     View,
     WakeAt,
 )
@@ -359,6 +360,10 @@ class Cells:
         """Tell it to the cell that it is of."""
         cell: Cell | None
         match fact:
+            case Unwanted():
+                for each in self.cells:
+                    each.plan.note(fact)
+                return
             case Changed("", _, _):
                 self._reshape()
                 self._allot()

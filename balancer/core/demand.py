@@ -76,6 +76,11 @@ class Demand:
         filled = 1.0 - math.exp(-max(heard_s, LEAST_HEARD * memory_s) / memory_s)
         return math.exp(min(at - now, 0.0) / memory_s) / filled
 
+    def forget(self, model: str) -> None:
+        """Nobody has asked for it, with whatever options."""
+        for key in [key for key in self._rates if key.model == model]:
+            del self._rates[key]
+
     def keys(self) -> tuple[PlacementKey, ...]:
         """What is asked for at all, the latest last."""
         return tuple(self._rates)

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from balancer.core.books import Books
 from balancer.core.cost import GO, HOLD, LOAD
-from balancer.core.decisions import Choice, Decision, Decisions, rank, version
+from balancer.core.decisions import Choice, Decision, Decisions, version
 from balancer.core.domain import Call, PlacementKey
 from balancer.core.knobs import Knobs
 from balancer.core.outlook import Outlook
@@ -41,6 +41,7 @@ from balancer.core.scheduler import (
     LoadRefused,
     Rehearsal,
     Ticket,
+    Unwanted,
     View,
     WakeAt,
 )
@@ -158,6 +159,8 @@ class Plan:
                 books.load_answered(fact)
             case LoadRefused(backend, _):
                 books.load_refused(backend)
+            case Unwanted(model):
+                books.demand.forget(model)
             case Changed("", _, _):
                 books.all_changed()
                 self.quotes.forget()
@@ -300,9 +303,11 @@ class Plan:
             declines = kind is not GO and free and not free <= ticket.excluded
             if declines and self._has_held_enough(waiter, best, now):
                 found = found or quotes.weigh(waiter, promised, now)
-                ready = [c for c in found if c.terms.kind is GO and c.short <= best.short]
-                if ready:
-                    best, kind = min(ready, key=rank), GO
+                ready = quotes.best(
+                    [c for c in found if c.terms.kind is GO and c.short <= best.short]
+                )
+                if ready is not None:
+                    best, kind = ready, GO
                 else:  # it is for others; to ask at each turn would be all that a turn is for
                     waiter.declined_until = now + knobs.tick_s
             name = best.backend
@@ -406,6 +411,8 @@ class Plan:
                 if option is None:
                     continue
                 if option.terms.kind is GO or option.terms.total < best.terms.total:
+                    return False
+                if option.quote.tier > best.quote.tier:
                     return False
         queue.seen = queue.free_seen = self._serial
         return True

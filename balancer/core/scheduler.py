@@ -207,7 +207,14 @@ class Changed:
     at: float = 0.0
 
 
-Fact = CommitRefused | Began | FirstByte | Ended | LoadAnswered | LoadRefused | Changed
+@dataclass(frozen=True, slots=True)
+class Unwanted:
+    """Somebody unloads this model on purpose: only who asks for it from now on counts."""
+
+    model: str
+
+
+Fact = CommitRefused | Began | FirstByte | Ended | LoadAnswered | LoadRefused | Changed | Unwanted
 
 
 @dataclass(frozen=True, slots=True)

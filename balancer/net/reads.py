@@ -23,6 +23,7 @@ from balancer.core.dispatch import Answer, refusal
 from balancer.core.domain import ALL, Call, Kind
 from balancer.core.errors import BadRequest, BalancerError, NoBackend, Unavailable, UnknownModel
 from balancer.core.pool import Member, Pool
+from balancer.core.scheduler import Unwanted
 from balancer.net.bodies import read_body
 from balancer.net.prober import Prober
 from balancer.net.server import Exchange, Handler, Known
@@ -223,6 +224,7 @@ class Reads:
         """
         An empty call with ``keep_alive: 0``: to every backend that has the model in memory.
 
+        It stays away until somebody asks for it again, unless it is pinned.
         The others are asked whether somebody else has loaded it there a moment ago. Where none has
         it, Ollama answers 200 all the same, if the model exists.
         """
@@ -230,6 +232,7 @@ class Reads:
         if not self._pool.holders(model):
             absent = self._pool.absent(call.model, model, globs=call.principal.models)
             raise refusal(call.model, absent)
+        self._pool.note(Unwanted(model))
         members = self._pool.members
         up = [m.name for m in members.values() if m.health.up and not m.backend.provider]
         loaded = [name for name in up if self._catalog.resident(name, model) is not None]

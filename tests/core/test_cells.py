@@ -15,7 +15,7 @@ from balancer.core.cells import Cells
 from balancer.core.domain import Allowance, Call, Principal, Role, Verdict
 from balancer.core.pins import Pin, Pins
 from balancer.core.plan import Plan
-from balancer.core.scheduler import Ticket
+from balancer.core.scheduler import Ticket, Unwanted
 from balancer.core.sight import Sight
 from balancer.core.strategy import build, cell_count
 from tests.core.bench import Bench, backend, call, canon, key, outcome, tried
@@ -411,3 +411,12 @@ def test_what_is_wanted_is_neither_lost_nor_multiplied_by_another_dealing(bench:
     fresh.recall(bench.cells.learned(now), now, 0.0)
     parts = [cell.plan.books.demand.fast(wanted, now) for cell in fresh.cells]
     assert sum(parts) == pytest.approx(fast)
+
+
+def test_what_nobody_wants_is_forgotten_in_every_cell(bench: Celled) -> None:
+    """Else the others would load it again, as asked for."""
+    now = bench.clock()
+    for cell in bench.cells.cells:
+        cell.plan.books.arrived(call("m:1"), now)
+    bench.pool.note(Unwanted(canon("m:1")))
+    assert not any(cell.plan.books.demand.keys() for cell in bench.cells.cells)

@@ -167,3 +167,14 @@ def test_a_memory_must_last(memories: tuple[float, float]) -> None:
     """None at all would divide by nought."""
     with pytest.raises(ValueError, match="positive"):
         Demand(*memories)
+
+
+def test_what_nobody_wants_any_more_is_forgotten_with_all_its_options() -> None:
+    """And nothing else; who asks for it again counts from then on."""
+    found = Demand()
+    for key in (PlacementKey("m"), PlacementKey("m", (("num_ctx", 8192),)), PlacementKey("o")):
+        found.arrived(key, 0.0)
+    found.forget("m")
+    assert found.keys() == (PlacementKey("o"),)
+    found.arrived(PlacementKey("m"), 1.0)
+    assert found.recent(PlacementKey("m"), 1.0) == pytest.approx(1.0)

@@ -296,6 +296,22 @@ async def test_an_unload_reaches_every_copy(path: str, body: dict[str, Any]) -> 
 
 
 @virtual
+async def test_what_is_unloaded_stays_away_until_somebody_asks() -> None:
+    """However often it was asked for a moment ago, and though the planner has other work."""
+    async with running(2, models=models()) as rig:
+        for _ in range(20):
+            await rig.ask("POST", "/api/chat", CHAT)
+        assert (
+            await rig.ask("POST", "/api/generate", {"model": "m", "keep_alive": 0})
+        ).status == 200
+        for _ in range(30):
+            await rig.ask("POST", "/api/chat", CHAT | {"model": "other"})
+            await asyncio.sleep(0.6)
+        assert "m" not in {name for loaded in rig.loaded().values() for name in loaded}
+        assert (await rig.ask("POST", "/api/chat", CHAT)).status == 200
+
+
+@virtual
 async def test_an_unload_of_what_is_not_loaded() -> None:
     """Of a model on disk it is done already, of an unknown one 404; no host is troubled."""
     async with running(2, models=models()) as rig:
