@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from balancer.app import targets
 from balancer.cli.exits import CommandError, ExitCode
 from balancer.config import Config, join
+from balancer.core import names
+from balancer.core.aliases import Aliases
 from balancer.core.verdicts import FailureKind
 from balancer.net.discovery import first_look
 from balancer.net.tasks import Tasks
@@ -18,7 +21,7 @@ from balancer.net.upstream import ClientUpstream, Target, UpstreamError
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a host said. `told`: what is wrong; `hint`: what to do about it."""
+    """What a host said. `told`: what is wrong; `hint`: what to do; `names`: of its models."""
 
     name: str
     url: str
@@ -27,6 +30,7 @@ class Answer:
     models: int = 0
     told: str = ""
     hint: str = ""
+    names: tuple[str, ...] = ()
 
 
 def joined(config: Config) -> Config:
@@ -72,8 +76,26 @@ async def _ask(upstream: ClientUpstream, name: str, target: Target, limit_s: flo
         hint = hint_for(target.url, error.failure.text)
         return Answer(name, target.url, ok=False, told=error.failure.text, hint=hint)
     models = _field(body, "models")
-    count = len(models) if isinstance(models, list) else 0
-    return Answer(name, target.url, ok=True, version=version, models=count)
+    rows = models if isinstance(models, list) else []
+    held = tuple(str(row.get("name")) for row in rows if isinstance(row, dict))
+    return Answer(name, target.url, ok=True, version=version, models=len(rows), names=held)
+
+
+def lost(config: Config, answers: list[Answer]) -> list[str]:
+    """Of aliases for which no host that answers has a model, as warnings."""
+    held = {name.canonical for a in answers for text in a.names if (name := _parsed(text))}
+    return [
+        f"models.aliases.{alias.name}: no host that answers has what it stands for "
+        f"({', '.join(alias.models)}); calls for it are answered with 404."
+        for alias in Aliases(config.models.aliases)
+        if not any(names.parse(model).canonical in held for model in alias.models)
+    ]
+
+
+def _parsed(text: str) -> names.ModelName | None:
+    with suppress(names.InvalidName):
+        return names.parse(text)
+    return None
 
 
 def _field(body: bytes, name: str) -> object:

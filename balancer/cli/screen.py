@@ -204,6 +204,9 @@ def _context_told(told: Document) -> Iterable[str]:
     elif policy != "passthrough":
         asked = f"{told['asked']} asked for" if told["asked"] is not None else "none asked for"
         written = f"{told['gets']} written into the call" if told["rewritten"] else "left as it is"
+        most = told.get("max")  # an older balancer does not tell
+        if most is not None and told["rewritten"] and told["gets"] > most:
+            written = f"{written}, beyond max {most}: a runner with so much is there already"
         yield f"num_ctx: {asked}, {written} (policy {policy})"
         for name, default in told["defaults"].items():
             yield f"! {plain(name)} gives {default} to calls that cannot ask, such as those of /v1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -90,7 +90,9 @@ def _contact(config: Config) -> tuple[Config, list[Answer]]:
     from balancer.cli import contact
 
     config = contact.joined(config)
-    return config, contact.ask_all(config)
+    answers = contact.ask_all(config)
+    lost = contact.lost(config, answers) if any(answer.ok for answer in answers) else []
+    return replace(config, warnings=(*config.warnings, *lost)), answers
 
 
 def _verdict(config: Config, answers: list[Answer] | None, *, strict: bool) -> int:

@@ -28,6 +28,10 @@ class Alias:
     canonical: str
     models: tuple[str, ...]
 
+    def absent(self, text: str) -> str:
+        """What is told where none of the models is there, with what is told of one of them."""
+        return f"{self.name!r} stands for {', '.join(self.models)}: {text}"
+
 
 class Aliases:
     """

@@ -21,7 +21,7 @@ from balancer.core.catalog import InMemory
 from balancer.core.cost import Need
 from balancer.core.decisions import Choice, Decisions
 from balancer.core.demand import Demand
-from balancer.core.domain import Backend, Call, Outcome, PlacementKey, Purpose, Verdict
+from balancer.core.domain import Backend, Call, Outcome, PlacementKey, Purpose, Residency, Verdict
 from balancer.core.events import SampleDiscarded, SlotsBelieved, Straggling
 from balancer.core.keeping import Keeping
 from balancer.core.knobs import Knobs
@@ -41,6 +41,9 @@ BACKGROUND_TICKS: Final = 4
 ASKED_TICKS: Final = 8
 RATIO_GAIN: Final = 0.05
 PROMPT_GAIN: Final = 0.05
+FEW_PROMPTS: Final = 8  # of which there is no telling what is usual
+MOST_PROMPT: Final = 4.0  # times the usual one: what is longer says no more of it
+LEAST_CUT: Final = 2048  # tokens; shorter ones are read whole, or nearly
 FOREIGN_S: Final = 60.0
 LEAST_MOVED_NS: Final = 10_000_000  # what is less is how a host counts the time, and no use
 LEAST_CACHED: Final = 64  # tokens thought to be cached, from which on it shows whether they were
@@ -99,7 +102,8 @@ class Books:
         self._contexts: dict[tuple[str, str], tuple[int, int]] = {}  # changes, tokens
         self._foreign: dict[tuple[str, str], float] = {}
         self._ratios: dict[str, float] = {}  # tokens to estimated tokens, by model
-        self._prompts: dict[str, float] = {}  # tokens as estimated, on average, by model
+        # Tokens as estimated, on average, and of how many, by model.
+        self._prompts: dict[str, tuple[float, int]] = {}
         self._learned: Mapping[str, Any] = {}
         self._recalled_at = 0.0
         self._refresh()
@@ -109,29 +113,45 @@ class Books:
     def arrived(self, call: Call, now: float) -> None:
         """A call has come."""
         key = call.key
-        model, tokens = key.model, call.prompt_tokens
-        usual = self._prompts.get(model)
-        if usual is not None:
-            self._prompts[model] = usual + PROMPT_GAIN * (tokens - usual)
-        elif len(self._prompts) < MOST_MODELS:
-            self._prompts[model] = tokens
-        self.demand.arrived(key, now)
+        self._learn_prompt(call)
         if len(self.asked) > MOST_MODELS:
             self.asked.clear()
-        self.asked.add(key)
+        if not call.is_guest:  # which takes what is there, and is no reason to have more of it
+            self.demand.arrived(key, now)
+            self.asked.add(key)
         if key.options:  # what an eviction costs, all variants of the model have to bear
             self.demand.arrived(PlacementKey(key.model), now)
 
+    def _learn_prompt(self, call: Call) -> None:
+        """One that is far longer than usual counts as a long one."""
+        model, tokens = call.key.model, self._within(call, call.prompt_tokens)
+        usual, count = self._prompts.get(model, (0.0, 0))
+        if count >= FEW_PROMPTS:
+            tokens = min(tokens, MOST_PROMPT * max(1.0, usual))
+        if count or len(self._prompts) < MOST_MODELS:
+            gain = max(PROMPT_GAIN, 1.0 / (count + 1))
+            self._prompts[model] = usual + gain * (tokens - usual), count + 1
+
     def usual_prompt(self, model: str) -> float:
         """Tokens, as estimated, on average; 0: not known."""
-        return self._prompts.get(model, 0.0)
+        return self._prompts.get(model, (0.0, 0))[0]
+
+    def _within(self, call: Call, tokens: float) -> float:
+        """As many of so many tokens as any backend reads; all, where one has not told."""
+        if tokens <= LEAST_CUT * call.inputs:
+            return tokens
+        copies = [self._view.copy(name, call.key) for name in self.backends]
+        reads = [copy.reads for copy in copies if copy.known is not Residency.ABSENT]
+        known = [most for most in reads if most is not None]
+        cut = bool(known) and len(known) == len(reads)
+        return min(tokens, float(call.inputs * max(known))) if cut else tokens
 
     def need(self, call: Call) -> Need:
         """What a call asks for, as far as can be told."""
         model = call.key.model
-        prompt = call.prompt_tokens * self._ratios.get(model, 1.0)
+        prompt = self._within(call, call.prompt_tokens * self._ratios.get(model, 1.0))
         if call.embedding or call.purpose is not Purpose.RUN:
-            return Need(prompt, 0.0, 0.0 if call.embedding else prompt)
+            return Need(prompt, 0.0, 0.0 if call.embedding else prompt, call.inputs)
         answer, limit = self.lengths.mean(model, call.fair_key), call.output_tokens
         if limit is not None and limit > 0:
             answer = min(answer, float(limit))
@@ -146,16 +166,18 @@ class Books:
         if choice is not None:
             quote, terms = choice.quote, choice.terms
             cached, first_s, prefill_s = terms.cached, terms.first_token_s, terms.prefill
-            share = quote.share
+            share, prompt = quote.share, need.read(quote.reads)
             is_clean = quote.resident and not ledger.is_reading
         else:
             cached, is_clean = 0.0, False
+            prompt = need.read(self._view.copy(backend, call.key).reads)
             share = float(ledger.look(model, now)[2])
-            prefill_s = work(need.prompt, 0.0) / ledger.speed.prompt(model, size) + 0.02
+            prefill_s = work(prompt, 0.0) / ledger.speed.prompt(model, size) + 0.02
             first_s = prefill_s * share
         track = Track(
-            call, now, size, need.prompt, cached, prefill_s, first_s, need.answer, share, is_clean
+            call, now, size, prompt, cached, prefill_s, first_s, need.answer, share, is_clean
         )
+        track.charged = need.prompt
         ledger.enter(track, now)
         self.tracks[id(call)] = (ledger, track)
         self._count(call, 1)
@@ -256,7 +278,7 @@ class Books:
         """Lengths, tokens per byte, and what the cache was worth."""
         call, model, usage = track.call, track.model, outcome.usage
         tokens_in, written = usage.tokens_in, track.written(usage)
-        if tokens_in and call.prompt_tokens:
+        if tokens_in and call.prompt_tokens and not self._is_cut(ledger.name, call, tokens_in):
             ratio = min(RATIOS[1], max(RATIOS[0], tokens_in / call.prompt_tokens))
             known = self._ratios.get(model, 1.0)
             if model in self._ratios or len(self._ratios) < MOST_MODELS:
@@ -274,6 +296,12 @@ class Books:
             counts["seen"] += min(track.cached, max(0.0, tokens_in - read))
             ratio = (tokens_in - read) / track.cached * self.prefixes.reuse(model)
             self.prefixes.learn_reuse(model, min(1.0, max(0.0, ratio)))
+
+    def _is_cut(self, backend: str, call: Call, tokens_in: int) -> bool:
+        """Whether the prompt may not have been read whole there."""
+        most = self._view.copy(backend, call.key).reads
+        sent = call.prompt_tokens * self._ratios.get(call.key.model, 1.0)
+        return most is not None and max(sent, tokens_in) >= most * call.inputs
 
     def _belief(self, ledger: Ledger) -> SlotBelief | None:
         """What is believed of slots there; None: it has left, and another may have its name."""

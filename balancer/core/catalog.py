@@ -73,6 +73,7 @@ _SINCE: Final = {
     "v1_messages": (0, 14, 0),
     "v1_transcriptions": (0, 20, 0),
 }
+_USUAL_DEFAULT: Final = 4096  # tokens: the least context that Ollama gives by itself
 _MOST_COPIES: Final = 1024  # of each backend; options are clients' choice
 _JOURNAL: Final = 256
 _RELOAD_S: Final = 600.0  # so long a runner that was there counts as pushed out by the next
@@ -273,7 +274,8 @@ def _fits(resident: _Resident, key: PlacementKey, default: int | None, trained: 
     It compares what is in effect: an asked context equal to the one in effect fits, however that
     came about, and no context asked fits a runner that was asked for none, or one that has the
     default. What somebody else loaded counts as that context with no other option; as long as the
-    default of the place is unknown it passes for the default. A missing ``num_gpu`` fits any.
+    default of the place is unknown it passes for the default, as does the usual default however it
+    came about. A missing ``num_gpu`` fits any.
     """
     asked = dict(key.options)
     wanted = asked.pop("num_ctx", None)
@@ -289,7 +291,7 @@ def _fits(resident: _Resident, key: PlacementKey, default: int | None, trained: 
     if resident.key is not None and held is None:
         return True
     if default is None or context is None:
-        return resident.key is None
+        return resident.key is None or context == _USUAL_DEFAULT
     return bool(context == default)
 
 
@@ -368,6 +370,7 @@ class Copy:
 
     Args:
         context: Tokens a call with this key would have, None: unknown.
+        trained: Tokens of context the model was trained for, None: not told.
         stub: It runs at ollama.com.
         known: Where it is whatever the time, None: `residency` tells.
         here: What it is as long as the reading is believed.
@@ -377,6 +380,7 @@ class Copy:
     """
 
     context: int | None
+    trained: int | None
     models_loaded: int
     stub: bool
     known: Residency | None
@@ -385,6 +389,12 @@ class Copy:
     believe_s: float
     resident: _Resident | None
     shelf: _Shelf
+
+    @property
+    def reads(self) -> int | None:
+        """Tokens of a prompt that it reads at most, the rest being cut off; None: not known."""
+        context = self.context
+        return context if context is not None and context > 0 else self.trained
 
     def residency(self, now: float) -> Residency:
         """As `Catalog.residency`."""
@@ -938,6 +948,7 @@ class Catalog:
         fits = resident is not None and shelf.serves(resident, key)
         return Copy(
             context=self.known_context(backend, key),
+            trained=None if row is None else row.trained,
             models_loaded=len(self.loaded(backend)),
             stub=row is not None and row.cloud,
             known=known,

@@ -5,12 +5,14 @@ Calls for one model that ask for different contexts need different runners, and 
 push each other out: each call is a load. The rules bring such calls together on one runner.
 
 Laws:
-- The context is chosen once, when a call is identified, by what is in memory or being loaded at
-  that instant where the call may go: of the runners that suffice one with a free slot, then one
-  that is there already, then one that needs nothing rewritten, then the smallest. The call keeps
-  it while it waits and when it goes elsewhere; should the runner be gone by then, one of that size
-  is loaded.
-- What a call gets is written into its body and is its placement key: the two never differ.
+- The context is chosen when a call is identified, by what is in memory or being loaded at that
+  instant where the call may go: of the runners that suffice one with a free slot, then one that is
+  there already, then one that needs nothing rewritten, then the smallest.
+- Only what a call would get were nothing in memory is ever loaded for it. Should the runner whose
+  context it was given be gone, or be left to run dry, the call chooses anew, while it waits and
+  when it goes elsewhere: else runners would take turns, each brought back by who had met it once.
+- What a call gets is its placement key, and is written into its body when it goes up: on the wire
+  the two never differ.
 - Whoever asks for less than there is gets what is there, never less than was asked for, unless
   the rule says so. Nothing is ever kept in memory for a client that did not ask for it.
 - Routes without options, ``/v1`` among them, are out of reach; so are unloads and cloud models.
@@ -18,14 +20,14 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
 from balancer.core import names
 from balancer.core.body import duration_ns, tuned
-from balancer.core.domain import Call, Candidate, PlacementKey, Purpose, Residency
+from balancer.core.domain import Call, Candidate, Origin, PlacementKey, Purpose, Residency
 from balancer.core.pool import Pool
 from balancer.core.verdicts import is_cloud
 
@@ -164,12 +166,16 @@ class Placed:
         asked: The context that it asks for, None: none.
         num_ctx: The context to be written into its options, None: they stay.
         keep_s: The keep_alive to be written, None: it stays.
+        own: The key were nothing in memory, None: the same whatever is.
+        anew: As for `Origin`.
     """
 
     key: PlacementKey
     asked: int | None
     num_ctx: int | None
     keep_s: float | None
+    own: PlacementKey | None = field(default=None, compare=False)
+    anew: Callable[[Call], PlacementKey] | None = field(default=None, compare=False, repr=False)
 
 
 class Contexts:
@@ -210,7 +216,15 @@ class Contexts:
                 return Placed(key, asked, None, keep_s)  # a stub has no runner
             need = call.prompt_tokens + (call.output_tokens or 0)
             num_ctx = choose(rule, asked, need, self._variants(call, candidates))
-        return Placed(key if num_ctx is None else sized(key, num_ctx), asked, num_ctx, keep_s)
+            own = _with(key, choose(rule, asked, need, ()))
+            return Placed(_with(key, num_ctx), asked, num_ctx, keep_s, own, self._anew)
+        return Placed(_with(key, num_ctx), asked, num_ctx, keep_s)
+
+    def _anew(self, call: Call) -> PlacementKey:
+        """The key that a call would have, came it now."""
+        if call.origin is None:
+            return call.key
+        return self.place(replace(call, key=call.origin.sent, origin=None)).key
 
     def usual(self, model: str) -> PlacementKey:
         """The key, whatever is in memory, of calls for *model* (canonical) that ask for nothing."""
@@ -232,8 +246,10 @@ class Contexts:
     ) -> Iterator[Variant]:
         """What is being loaded; what is still in memory there makes room for it."""
         context = self._pool.catalog.known_context(backend, loading)
-        if context is not None and sized(loading, 0) == sized(key, 0):
-            yield Variant(context, fits=loading == key, ready=False, free=free)
+        if loading == key:
+            yield Variant(context or 0, fits=True, ready=False, free=free)
+        elif context is not None and sized(loading, 0) == sized(key, 0):
+            yield Variant(context, ready=False, free=free)
 
     def _there(self, backend: str, key: PlacementKey, *, free: bool) -> Iterator[Variant]:
         catalog = self._pool.catalog
@@ -241,6 +257,9 @@ class Contexts:
         if runner is None or runner.context is None:
             return
         fits = catalog.copy(backend, key).fits
+        if fits and runner.default is None and context_of(key) is None:
+            loaded = catalog.resident_options(backend, key.model)
+            fits = loaded is None or context_of(loaded) is None  # else to have it written is safer
         if fits or catalog.copy(backend, sized(key, runner.context)).fits:
             yield Variant(runner.context, runner.default, runner.trained, fits=fits, free=free)
 
@@ -257,13 +276,32 @@ def sized(key: PlacementKey, num_ctx: int) -> PlacementKey:
     )
 
 
+def _with(key: PlacementKey, num_ctx: int | None) -> PlacementKey:
+    return key if num_ctx is None else sized(key, num_ctx)
+
+
 def applied(call: Call, placed: Placed) -> Call:
-    """The call as the rules have it, its body included."""
-    if placed.num_ctx is None and placed.keep_s is None:
+    """The call as the rules have it, its body included but for a context that may yet change."""
+    num_ctx, body, origin = placed.num_ctx, call.body, None
+    if placed.own is not None and placed.anew is not None:
+        if placed.keep_s is not None:
+            body = tuned(body, None, placed.keep_s)
+        origin = Origin(call.key, placed.own, body, placed.anew)
+    elif num_ctx is None and placed.keep_s is None:
         return call
-    return replace(
-        call,
-        key=placed.key,
-        keep_alive=call.keep_alive if placed.keep_s is None else placed.keep_s,
-        body=tuned(call.body, placed.num_ctx, placed.keep_s),
-    )
+    else:
+        body = tuned(body, num_ctx, placed.keep_s)
+    keep_alive = call.keep_alive if placed.keep_s is None else placed.keep_s
+    return replace(call, key=placed.key, keep_alive=keep_alive, body=body, origin=origin)
+
+
+def written(call: Call) -> int | None:
+    """Have the body of a call that goes up say what its key does: which context; None: as sent."""
+    origin = call.origin
+    if origin is None or call.key == origin.sent:
+        if origin is not None:
+            call.carry(origin.body)
+        return None
+    num_ctx = context_of(call.key)
+    call.carry(tuned(origin.body, num_ctx, None))
+    return num_ctx

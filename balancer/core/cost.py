@@ -46,11 +46,17 @@ class Need(NamedTuple):
         prompt: Tokens to be read.
         answer: Tokens expected to be written; 0: it embeds.
         context: Tokens it may come to at most, as far as can be told; 0: it matters not.
+        inputs: Texts that the prompt consists of, each with a context of its own.
     """
 
     prompt: float
     answer: float
     context: float
+    inputs: float = 1
+
+    def read(self, most: int | None) -> float:
+        """Tokens of the prompt that are read where *most* of an input are; None: not known."""
+        return self.prompt if most is None else min(self.prompt, self.inputs * most)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +84,7 @@ class Quote:
         may_load: The load token is free, and it fits.
         releases: Seconds after *at* until each call in flight ends, sorted.
         context: Tokens, None: not known.
+        reads: Tokens of a prompt, at most: Ollama cuts off what is longer; None: not known.
         work_s: Predicted work in flight on the model here, where it only embeds.
         embeds: It only embeds.
         remote: It only passes calls on; *first_byte_s* is all that is known of it.
@@ -108,6 +115,7 @@ class Quote:
     may_load: bool = False
     releases: Sequence[float] = ()
     context: int | None = None
+    reads: int | None = None
     work_s: float = 0.0
     embeds: bool = False
     remote: bool = False
@@ -201,7 +209,7 @@ def price(quote: Quote, need: Need, cached: float, promised: int, knobs: Knobs) 
         total = (quote.first_byte_s + decode) * crowd
         return Terms(total, kind, 0.0, 0.0, quote.first_byte_s, 1.0, decode, 0.0, 0.0, 0.0, 0.0)
     share, answer = quote.share, need.answer
-    prefill = work(need.prompt - cached, cached) / quote.prompt_rate + FIXED_PREFILL_S
+    prefill = work(need.read(quote.reads) - cached, cached) / quote.prompt_rate + FIXED_PREFILL_S
     streams = quote.in_flight + promised + 1
     streams = min(streams, quote.slots)
     decode = disturb = 0.0

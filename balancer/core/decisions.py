@@ -58,9 +58,9 @@ class Choice(NamedTuple):
         )
 
 
-def rank(choice: Choice) -> tuple[float, str]:
-    """By what the cheapest is found; ties go by name."""
-    return (choice.terms.total, choice.backend)
+def rank(choice: Choice) -> tuple[float, int, str]:
+    """By what the cheapest is found; ties go to the higher tier, then by name."""
+    return (choice.terms.total, -choice.quote.tier, choice.backend)
 
 
 class Decision(NamedTuple):
@@ -124,14 +124,14 @@ class Decision(NamedTuple):
         return Foreseen(kind.value, name, runner_up, total, wait, first_s, round(cached))
 
 
-def listed(choice: Choice, prompt: float) -> dict[str, float]:
+def listed(choice: Choice, need: Need) -> dict[str, float]:
     """A price by name, in the order in which it adds up; its last is the sum."""
     terms, quote = choice.terms, choice.quote
     return {
         "wait_s": terms.wait,
         "backlog_s": terms.backlog,
         "prefill_s": terms.prefill * terms.share,
-        "new_tokens": prompt - terms.cached,
+        "new_tokens": need.read(quote.reads) - terms.cached,
         "cached_tokens": terms.cached,
         "share": terms.share,
         "decode_s": terms.decode,

@@ -393,13 +393,18 @@ class Dispatcher:
             ticket: Its own, if it waits already.
         """
         now, max_wait_s = self._clock(), self._admission.limits.max_wait_s
-        view = _Glance(self._pool)
+        view, is_new = _Glance(self._pool), ticket is None
         if ticket is None:
             ticket = Ticket(call, self._seq + 1, excluded, (), now, now + max_wait_s)
         plan = self._scheduler.rehearse(ticket, view, now)
         told = self._foretold(ticket, plan, view)
         if told.kind == "refused" and ticket in self._owners:  # it was admitted, before
             told = Forecast("queue", 200, plan.holds, plan.wait_s, "waits in the queue", ())
+        if is_new:
+            tokens = plan.prompt_tokens or call.prompt_tokens
+            beyond = self._limits.foresee(replace(call, prompt_tokens=tokens))
+            if beyond is not None:
+                told = Forecast("refused", beyond.status, "", math.inf, beyond.text, ())
         return replace(
             told,
             options=plan.options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
@@ -222,6 +223,38 @@ class Admitted:
     user: str = ""
 
 
+@dataclass(slots=True, eq=False)
+class Origin:
+    """
+    What a call whose context we choose was like before; it may choose anew while it waits.
+
+    Args:
+        sent: Its placement key as it came.
+        own: The one that it has where no runner suffices: only for this is anything loaded.
+        body: As it came, but for its name; empty once it will not be sent again.
+        anew: The key that it would have, came it now.
+        is_settled: It could have shared a runner, and had better not: it keeps its own.
+    """
+
+    sent: PlacementKey
+    own: PlacementKey
+    body: bytes | bytearray
+    anew: Callable[[Call], PlacementKey]
+    is_settled: bool = False
+
+    def instead(self, call: Call) -> PlacementKey:
+        """
+        The key that *call* is to have, as nothing in memory serves the one it has.
+
+        Asked again and again while nothing changes, it comes to rest at the call's own.
+        """
+        found = self.own if self.is_settled else self.anew(call)
+        if found != self.own and found == call.key:
+            self.is_settled = True
+            return self.own
+        return found
+
+
 @record
 class Call:
     """
@@ -249,6 +282,7 @@ class Call:
         shared: How many leading links tell tools and system prompt only.
         session: A session's name, if the client gave one.
         owner: Whose limits it counts against; empty: nobody's.
+        origin: None: its context is not for us to choose.
     """
 
     id: str
@@ -275,10 +309,26 @@ class Call:
     shared: int = 0
     session: str = ""
     owner: str = ""
+    origin: Origin | None = field(default=None, repr=False, hash=False, compare=False)
 
     def let_go(self) -> None:
-        """Forget the body, the one thing that changes: it will not be sent again."""
-        object.__setattr__(self, "body", b"")
+        """Forget the body: it will not be sent again."""
+        self.carry(b"")
+        if self.origin is not None:
+            self.origin.body = b""
+
+    def carry(self, body: bytes | bytearray) -> None:
+        """Have another body from now on."""
+        object.__setattr__(self, "body", body)
+
+    def rekey(self, key: PlacementKey) -> None:
+        """Have another key from now on; only while it stands in no queue and runs nowhere."""
+        object.__setattr__(self, "key", key)
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether it shares a runner of which it would not have asked for the like."""
+        return self.origin is not None and self.origin.own != self.key
 
     @property
     def priority_class(self) -> str:

@@ -221,10 +221,13 @@ class Greedy:
 
     def _start(self, ticket: Ticket, run: _Pass) -> bool:
         candidates = self._counted(ticket.call, ticket.excluded, run)
+        if self._is_rekeyed(ticket, candidates, run):
+            return False
         fits, short = split_by_context(ticket.call, candidates)
         for group, why in ((fits, "cold" if ticket.cold else "warm"), (short, "short-context")):
             free = [c for c in group if _is_free(c)]
-            if self._policy.cold_is_equal and not self._is_any_loading(ticket.call.key, run):
+            may_load = self._policy.cold_is_equal and not ticket.call.is_guest
+            if may_load and not self._is_any_loading(ticket.call.key, run):
                 free += _able(group, run)
             if free:
                 self._take(ticket, min(free, key=self._rank), why, run)
@@ -240,6 +243,22 @@ class Greedy:
                 return False
         return False
 
+    def _is_rekeyed(self, ticket: Ticket, candidates: Sequence[Candidate], run: _Pass) -> bool:
+        """Whether the call waits for another context now, rather than have one loaded."""
+        call = ticket.call
+        if call.origin is None or any(c.residency is LOADED for c in candidates):
+            return False
+        if self._is_any_loading(call.key, run):
+            return False
+        key = call.origin.instead(call)
+        if key == call.key:
+            return False
+        self.withdraw(ticket)
+        call.rekey(key)
+        self.enqueue(ticket)
+        run.effects.append(WakeAt(run.now))  # its queue may have been looked at already
+        return True
+
     def _take(self, ticket: Ticket, chosen: Candidate, why: str, run: _Pass) -> None:
         if chosen.residency is not Residency.LOADED:
             self._start_load(ticket, chosen, "its turn", run)
@@ -250,7 +269,7 @@ class Greedy:
         run.effects.append(Commit(ticket, chosen.backend, why))
 
     def _consider_copy(self, ticket: Ticket, group: Sequence[Candidate], run: _Pass) -> None:
-        if not self._policy.copies or self._is_loading(ticket, group, run):
+        if ticket.call.is_guest or not self._policy.copies or self._is_loading(ticket, group, run):
             return
         if not _able(group, run):
             return

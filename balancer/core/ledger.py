@@ -39,7 +39,7 @@ class Track:
 
     Args:
         at: When it was committed.
-        prompt: Tokens to be read, as estimated.
+        prompt: Tokens to be read, as estimated; what is too long for the context is cut off.
         cached: Of these in the cache, as far as we know.
         prefill_s: Predicted reading.
         first_token_s: Predicted time to the first token.
@@ -47,6 +47,7 @@ class Track:
         share: Of the accelerator, at commit.
         clean: Nothing else was being read when it came, and the model was in memory.
         run: What the pool tells of it, as soon as it was granted.
+        charged: Tokens of its prompt that its owner was charged, before anybody knew where it goes.
     """
 
     call: Call
@@ -68,6 +69,7 @@ class Track:
     stream_s: float = 0.0  # of the ledger's sums, when it began to decode
     share_s: float = 0.0
     reading_s: float = 0.0
+    charged: float = 0.0
 
     @property
     def model(self) -> str:

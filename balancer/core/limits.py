@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Final
 
 from balancer.core.domain import Call, Usage
-from balancer.core.errors import BadRequest, RateLimited
+from balancer.core.errors import BadRequest, BalancerError, RateLimited
 from balancer.core.scheduler import Began, Ended, Fact
 
 MINUTE_S: Final = 60.0
@@ -130,6 +131,20 @@ class Limits:
             return None
         tokens.take(estimate)
         return Charge(tokens, call.prompt_tokens, estimate)
+
+    def foresee(self, call: Call) -> BalancerError | None:
+        """What `charge` would refuse it with now; nothing is counted, nor is anybody remembered."""
+        asked = Limits(self._clock)
+        owner = call.owner
+        for limit in ("rpm", "tokens_per_minute"):
+            bucket = self._buckets.get((owner, limit))
+            if bucket is not None:
+                asked._buckets[owner, limit] = copy(bucket)
+        try:
+            asked.charge(call)
+        except BalancerError as error:
+            return error
+        return None
 
     def may_start(self, call: Call, more: int = 0) -> bool:
         """

@@ -12,7 +12,7 @@ from typing import Final
 from balancer.core import names
 from balancer.core.books import Books
 from balancer.core.catalog import InMemory
-from balancer.core.cost import GO, HOLD, LOAD, Quote, price
+from balancer.core.cost import GO, HOLD, LOAD, Need, Quote, price
 from balancer.core.decisions import Choice, listed, rank
 from balancer.core.domain import Call, PlacementKey
 from balancer.core.knobs import Knobs
@@ -21,6 +21,7 @@ from balancer.core.queues import Queues, Waiter
 from balancer.core.quotes import Quotes
 from balancer.core.scheduler import Commit, Load, Option, Rehearsal, Ticket, Turn
 from balancer.core.sight import Place, Sight
+from balancer.core.tiers import order
 from balancer.core.turns import Turns
 
 MOST_LOOKED: Final = (
@@ -69,8 +70,8 @@ class Outlook:
                 ticket = replace(ticket, call=call)
             waiter = self._turns.preview(ticket, self._books.need(ticket.call))
         found, ahead = self._weigh(waiter, now)
-        best = self._quotes.best(found)
-        found.sort(key=lambda each: (each is not best, rank(each)))
+        found = self._quotes.ranked(found)
+        best = found[0] if found else None
         effect, text = None, self._why_not_yet(waiter, now)
         if best is not None and not text:
             effect = _effect(ticket, best)
@@ -79,7 +80,7 @@ class Outlook:
         if best is None and not text and barred:
             text = "waits until a backend has room for it"
         return Rehearsal(
-            tuple(self._option(each, best, waiter.need.prompt, now) for each in found),
+            tuple(self._option(each, best, waiter.need, now) for each in found),
             effect,
             math.inf if best is None else best.terms.wait,
             best.backend if best is not None and effect is None else "",
@@ -139,12 +140,11 @@ class Outlook:
                 promised[quote.backend] += share
                 more -= share
 
-        def place(quote: Quote) -> tuple[float, float]:
+        def place(quote: Quote) -> tuple[tuple[bool, int], float, int]:
             ahead = promised[quote.backend]
             terms = price(quote, need, 0.0, ahead, self._knobs)
             cost_s = math.inf if terms is None else terms.total + _queued_s(quote, ahead)
-            is_dear = cost_s > self._knobs.tier_patience_s
-            return (math.inf if is_dear else -quote.tier), cost_s
+            return order(cost_s, quote.tier, self._knobs.tier_patience_s), cost_s, -quote.tier
 
         heap = [(place(quote), quote.backend, quote) for quote in able]
         heapq.heapify(heap)
@@ -212,7 +212,7 @@ class Outlook:
             return f"not in memory, and there is no room: {', '.join(stays)}"
         return "not in memory, and what is there was not read lately"
 
-    def _option(self, choice: Choice, best: Choice | None, prompt: float, now: float) -> Option:
+    def _option(self, choice: Choice, best: Choice | None, need: Need, now: float) -> Option:
         """A candidate for people: what it would cost, and of what that is made."""
         quote, terms = choice.quote, choice.terms
         state = _STATES[terms.kind]
@@ -227,7 +227,7 @@ class Outlook:
             (victim, self._quotes.eviction_s(ledger, victim, now)) for victim in quote.victims
         )
         best_s = None if choice is best or best is None else best.terms.total
-        why, told = compared(terms.total, best_s), listed(choice, prompt)
+        why, told = compared(terms.total, best_s), listed(choice, need)
         return Option(choice.backend, state, why, terms.kind.value, told, victims)
 
 

@@ -26,6 +26,7 @@ from balancer.core.queues import Queues, Waiter
 from balancer.core.quotes import LOADED, Quotes
 from balancer.core.scheduler import Effect, Load, Ticket
 from balancer.core.sight import Sight
+from balancer.core.tiers import order
 
 PINNED: Final = "24h"  # keep-alive of a pinned model; a client's own replaces it
 LEAST_DRAIN_S: Final = 60.0  # for which a drain is given time
@@ -92,9 +93,12 @@ class Placement:
         if not cold:
             return
         per = math.ceil((rest + 1) / max(1, len(copies)))
-        stay_s = min((self._stay_s(quote, per) for quote in copies), default=math.inf)
-        best = min(cold, key=lambda quote: (self._copy_s(quote), quote.backend))
-        if self._copy_s(best) < stay_s:
+        best = min(cold, key=lambda quote: (-quote.tier, self._copy_s(quote), quote.backend))
+        stays = [(quote.tier, self._stay_s(quote, per)) for quote in copies]
+        above_s = min((stay_s for tier, stay_s in stays if tier > best.tier), default=math.inf)
+        if above_s <= self._knobs.tier_patience_s:
+            return  # they will all stay in the higher tier
+        if self._copy_s(best) < min((stay_s for _, stay_s in stays), default=math.inf):
             self.load(None, best, "copy", effects)
 
     def _stay_s(self, quote: Quote, per: int) -> float:
@@ -144,7 +148,11 @@ class Placement:
         return False
 
     def _lacking(self, pin: Pin, now: float) -> Quote | None:
-        """Where a copy that it lacks is had at the least cost; None: none lacks, or nowhere."""
+        """
+        Where a copy that it lacks is had, in the highest tier that takes it, at the least cost.
+
+        None: none lacks, or nowhere.
+        """
         places = self._books.keeping.places(pin.key)
         holders = set(self._books.keeping.holders(pin))
         for name in places:
@@ -160,7 +168,7 @@ class Placement:
             for q in quotes
             if q is not None and self._may_be_loaded(q, now) and not self._is_fresh(q, now)
         ]
-        return min(able, key=lambda q: (q.evict_s + q.load_s, q.backend), default=None)
+        return min(able, key=lambda q: (-q.tier, q.evict_s + q.load_s, q.backend), default=None)
 
     def _is_fresh(self, quote: Quote, now: float) -> bool:
         """
@@ -180,10 +188,12 @@ class Placement:
         fast = books.demand.fast(key, now)
         if books.demand.recent(key, now) < knobs.copy_demand:
             return None
-        capacity, any_copy, cold = 0.0, False, []
-        for place in self._books.keeping.places(key).values():
+        capacity, any_copy, cold, top = 0.0, False, [], -math.inf
+        for place in books.keeping.places(key).values():
             quote = self._quotes.quote(place, key, now)
             if quote is None:
+                if self._view.loading_on(place.name) is not None:  # it may take it after that
+                    top = max(top, self._tier(place.name))
                 continue
             if quote.remote:
                 return None
@@ -192,13 +202,16 @@ class Placement:
                 capacity += quote.capacity
             elif self._may_be_loaded(quote, now):
                 cold.append(quote)
+            else:
+                continue
+            top = max(top, quote.tier)
         lacking = fast - knobs.copy_load * capacity
         if any_copy and lacking < 0.0:
             return None
         options = (
             (q.evict_s - 2.0 * q.load_s * q.load_s * min(lacking, q.capacity), q.backend, q)
             for q in cold
-            if not q.victims or q.evict_s <= DEAR * q.load_s
+            if q.tier >= top and (not q.victims or q.evict_s <= DEAR * q.load_s)
         )
         return min(options, key=_cost, default=None)
 
@@ -219,7 +232,7 @@ class Placement:
         ]
         if not options:
             return
-        cost_s, name, victim, last_s = min(options)
+        cost_s, name, victim, last_s = min(options, key=self._by_tier)
         until = now + max(LEAST_DRAIN_S, 2.0 * last_s)
         ledger = self._books.ledger(name)
         ledger.drain = Drain(victim, key, now, until)
@@ -227,6 +240,16 @@ class Placement:
         ledger.moved()
         shown = names.display(victim), names.display(key.model)
         self._decisions.emit(DrainRequested(now, name, *shown, last_s, cost_s))
+
+    def _by_tier(
+        self, option: tuple[float, str, str, float]
+    ) -> tuple[tuple[bool, int], float, int, tuple[float, str, str, float]]:
+        cost_s, tier = option[0], self._tier(option[1])
+        return order(cost_s, tier, self._knobs.tier_patience_s), cost_s, -tier, option
+
+    def _tier(self, name: str) -> int:
+        backend = self._books.backends.get(name)
+        return 0 if backend is None else backend.priority
 
     def _is_nowhere(self, waiter: Waiter) -> bool:
         """Whether no backend this call may use has it in memory, or loads it."""
@@ -301,7 +324,8 @@ class Placement:
 
     def _mind_drain(self, ledger: Ledger, drain: Drain, now: float, effects: list[Effect]) -> None:
         queue = self._queues.get(drain.wanted)
-        waiter = queue.waiters[0] if queue is not None and queue.waiters else None
+        waiters = () if queue is None else queue.waiters
+        waiter = next((w for w in waiters if not w.ticket.call.is_guest), None)
         if waiter is None:
             self._end_drain(ledger, drain, "nobody waits", now)
             return

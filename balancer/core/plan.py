@@ -6,10 +6,10 @@ Laws:
   loading, cold. The cheapest wins. Can it start now, it is committed; is it busy, the call holds,
   and that slot counts as promised to it; is it cold, one detached load begins.
 - Plans are not kept. A pass starts from what is there; only commits, loads and drains have effects.
-- A free slot may be declined for a better one, never without a cheaper option on record, and not
-  for ever.
-- Ties break by name, never by chance, and a pass ends by count, never by the clock, so that a
-  recorded run can be replayed.
+- A free slot may be declined for a better one, never without a cheaper option, or one of a
+  higher tier, on record, and not for ever.
+- Ties break by tier and name, never by chance, and a pass ends by count, never by the clock, so
+  that a recorded run can be replayed.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ KEPT_TICKS: Final = 2  # for which a call behind others need not be weighed anew
 WORSE_S: Final = 1e-6
 JOURNAL: Final = 64
 FEW: Final = 4  # backends that moved, up to which only these are priced again
+
+
+def _has_guests(waiter: Waiter) -> bool:
+    """Whether others may share what was loaded for this call: it goes before them."""
+    call = waiter.ticket.call
+    return waiter.ticket.cold and call.origin is not None and not call.is_guest
 
 
 def _always(_: Call, __: int) -> bool:
@@ -260,14 +266,17 @@ class Plan:
         promised = self._promised.setdefault(queue.key, {})
         gate: bool | None = None
         waiters = queue.waiters[: knobs.plan_depth]
+        waiters.sort(key=_has_guests, reverse=True)
         many = any(w.ticket.call.fair_key != waiters[0].ticket.call.fair_key for w in waiters)
         free = self._free(queue, now)
         share: int | None = None
         for depth, waiter in enumerate(waiters):
             ticket, found = waiter.ticket, None
             call = ticket.call
-            if hopeful is not None and turns.has_hope(waiter, now) is not hopeful:
-                continue
+            if hopeful is not None:
+                hope = _has_guests(waiter) or turns.has_hope(waiter, now)
+                if hope is not hopeful:
+                    continue
             if call.batch:
                 if gate is None:
                     gate = turns.is_gate_open(waiter, now)
@@ -295,11 +304,15 @@ class Plan:
             queue.looked.append(waiter)
             if best is None:
                 if now - ticket.queued_at >= knobs.drain_after_s:
+                    if self._is_rekeyed(waiter, now, effects):
+                        continue
                     self.placement.want_drain(waiter, now)
                 if ticket.excluded or queue.mixed:
                     continue
                 break
             kind = best.terms.kind
+            if kind is LOAD and self._is_rekeyed(waiter, now, effects):
+                continue
             declines = kind is not GO and free and not free <= ticket.excluded
             if declines and self._has_held_enough(waiter, best, now):
                 found = found or quotes.weigh(waiter, promised, now)
@@ -330,9 +343,25 @@ class Plan:
                 self.placement.load(ticket, best.quote, "call", effects)
             if not free:
                 rest = len(queue.waiters) - 1
-                if kind is HOLD and rest and found is not None:
+                if kind is HOLD and rest and found is not None and not call.is_guest:
                     self.placement.consider_copy(found, rest, now, effects)
                 break
+        return True
+
+    def _is_rekeyed(self, waiter: Waiter, now: float, effects: list[Effect]) -> bool:
+        """Whether the call waits for another context now, rather than have one loaded."""
+        ticket = waiter.ticket
+        call = ticket.call
+        key = call.key if call.origin is None else call.origin.instead(call)
+        if key == call.key:
+            return False
+        self.queues.remove(ticket)
+        call.rekey(key)
+        waiter.choice, waiter.barred = None, ""
+        waiter.seen = waiter.tick = waiter.weighed = -1
+        waiter.declined_at, waiter.declined_until = None, math.inf
+        self.queues.add(waiter)
+        effects.append(WakeAt(now))  # its queue may have been looked at already
         return True
 
     def _free(self, queue: Queue, now: float) -> set[str]:

@@ -25,6 +25,7 @@ from balancer.core.ledger import Ledger, Track
 from balancer.core.queues import Queues, Waiter
 from balancer.core.room import GB, estimate
 from balancer.core.sight import Place, Sight
+from balancer.core.tiers import order
 
 OVERDUE_FACTOR: Final = 3.0  # a load that takes so much longer than predicted is stuck
 OVERDUE_EXTRA_S: Final = 30.0
@@ -32,6 +33,7 @@ LEAST_LEFT_S: Final = 0.2
 UNLOAD_S: Final = 0.5
 MOST_QUOTES: Final = 100_000
 MOST_KEPT: Final = 4096
+MOST_RANKED: Final = 16  # options that are put in order by all rules; the rest, by tier and price
 QUOTE_S: Final = 1.0  # for which a quote holds where nothing moves; so they grow old one by one
 LOADING_S: Final = 0.1  # where every second that has passed makes it the better choice
 BEYOND: Final = 1 << 20  # slots of what no count bounds
@@ -186,7 +188,7 @@ class Quotes:
             )
             if links:  # they are estimates, as is the prompt's length
                 share = links / call.prompt_tokens * self._prefixes.reuse(key.model)
-                cached = min(share, 1.0) * need.prompt * self._knobs.cache_weight
+                cached = min(share, 1.0) * need.read(quote.reads) * self._knobs.cache_weight
         ahead = promised.get(name, 0)
         if quote.may_probe and (
             ticket.attempts or call.batch or call.embedding or not call.streaming
@@ -210,21 +212,26 @@ class Quotes:
         if len(usable) < len(found):  # where one has too little, another's default is no better
             usable = [c for c in usable if c.quote.context is not None or c.quote.resident]
         usable = usable or list(found)
+        if self._books.has_tiers:  # all other rules are for those of one tier
+            groups = [self._group(c) for c in usable]
+            first = min(groups)
+            usable = [c for c, its in zip(usable, groups, strict=True) if its == first]
         probes = [c for c in usable if c.is_probe]
         if probes and any(c.terms.kind is GO and not c.is_probe for c in usable):
             # What is tried beyond a backend's slots may have to wait: not beside a free one.
             usable = [c for c in usable if not c.is_probe]
-        return self._best_by_tier(usable) if self._books.has_tiers else _best_of(usable)
+        return _best_of(usable)
 
-    def _best_by_tier(self, usable: Sequence[Choice]) -> Choice | None:
-        best: Choice | None = None
-        for tier in sorted({c.quote.tier for c in usable}, reverse=True):
-            here = min((c for c in usable if c.quote.tier == tier), key=rank)
-            if best is None or here.terms.total < best.terms.total:
-                best = here
-            if best.terms.total <= self._knobs.tier_patience_s:
-                break
-        return best
+    def ranked(self, found: Sequence[Choice]) -> list[Choice]:
+        """In the order in which they would be chosen, each if those before it were not there."""
+        rest, chosen = list(found), list[Choice]()
+        while len(chosen) < MOST_RANKED and (best := self.best(rest)) is not None:
+            chosen.append(best)
+            rest = [c for c in rest if c is not best]
+        return chosen + sorted(rest, key=lambda c: (c.short, self._group(c), rank(c)))
+
+    def _group(self, choice: Choice) -> tuple[bool, int]:
+        return order(choice.terms.total, choice.quote.tier, self._knobs.tier_patience_s)
 
     # -- quotes --------------------------------------------------------------------------------
 
@@ -312,6 +319,7 @@ class Quotes:
             penalty=speed.penalty,
             mean_answer=0.0 if embeds else books.lengths.mean(model, ""),
             context=copy.context,
+            reads=copy.reads,
             embeds=embeds,
             remote=place.remote,
             slow=speed.slow_factor,

@@ -18,6 +18,17 @@ def tiers(backends: Iterable[Backend]) -> dict[str, int]:
     return told if len(set(told.values())) > 1 else {}
 
 
+def order(cost_s: float, tier: int, patience_s: float) -> tuple[bool, int]:
+    """
+    By what one place goes before another, whatever they cost: the smallest comes first.
+
+    That is its tier as long as the cost is at most *patience_s*; behind all of these, those that
+    cost more are alike.
+    """
+    is_dear = cost_s > patience_s
+    return is_dear, 0 if is_dear else -tier
+
+
 def highest(candidates: Sequence[Candidate], priorities: Mapping[str, int]) -> Sequence[Candidate]:
     """
     Those of the highest tier that there is among *candidates*, in their order.

@@ -114,7 +114,7 @@ class Turns:
         if max(read, written) > LONGEST:  # what a backend tells may be nonsense
             return
         true = _charge(read, written)
-        charged = _charge(track.prompt, track.answer)
+        charged = _charge(track.charged, track.answer)
         self.fair.settle(_line(call), true - charged, self._weight(call))
 
     def _weight(self, call: Call) -> float:

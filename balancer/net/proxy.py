@@ -26,7 +26,7 @@ from balancer.core import names
 from balancer.core.aliases import Aliases
 from balancer.core.body import Body, read, renamed
 from balancer.core.chains import NOTHING, Chain, chain
-from balancer.core.contexts import Contexts, applied
+from balancer.core.contexts import Contexts, applied, context_of, written
 from balancer.core.dispatch import Answer, Dispatcher, LoadFailed
 from balancer.core.domain import Attempt as Tried
 from balancer.core.domain import Call, Outcome, PlacementKey, Purpose, Role, Route, Usage, Verdict
@@ -413,9 +413,17 @@ class Proxy:
                 if isinstance(error, Unavailable) and course.answer is not None:
                     self._give_up(exchange, course)
                     return
+                self._tell_alias(exchange, error)
                 raise
             if await self._attempt(exchange, course, lease, limit):
                 return
+
+    def _tell_alias(self, exchange: Exchange, error: BalancerError) -> None:
+        """Whoever asked for an alias is told of all its models, none of which is there."""
+        if exchange.alias and isinstance(error, UnknownModel):
+            alias = self.settings.aliases.find(names.parse(exchange.alias).canonical)
+            if alias is not None:  # it was not taken away meanwhile
+                raise UnknownModel(alias.absent(error.text)) from error
 
     async def _fetched(self, exchange: Exchange, course: Course) -> bool:
         """
@@ -508,6 +516,11 @@ class Proxy:
         exchange.backend, exchange.why = lease.backend.name, lease.why
         exchange.attempts = lease.number
         exchange.run = lease.run
+        if course.call.origin is not None:
+            exchange.num_ctx = written(course.call)
+            exchange.num_ctx_asked = (
+                None if exchange.num_ctx is None else context_of(course.call.origin.sent)
+            )
         exchange.phase = "before_first_token"
         return Attempt(course.call, lease, self.clock)
 

@@ -18,7 +18,7 @@ from balancer.core.contexts import Contexts, Placed, context_of
 from balancer.core.decisions import Decision, Decisions, listed
 from balancer.core.dispatch import Dispatcher, Forecast
 from balancer.core.domain import Call, Principal, Purpose, Residency, Role
-from balancer.core.errors import BadRequest, Forbidden
+from balancer.core.errors import BadRequest, Forbidden, UnknownModel
 from balancer.core.pool import Pool, Standing
 from balancer.core.scheduler import Option
 from balancer.core.sharing import ANONYMOUS, Share, Sharing
@@ -75,11 +75,13 @@ class Explain:
         some ``exclude``; or ``call``, by its request id, if it waits or was decided on of late.
 
         Raises:
-            BadRequest: No model, or not the name of one, or a number that is none; no such key or
-                call.
-            Forbidden: The key may not use it.
+            BadRequest: No model, or not the name of one, or a number that is none; no such key,
+                call or backend.
         """
         now, asked = self._clock(), query.get("call", "")
+        excluded = frozenset(query.getall("exclude", []))
+        for name in sorted(excluded - self._pool.members.keys()):
+            raise BadRequest(f"There is no backend {name[:64]!r}.")
         waiting = self._dispatcher.waiting()
         own = next((ticket for ticket in waiting if asked and ticket.call.id == asked), None)
         past = self._decisions.of(lambda each: each.call == asked, MOST) if asked else []
@@ -91,14 +93,13 @@ class Explain:
         if asked and not past:
             raise BadRequest(f"No call {asked[:64]!r} waits, nor was one decided on of late.")
         call = self._call(query, past[0].key.model if past else query.get("model", ""))
-        if not names.covered(call.principal.models, call.key.model):
-            globs = ", ".join(call.principal.models)
-            raise Forbidden(f"The key {call.principal.name!r} may use: {globs}.")
+        principal, forbidden = call.principal, ""
+        if not names.covered(principal.models, call.key.model):
+            forbidden = f"The key {principal.name!r} may use: {', '.join(principal.models)}."
         alias = self._pool.catalog.aliases.find(call.key.model)
         if alias is not None:
             calls = [self._call(query, model) for model in alias.models]
             call = calls[self._dispatcher.choose(calls, exists=False)]
-        excluded = frozenset(query.getall("exclude", []))
         if past:
             call, placed = replace(call, key=past[0].key), None
         else:
@@ -106,6 +107,17 @@ class Explain:
             placed = self._contexts.place(call, [s.candidate for s in standings if s.bar is None])
             call = replace(call, key=placed.key)
         told = self._dispatcher.forecast(call, excluded)
+        if told.status == UnknownModel.status and alias is not None:
+            told = replace(told, text=alias.absent(told.text))
+        if forbidden:
+            told = replace(
+                told,
+                kind="refused",
+                status=Forbidden.status,
+                backend="",
+                wait_s=math.inf,
+                text=forbidden,
+            )
         if not asked:
             model = call.key.model
             past = self._decisions.of(lambda each: each.key.model == model, SOME)
@@ -220,7 +232,7 @@ class Explain:
             "knobs": decision.knobs,
             "options": [
                 {"backend": each.backend, "kind": each.terms.kind.value}
-                | rounded(listed(each, need.prompt))
+                | rounded(listed(each, need))
                 for each in decision.options
             ],
         }
@@ -233,8 +245,10 @@ class Explain:
         """
         gets, model = context_of(call.key), call.key.model
         runners = {name: self._pool.catalog.runner(name, model) for name in self._pool.members}
+        rule = self._contexts.rules.of(model)
         return {
-            "policy": self._contexts.rules.of(model).policy.value,
+            "policy": rule.policy.value,
+            "max": rule.most,
             "asked": None if placed is None else placed.asked,
             "gets": gets,
             "rewritten": None if placed is None else placed.num_ctx is not None,

@@ -271,6 +271,16 @@ def test_explain_a_call(command: Command, waits: bool, words: list[str]) -> None
         assert word in told.stdout
 
 
+def test_explain_says_why_a_call_gets_more_than_a_clamp_allows(command: Command) -> None:
+    """It shares what is in memory; the most that would be loaded for it is told, too."""
+    context = RESIZED | {"policy": "clamp", "max": 8192, "asked": 8192, "gets": 16384}
+    doc = explanation(num_ctx=context)
+    with serving({"/_balancer/explain?model=m": (200, doc)}) as stub:
+        told = command("explain", "m", "--admin", f"127.0.0.1:{stub.port}")
+    words = "16384 written into the call, beyond max 8192: a runner with so much is there already"
+    assert f"num_ctx: 8192 asked for, {words} (policy clamp)\n" in told.stdout
+
+
 @pytest.mark.parametrize(("gets", "words"), [(8192, "8192 in it"), (None, "none in it")])
 def test_explain_does_not_claim_what_a_call_asked_for(
     command: Command, gets: int | None, words: str

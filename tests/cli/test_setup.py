@@ -99,6 +99,28 @@ def test_contact_without_a_file_asks_who_is_found(
     assert "! There is no backend to ask.\n" in told.stdout
 
 
+@pytest.mark.parametrize(("has", "code"), [("gone:7b", ExitCode.OK), ("other", ExitCode.FAILURE)])
+def test_an_alias_of_nothing_is_a_warning(
+    command: Command, place: Path, has: str, code: ExitCode
+) -> None:
+    """Of its models no host that was asked has any; nobody who is not asked can tell."""
+    tags = {"models": [{"name": "m:latest"}, {"name": has}, {"name": "a b"}, 7]}
+    with serving({"/api/version": (200, {"version": "0.33.0"}), "/api/tags": (200, tags)}) as stub:
+        text = f"backends: ['127.0.0.1:{stub.port}']\n"
+        text += "models: {aliases: {fast: m, ghost: [lost, 'gone:7b']}}\n"
+        (place / "aliases.yaml").write_text(text)
+        told = command("check", "aliases.yaml", "--contact", "--strict")
+        lax = command("check", "aliases.yaml", "--contact")
+        unasked = command("check", "aliases.yaml", "--strict")
+    assert (told.exit_code, lax.exit_code, unasked.exit_code) == (code, 0, 0)
+    warning = (
+        "! models.aliases.ghost: no host that answers has what it stands for (lost, gone:7b); "
+        "calls for it are answered with 404."
+    )
+    warned = [line for line in told.stdout.splitlines() if line.startswith("! ")]
+    assert warned == ([warning] if code is ExitCode.FAILURE else [])
+
+
 def test_config_show_is_a_file_that_means_the_same(command: Command, place: Path) -> None:
     """What is printed can be loaded again and differs in nothing."""
     (place / "ollama-balancer.yaml").write_text("backends: [gpu1]\nhealth: {interval: 9s}\n")

@@ -278,3 +278,31 @@ def test_what_runs_yet_on_a_backend_that_left_tells_nothing_of_it(bench: Planned
     bench.end(*clients)
     assert set(bench.plan.decisions.ratios) == {"b"}
     assert at_rest(bench.plan)
+
+
+def test_a_giant_does_not_pass_for_the_usual_prompt(bench: Planned) -> None:
+    """What a host would cut off does not count, nor all that is many times the mean."""
+    bench.shape(backend("a"))
+    bench.up("a", "m:1", loaded=["m:1"])
+    books = bench.plan.books
+    books.arrived(call(prompt_tokens=2_600_000), 0.0)
+    assert books.usual_prompt(M) == 4096
+    for _ in range(100):
+        books.arrived(call(prompt_tokens=100), 0.0)
+    usual = books.usual_prompt(M)
+    assert usual < 150
+    books.arrived(call(prompt_tokens=2_600_000), 0.0)
+    assert books.usual_prompt(M) < 1.2 * usual
+    for _ in range(100):
+        books.arrived(call(prompt_tokens=3000), 0.0)
+    assert books.usual_prompt(M) > 2500
+
+
+def test_a_giant_teaches_nothing_of_how_long_tokens_are(bench: Planned) -> None:
+    """The host has counted what it read, not what was sent."""
+    bench.shape(backend("a"))
+    bench.up("a", "m:1", loaded=["m:1"])
+    bench.end(bench.submit(prompt_tokens=2_600_000), tokens_in=4096, tokens_out=10)
+    assert bench.plan.books.need(call(prompt_tokens=1000)).prompt == 1000.0
+    bench.end(bench.submit(prompt_tokens=1000), tokens_in=500, tokens_out=10)
+    assert bench.plan.books.need(call(prompt_tokens=1000)).prompt < 1000.0

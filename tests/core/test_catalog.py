@@ -1154,3 +1154,17 @@ def test_which_of_two_twins_is_meant_is_news(clock: Clock) -> None:
         assert catalog.copy("one", key("m:a")).context == first
         catalog.note_loaded("one", key("m:a", num_ctx=first))
         assert catalog.copy("one", key("m:a")).context == catalog.known_context("one", key("m:a"))
+
+
+@pytest.mark.parametrize(("context", "here"), [(4096, True), (16384, False)])
+def test_the_usual_default_passes_for_the_default(
+    clock: Clock, context: int, *, here: bool
+) -> None:
+    """Asked for by one call and not by the next: no reload, as long as no other is known."""
+    catalog = Catalog(clock)
+    catalog.join("one")
+    catalog.note_tags("one", [tag("m:a")])
+    catalog.note_loaded("one", key("m:a", num_ctx=context))
+    assert catalog.copy("one", key("m:a")).fits is here
+    catalog.note_ps("one", [run("m:a", context=context)])
+    assert catalog.copy("one", key("m:a")).fits is here

@@ -21,8 +21,9 @@ from balancer.core.contexts import (
     context_of,
     kept,
     sized,
+    written,
 )
-from balancer.core.domain import Purpose
+from balancer.core.domain import Call, Purpose
 from tests.core.bench import PoolBench, call, canon, key, outcome
 
 REUSE = Rule(Policy.REUSE)
@@ -377,3 +378,55 @@ def test_a_key_with_another_context() -> None:
     assert sized(key("m:1", use_mmap=True, num_batch=1), 8) == key(
         "m:1", use_mmap=True, num_batch=1, num_ctx=8
     )
+
+
+def test_a_context_that_was_there_is_given_up_with_the_runner(bench: PoolBench) -> None:
+    """Who asked for nothing goes back to nothing; who asked for less, to that, rounded up."""
+    contexts = Contexts(Rules(REUSE), bench.pool)
+    bench.holds("a", "m:1", context=16384)
+    bench.catalog.note_loaded("a", key("m:1", num_ctx=16384))
+    for asked, own in ((call(), key("m:1")), (_asking(3000), key("m:1", num_ctx=4096))):
+        guest = applied(asked, contexts.place(asked))
+        assert guest.origin is not None
+        assert (guest.key, guest.is_guest) == (key("m:1", num_ctx=16384), True)
+        assert (guest.origin.sent, guest.origin.own) == (asked.key, own)
+        bench.holds("a", "m:1", context=2048)
+        assert guest.origin.instead(guest) == own
+        assert not guest.origin.is_settled
+        bench.holds("a", "m:1", context=16384)
+
+
+def test_what_comes_while_a_call_waits_is_shared(bench: PoolBench) -> None:
+    """Rather than have another loaded in its place; if that proves no use, it keeps its own."""
+    contexts = Contexts(Rules(REUSE), bench.pool)
+    asked = _asking(3000)
+    waits = applied(asked, contexts.place(asked))
+    assert waits.origin is not None
+    assert (waits.key, waits.is_guest) == (key("m:1", num_ctx=4096), False)
+    bench.holds("a", "m:1", context=16384)
+    waits.rekey(waits.origin.instead(waits))
+    assert waits.key == key("m:1", num_ctx=16384)
+    waits.rekey(waits.origin.instead(waits))
+    assert (waits.key, waits.origin.is_settled) == (waits.origin.own, True)
+    assert waits.origin.instead(waits) == waits.origin.own
+
+
+def test_the_body_says_what_the_key_does_when_it_goes_up(bench: PoolBench) -> None:
+    """Each time anew; as it was sent, byte for byte, once the key is again what it was."""
+    contexts = Contexts(Rules(REUSE), bench.pool)
+    bench.holds("a", "m:1", context=16384)
+    bench.catalog.note_loaded("a", key("m:1", num_ctx=16384))
+    asked = call(body=b'{"model":"m:1"}')
+    guest = applied(asked, contexts.place(asked))
+    assert written(guest) == 16384
+    assert bytes(guest.body) == b'{"options":{"num_ctx":16384},"model":"m:1"}'
+    guest.rekey(asked.key)
+    assert written(guest) is None
+    assert guest.body == asked.body
+    guest.let_go()
+    assert guest.origin is not None
+    assert guest.body == guest.origin.body == b""
+
+
+def _asking(num_ctx: int) -> Call:
+    return call(options={"num_ctx": num_ctx}, body=b'{"options":{"num_ctx":%d}}' % num_ctx)

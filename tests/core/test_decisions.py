@@ -108,7 +108,7 @@ def test_terms_by_name_add_up() -> None:
     """All but the sum itself, and what is no time."""
     weighed = choice("a", cached=100.0, in_flight=2, releases=[2.0], bonus_s=0.5, decoding=2)
     assert weighed.terms.kind is Kind.HOLD
-    terms = listed(weighed, NEED.prompt)
+    terms = listed(weighed, NEED)
     seconds = {name: value for name, value in terms.items() if name.endswith("_s")}
     assert seconds.pop("total_s") == pytest.approx(sum(seconds.values()))
     assert (terms["new_tokens"], terms["cached_tokens"], terms["slots"]) == (400.0, 100.0, 2)

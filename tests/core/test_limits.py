@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,27 @@ def test_requests_are_counted_by_the_minute(limits: Limits, clock: ManualClock) 
     assert retry_s(limits, asked) is None
     assert retry_s(limits, asked) == pytest.approx(9.99)
     assert limits.refused == {"rpm": 3}
+
+
+def test_asking_ahead_tells_the_same_and_counts_nothing(limits: Limits, clock: ManualClock) -> None:
+    """Of a caller nobody has heard of, of one with something left, and of one with nothing."""
+    asked = of(rpm=1, tokens_per_minute=1000, more={"prompt_tokens": 600})
+    assert [limits.foresee(asked) for _ in range(3)] == [None] * 3
+    assert limits.standing(asked.owner) == {}
+    assert retry_s(limits, asked) is None
+    tokens_only = of(tokens_per_minute=1000, more={"prompt_tokens": 600})
+    for limit, one in (("rpm", asked), ("tokens_per_minute", tokens_only)):
+        before, foretold = limits.standing(one.owner), limits.foresee(one)
+        assert isinstance(foretold, RateLimited)
+        assert f"(limits.{limit})" in foretold.text
+        assert (limits.standing(one.owner), limits.refused.get(limit)) == (before, None)
+        with pytest.raises(RateLimited, match=re.escape(foretold.text)):
+            limits.charge(one)
+    clock.advance(60.01)
+    assert limits.foresee(asked) is None
+    long = of(max_num_predict=8, more={"output_tokens": 9})
+    assert isinstance(limits.foresee(long), BadRequest)
+    assert "max_num_predict" not in limits.refused
 
 
 def test_who_rests_saves_no_more_than_a_minute(limits: Limits, clock: ManualClock) -> None:

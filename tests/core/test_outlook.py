@@ -137,6 +137,37 @@ def test_a_higher_tier_comes_first_though_it_costs_more(bench: Planned) -> None:
     assert ahead["a"] > 0
 
 
+def test_options_stand_in_the_order_in_which_they_would_be_chosen(bench: Planned) -> None:
+    """By tier if that is not dear, what is tried after the free, too short a context last."""
+    bench.shape(
+        backend("a", priority=50),
+        backend("b", priority=100),
+        backend("c", priority=100),
+        backend("d", priority=100),
+        backend("e", priority=100),
+        backend("f", slots=None, priority=100),
+        backend("g", priority=40),
+    )
+    rates = {"a": 60.0, "b": 30.0, "c": 45.0, "d": 2.0, "e": 120.0, "f": 100.0, "g": 90.0}
+    for name, rate in rates.items():
+        bench.up(name, "m:1")
+        bench.holds(name, "m:1", context=2048 if name == "e" else 16_384)
+        bench.speed(name, decode_rate=rate)
+    bench.speed("f", prompt_rate=9000.0, decode_rate=300.0)
+    running = [bench.submit(id=f"r{n}", prompt_tokens=3000) for n in range(2)]
+    bench.pour(6.0, 60, *running)
+    assert where(*running) == ["f", "f"]
+    found = told(bench, call(prompt_tokens=3000))
+    assert [option.backend for option in found.options] == list("cbfagde")
+    names = []
+    while (rehearsal := told(bench, call(prompt_tokens=3000))).options:
+        names.append(rehearsal.options[0].backend)
+        bench.go_down(names[-1])
+    assert names == list("cbfagde")
+    for client in running:
+        client.lease.release()
+
+
 def test_who_embeds_waits_for_those_ahead(bench: Planned) -> None:
     """Though the runner's slots are not counted."""
     bench.shape(backend("a", slots=1))

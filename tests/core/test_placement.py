@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+
+from balancer.core.cost import Need
 from balancer.core.domain import Verdict
 from balancer.core.events import DrainEnded, DrainRequested
 from balancer.core.pins import Pin, Pins
-from tests.core.bench import GB, backend, canon, key
+from balancer.core.scheduler import Effect, Load, Ticket
+from tests.core.bench import GB, backend, call, canon, key
 from tests.core.planned import M, Planned, crowded, where
+
+
+def waiting_ticket(bench: Planned) -> Ticket:
+    """One that waits nowhere."""
+    now = bench.clock()
+    return Ticket(call(), 9999, frozenset(), (), now, now + 60)
 
 
 def test_one_load_per_backend(bench: Planned) -> None:
@@ -64,6 +74,41 @@ def test_a_copy_that_failed_is_not_loaded_again_at_once(bench: Planned) -> None:
     assert bench.loads == []
 
 
+@pytest.mark.parametrize(("tier", "goes"), [(200, "b"), (100, "c")])
+def test_a_copy_for_many_goes_to_the_highest_tier(bench: Planned, tier: int, goes: str) -> None:
+    """Though another is sooner; to a lower one where each of the higher ones has it."""
+    bench.shape(backend("a", priority=200), backend("b", priority=tier), backend("c", priority=100))
+    bench.up("a", "m:1", loaded=["m:1"])
+    for name, load_rate in (("b", 0.8), ("c", 1.2)):
+        bench.up(name, "m:1")
+        bench.speed(name, load_rate=load_rate)
+    waiter = bench.plan.turns.preview(waiting_ticket(bench), Need(100.0, 200.0, 0.0))
+    for number in range(2):
+        bench.submit(id=f"r{number}")
+    effects: list[Effect] = []
+    found = bench.plan.quotes.weigh(waiter, {}, bench.clock())
+    bench.plan.placement.consider_copy(found, 80, bench.clock(), effects)
+    assert [load.backend for load in effects if isinstance(load, Load)] == [goes]
+
+
+@pytest.mark.parametrize(("tier", "rest", "loads"), [(50, 4, 0), (100, 4, 1), (50, 20, 1)])
+def test_no_copy_in_a_lower_tier_that_nobody_would_go_to(
+    bench: Planned, tier: int, rest: int, loads: int
+) -> None:
+    """Where all that wait are served above soon enough, though a copy would be sooner."""
+    bench.shape(backend("a", slots=2), backend("b", priority=tier))
+    bench.up("a", "m:1", loaded=["m:1"])
+    bench.up("b", "m:1")
+    bench.speed("b", load_rate=8.0)
+    waiter = bench.plan.turns.preview(waiting_ticket(bench), Need(100.0, 200.0, 0.0))
+    for number in range(2):
+        bench.submit(id=f"r{number}")
+    effects: list[Effect] = []
+    found = bench.plan.quotes.weigh(waiter, {}, bench.clock())
+    bench.plan.placement.consider_copy(found, rest, bench.clock(), effects)
+    assert len(effects) == loads
+
+
 def test_copies_ahead_of_the_queue(bench: Planned) -> None:
     """Of what is asked for often enough that its copies will not do, before anybody waits."""
     bench.start("a", "m:1", loaded=["m:1"])
@@ -75,6 +120,55 @@ def test_copies_ahead_of_the_queue(bench: Planned) -> None:
         if bench.loads:
             break
     assert [(load.why, load.backend) for load in bench.loads] == [("ahead", "b")]
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "is_loading", "goes"),
+    [
+        (100, 100, False, ["b"]),
+        (50, 100, False, ["c"]),
+        (50, 50, False, []),
+        (50, 100, True, []),
+    ],
+)
+def test_copies_ahead_are_of_the_highest_tier(
+    bench: Planned, b: int, c: int, is_loading: bool, goes: list[str]
+) -> None:
+    """None below what has it or could take it, though that is loading something else just now."""
+    many = "defghijklmnopqrs"  # so that more than one may load at a time
+    bench.shape("a", backend("b", priority=b), backend("c", priority=c), *many)
+    bench.up("a", "m:1", loaded=["m:1"])
+    bench.up("b", "m:1")
+    bench.up("c", "m:1", "n:1")
+    bench.speed("c", load_rate=0.5)
+    if is_loading:
+        bench.speed("c", load_rate=0.1)
+        bench.submit("n:1", id="other")
+    for number in range(60):
+        client = bench.submit(id=f"r{number}", prompt_tokens=10)
+        bench.sleep(0.2)
+        bench.end(client)
+        if bench.loads[is_loading:]:
+            break
+    assert [load.backend for load in bench.loads[is_loading:]] == goes
+
+
+def test_a_lower_tier_is_not_drained_though_it_is_sooner(bench: Planned) -> None:
+    """Unless the higher one would take too long."""
+    bench.shape(
+        backend("a", slots=1, vram_bytes=7 * GB, priority=200),
+        backend("b", slots=1, vram_bytes=7 * GB),
+    )
+    for name, model in (("a", "m:1"), ("b", "n:1")):
+        bench.up(name, model, "o:1", loaded=[model])
+    for name, load_rate in (("a", 3.0), ("b", 8.0)):
+        bench.speed(name, load_rate=load_rate)
+    running = [bench.submit("m:1"), bench.submit("n:1", id="r2")]
+    for client in running:
+        client.lease.moved(100)
+    bench.submit("o:1", id="cold")
+    bench.pour(6.0, 60, *running)
+    assert [event.backend for event in bench.of(DrainRequested)] == ["a"]
 
 
 def test_a_busy_model_is_drained_for_one_that_waits(bench: Planned) -> None:
@@ -208,6 +302,21 @@ def test_what_is_pinned_is_loaded_though_nobody_asks(bench: Planned) -> None:
     bench.end_load()
     bench.sleep(20.0)
     assert bench.loads == []
+
+
+def test_a_pin_on_any_backends_takes_those_of_the_highest_tier(bench: Planned) -> None:
+    """First, though another loads sooner; of a lower one so many as are lacking then."""
+    bench.shape(backend("a", priority=50), "b", "c")
+    for name in "abc":
+        bench.up(name, "m:1")
+        bench.speed(name, load_rate=4.0 if name == "a" else 0.5)
+    bench.pool.pins = Pins([Pin(M, (), 3, key("m:1"))])
+    bench.dispatcher.kick()
+    told = []
+    for _ in range(3):
+        bench.sleep(3.0)
+        told.append(bench.end_load().backend)
+    assert told == ["b", "c", "a"]
 
 
 def test_what_is_pinned_is_not_put_out(bench: Planned) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
+from balancer.core.contexts import Contexts, Policy, Rule, Rules, applied
 from balancer.core.cost import GO, HOLD
-from balancer.core.domain import Allowance, Principal, Role
+from balancer.core.domain import Allowance, Call, Principal, Role
 from balancer.core.events import LeaseGranted
 from balancer.core.greedy import POLICIES, Greedy
 from balancer.core.knobs import Knobs
 from balancer.core.plan import Plan
 from balancer.core.pool import Lease
 from balancer.core.scheduler import Commit, Load, Ticket, WakeAt
-from tests.core.bench import PoolBench, backend, call, tried
-from tests.core.planned import FAST, M, Planned, at_rest, where
+from tests.core.bench import PoolBench, backend, call, key, tried
+from tests.core.planned import FAST, SLOW, M, Planned, at_rest, where
 
 # -- warm ---------------------------------------------------------------------------------------
 
@@ -104,6 +105,46 @@ def test_a_slot_with_too_short_a_context_is_not_taken_for_long_waiting(uneven: P
     assert where(second) == ["b"]
     assert uneven.of(LeaseGranted)[-1].why == "short-context"
     first.lease.release()
+
+
+def test_who_has_held_enough_takes_what_is_free_by_tier(bench: Planned) -> None:
+    """Not the lower tier's slot, though it costs less, while one is free in the higher."""
+    bench.shape(
+        backend("a", slots=1, priority=200),
+        backend("b", slots=1, priority=200),
+        backend("c", slots=1),
+    )
+    for name in "abc":
+        bench.up(name, "m:1", loaded=["m:1"])
+    bench.speed("a", prompt_rate=50_000.0, decode_rate=1000.0)
+    bench.speed("b", **SLOW)
+    first = bench.submit(prompt_tokens=100)
+    bench.pour(1.0, 1000, first)
+    second = bench.submit(id="r2", prompt_tokens=100)
+    bench.pour(9.5, 1000, first)
+    assert where(first, second) == ["a", ""]
+    bench.pour(1.0, 1000, first)
+    assert where(second) == ["b"]
+
+
+def test_whose_higher_tier_is_not_dear_any_more_is_looked_at_at_once(bench: Planned) -> None:
+    """Though what it holds for below is still cheaper."""
+    bench.shape(backend("a", slots=1, priority=200), backend("b", slots=1))
+    for name in "ab":
+        bench.up(name, "m:1", loaded=["m:1"])
+    running = [bench.submit(id="ra")]
+    bench.speed("a", decode_rate=5.0)
+    running.append(bench.submit(id="rb"))
+    assert where(*running) == ["a", "b"]
+    waits = bench.submit(id="waits")
+    bench.sleep(1.0)
+    assert waits.ticket is not None
+    waiter = bench.plan.queues.waiters[waits.ticket]
+    chosen = [waiter.choice]
+    bench.speed("a", decode_rate=45.0)
+    bench.dispatcher.kick()
+    chosen.append(waiter.choice)
+    assert [choice and choice.backend for choice in chosen] == ["b", "a"]
 
 
 # -- cold ---------------------------------------------------------------------------------------
@@ -468,3 +509,37 @@ def test_exchanged_while_calls_run(bench: Planned, by: str) -> None:
     assert where(*waits) == ["a", "a"]
     bench.end(waits[1])
     assert at_rest(bench.plan)
+
+
+# -- contexts that calls share ------------------------------------------------------------------
+
+
+def guest(bench: Planned, **more: Any) -> Call:
+    """One who asked for no context, as it comes under the policy reuse."""
+    asked = call(**more)
+    return applied(asked, Contexts(Rules(Rule(Policy.REUSE)), bench.pool).place(asked))
+
+
+def test_who_asked_for_nothing_has_nothing_of_that_size_loaded(bench: Planned) -> None:
+    """The runner it was to share has gone before its turn: it goes to the one that is there."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    bench.holds("a", "m:1", context=16384)
+    shared = guest(bench, options={"num_ctx": 3000})
+    assert shared.key == key("m:1", num_ctx=16384)
+    bench.holds("a", "m:1", context=4096)
+    client = bench.submit(key=shared.key, origin=shared.origin)
+    bench.sleep(1.0)
+    assert where(client) == ["a"]
+    assert client.call.key == key("m:1", num_ctx=4096)
+    assert not bench.loads
+
+
+def test_a_guest_is_no_reason_for_more_of_what_it_shares(bench: Planned) -> None:
+    """Only who asked for a context counts as demand for it."""
+    bench.start("a", "m:1", loaded=["m:1"])
+    bench.holds("a", "m:1", context=16384)
+    shared = guest(bench, options={"num_ctx": 3000})
+    bench.submit(key=shared.key, origin=shared.origin)
+    assert shared.key not in bench.plan.books.asked
+    bench.submit(id="r2", key=shared.key)
+    assert shared.key in bench.plan.books.asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from balancer.core.domain import Candidate, Residency
-from balancer.core.tiers import highest, tiers
+from balancer.core.tiers import highest, order, tiers
 from tests.core.bench import backend
 
 
@@ -36,3 +36,10 @@ def test_backends_of_one_tier_are_none_worth_telling() -> None:
     assert tiers([]) == {}
     assert tiers([backend("a", priority=7), backend("b", priority=7)]) == {}
     assert tiers([backend("a"), backend("b", priority=7)]) == {"a": 100, "b": 7}
+
+
+def test_by_tier_as_long_as_it_is_not_dear() -> None:
+    """What costs more than patience allows stands behind all others, and is alike."""
+    there = [(12.0, 9), (3.0, 9), (1.0, 5), (11.0, 5), (10.0, 5), (0.1, 1)]
+    told = sorted(there, key=lambda each: order(each[0], each[1], 10.0))
+    assert told == [(3.0, 9), (1.0, 5), (10.0, 5), (0.1, 1), (12.0, 9), (11.0, 5)]

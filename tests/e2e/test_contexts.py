@@ -213,6 +213,7 @@ async def test_explain_shows_what_becomes_of_the_context() -> None:
         assert told["options"] == {"num_ctx": 4096}
         assert told["num_ctx"] == {
             "policy": "reuse",
+            "max": None,
             "asked": SMALL,
             "gets": 4096,
             "rewritten": True,
@@ -235,3 +236,46 @@ async def test_explain_does_not_make_up_what_a_call_asked_for() -> None:
         assert told["options"] == {"num_ctx": 8192}
         context = told["num_ctx"]
         assert (context["asked"], context["gets"], context["rewritten"]) == (None, 8192, None)
+
+
+async def rounds(rig: Rig, until: float, *, path: str = "/api/chat") -> None:
+    """One who asks for no context, over and over."""
+    loop = asyncio.get_running_loop()
+    while loop.time() < until:
+        await ask(rig, path=path)
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("strategy", ["plan", "least-loaded", "round-robin"])
+@pytest.mark.parametrize(
+    "policy", [{"policy": "reuse"}, {"policy": "clamp", "max": 16384}], ids=str
+)
+@virtual
+async def test_one_larger_call_among_many_is_one_load_and_one_back(
+    policy: dict[str, Any], strategy: str
+) -> None:
+    """Who asked for nothing does not bring its context back, once /v1 has brought back its own."""
+    config = {"models.num_ctx": policy, "routing.strategy": strategy}
+    async with running(1, models=models(1.0), config=config) as rig:
+        started = rig.fleet["a"].host.counts
+        until = asyncio.get_running_loop().time() + 60.0
+        async with asyncio.TaskGroup() as group:
+            for path in ("/api/chat",) * 3 + ("/v1/chat/completions",):
+                group.create_task(rounds(rig, until, path=path))
+            await asyncio.sleep(10.0)
+            assert started["loads_started"] == 1
+            assert (await ask(rig, 16384)).status == 200
+            await asyncio.sleep(25.0)
+            loads = started["loads_started"]
+        assert loads <= (3 if strategy == "plan" else 5)  # the others load behind running calls
+        assert started["loads_started"] == loads
+
+
+@virtual
+async def test_a_default_that_is_the_hosts_own_is_no_other_context() -> None:
+    """Then a call that cannot ask shares the runner with one that had it written."""
+    config = {"models.num_ctx": {"policy": "reuse", "default": 4096}}
+    async with running(1, models=models(1.0), config=config) as rig:
+        await ask(rig)
+        await ask(rig, path="/v1/chat/completions")
+        assert reloads(rig) == [""]

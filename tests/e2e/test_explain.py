@@ -274,8 +274,9 @@ async def test_whose_call_it_would_be() -> None:
         await rig.warm("a", "m")
         await rig.warm("b", "m")
         assert (await explain(rig, key="few"))["outcome"]["kind"] == "now"
-        refused = await rig.ask("GET", "/_balancer/explain?model=other&key=few")
-        assert (refused.status, "'few' may use: m" in error_of(refused)) == (403, True)
+        refused = (await explain(rig, model="other", key="few"))["outcome"]
+        assert (refused["kind"], refused["status"], refused["backend"]) == ("refused", 403, None)
+        assert refused["text"] == "The key 'few' may use: m."
         assert (await explain(rig, model="other"))["outcome"]["kind"] == "load"
         mine = {"Authorization": "Bearer key-of-few-0000000000", "X_Session_Id": "s1"}
         reply = await rig.ask("POST", "/api/chat", CHAT, **mine)
@@ -292,7 +293,9 @@ async def test_whose_call_it_would_be() -> None:
         assert await cached(session="s1") == 0
 
 
-@pytest.mark.parametrize("query", ["?call=nobody", "?model=m&key=nobody"])
+@pytest.mark.parametrize(
+    "query", ["?call=nobody", "?model=m&key=nobody", "?model=m&exclude=a&exclude=nobody"]
+)
 @virtual
 async def test_who_is_not_there_cannot_be_explained(query: str) -> None:
     """400, and who was asked about."""
@@ -327,3 +330,27 @@ async def test_a_pin_that_a_reload_brings_replaces_the_variant_that_is_there() -
         assert [(load.backend, load.why) for load in rig.events.of(LoadStarted)] == [(busy, "pin")]
         told = await explain(rig, num_ctx=8192)
         assert (told["outcome"]["kind"], told["outcome"]["backend"]) == ("now", busy)
+
+
+@virtual
+async def test_a_key_that_has_used_its_minute_up_is_told_so() -> None:
+    """As its next call would be, with when to come back; to ask about it uses nothing up."""
+    keys = [{"name": "jobs", "role": "user", "key": "key-of-jobs-000000000"}]
+    config = {"auth.keys": keys, "limits.rpm": 2}
+    by_jobs = {"Authorization": "Bearer key-of-jobs-000000000"}
+    async with running(1, models=models(0.0), config=config) as rig:
+        await rig.warm("a", "m")
+        for status in (200, 200, 429):
+            for _ in range(3):
+                outcome = (await explain(rig, key="jobs"))["outcome"]
+                assert (outcome["kind"], outcome["status"]) == (
+                    ("now", 200) if status == 200 else ("refused", 429)
+                )
+            reply = await rig.ask("POST", "/api/chat", CHAT, **by_jobs)
+            assert reply.status == status
+        assert outcome["text"] in error_of(reply)
+        assert "Retry after " in outcome["text"]
+        assert (await explain(rig))["outcome"]["kind"] == "now"
+        await asyncio.sleep(31.0)
+        assert (await explain(rig, key="jobs"))["outcome"]["kind"] == "now"
+        assert (await rig.ask("POST", "/api/chat", CHAT, **by_jobs)).status == 200

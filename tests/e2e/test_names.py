@@ -411,3 +411,16 @@ async def test_a_conversation_leaves_its_weights_only_for_want_of_others() -> No
             "other-weights",
         )
         assert (await rig.ended(2))[-1].why == "other-weights"
+
+
+@virtual
+async def test_of_an_alias_nobody_has_all_models_are_told() -> None:
+    """By its name, to the client and to whoever has it explained."""
+    aliases = {"models.aliases": {"ghost": ["gone", "lost"]}}
+    async with running(2, models=models(0.0), config=aliases) as rig:
+        reply = await rig.ask("POST", "/api/chat", CHAT | {"model": "Ghost"})
+        assert reply.status == 404
+        text = error_of(reply)
+        assert text.startswith("'ghost' stands for gone, lost: model 'gone' not found")
+        outcome = (await told(rig, "GET", "/_balancer/explain?model=ghost"))["outcome"]
+        assert (outcome["kind"], outcome["status"], outcome["text"]) == ("refused", 404, text)
