@@ -266,7 +266,8 @@ class Plan:
         promised = self._promised.setdefault(queue.key, {})
         gate: bool | None = None
         waiters = queue.waiters[: knobs.plan_depth]
-        waiters.sort(key=_has_guests, reverse=True)
+        if queue.choosy:
+            waiters.sort(key=_has_guests, reverse=True)
         many = any(w.ticket.call.fair_key != waiters[0].ticket.call.fair_key for w in waiters)
         free = self._free(queue, now)
         share: int | None = None

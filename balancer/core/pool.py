@@ -1045,10 +1045,9 @@ class Pool:
         if remote:  # its silence says nothing of what runs here
             return lease
         answer_tokens = 0 if call.embedding else call.output_tokens
-        prompt, most = call.prompt_tokens, place.copy.reads
-        if most is not None and prompt > most and not call.embedding:
-            prompt = most
-        self.watchdog.began(id(lease), backend, model, prompt, call.streaming, answer_tokens)
+        self.watchdog.began(
+            id(lease), backend, model, call.prompt_tokens, call.streaming, answer_tokens
+        )
         return lease
 
     def _permits(self, member: Member, model: str | None) -> tuple[Permit, ...] | None:

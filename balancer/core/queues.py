@@ -62,6 +62,7 @@ class Queue:
         looked: Who was weighed then.
         free: Backends with a free slot, as of the three that follow.
         mixed: Routes that not every backend may have.
+        choosy: Some calls' context is for us to choose.
     """
 
     key: PlacementKey
@@ -75,6 +76,7 @@ class Queue:
     free_seen: int = -1
     free_tick: int = -1
     mixed: bool = False
+    choosy: bool = False
 
     def place(self, waiter: Waiter) -> int:
         """How many are before it."""
@@ -105,6 +107,7 @@ class Queues:
         queue.fresh = True
         feature = queue.waiters[0].ticket.call.route.feature
         last = queue.waiters[-1].ticket.call.route.feature
+        queue.choosy = queue.choosy or call.origin is not None
         queue.mixed = queue.mixed or call.route.feature != feature or feature != last
 
     def remove(self, ticket: Ticket) -> Waiter | None:

@@ -1212,16 +1212,6 @@ def test_silence_sets_a_model_aside(bench: PoolBench) -> None:
     settle(bench, lease)
 
 
-def test_what_a_prompt_has_beyond_the_context_buys_no_silence(bench: PoolBench) -> None:
-    """It is cut off: a giant on a host that hangs is found as soon as a prompt that fits."""
-    giant = bench.lease("a", prompt_tokens=5_000_000, output_tokens=10)
-    assert giant is not None
-    context = 4096
-    bench.clock.advance(bench.pool.watchdog.silence_s + context)
-    suspicion(bench)
-    settle(bench, giant)
-
-
 def test_an_answered_canary_acquits(bench: PoolBench) -> None:
     """The model is used again; the call that hangs is left in peace, at first."""
     lease = granted(bench)
