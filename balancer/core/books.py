@@ -563,7 +563,7 @@ class Books:
         if belief is None:
             return
         for model, tracks in ledger.models.items():
-            waiting = [t for t in tracks.values() if t.reads and t.call.streaming]
+            waiting = [t for t in tracks.values() if not t.decoding and t.call.streaming]
             if not waiting or self.model(model).embeds:
                 continue
             since = max(waiting[0].at, ledger.first_byte_at.get(model, -math.inf))

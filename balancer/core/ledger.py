@@ -352,7 +352,7 @@ class Ledger:
             self._suppose(now, loading=loading)
             return
         if not loading:
-            seen += [_lateness(track, now) for track in self.tracks()]
+            seen += [_lateness(track, now) for track in self.tracks() if not track.decoding]
         told = [ratio for ratio in seen if ratio is not None]
         if not told and self.models:
             return  # nothing to go by is not the same as idle
@@ -365,7 +365,9 @@ class Ledger:
         """A first prompt that takes long shows that it was guessed wrong, before it has ended."""
         before = self.speed.edition
         for track in self.tracks():
-            if not loading and track.clean and _lateness(track, now) is not None:
+            if track.decoding or loading or not track.clean:
+                continue
+            if _lateness(track, now) is not None:
                 rate = work(track.prompt, 0) / (now - track.at) * track.share
                 self.speed.suppose_prompt(track.model, track.size, rate)
         if self.speed.edition != before:
@@ -395,11 +397,12 @@ class Ledger:
         streams = [t for t in tracks if t.decoding]
         progress, streamed_s = 0, 0.0
         for track in streams:
+            records = track.records
             # A stream that has just begun owes a burst that is still under way.
             if track.call.streaming and now - track.first_at >= window_s:
-                progress += track.records - track.seen
+                progress += records - track.seen
                 streamed_s += window_s
-            track.seen = track.records
+            track.seen = records
         if not streams or reading_s > 0.6 * window_s:
             return None
         size, speed = streams[0].size, self.speed

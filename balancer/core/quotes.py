@@ -350,8 +350,8 @@ class Quotes:
         if quote.embeds:
             quote.work_s = sum(t.prefill_s for t in ledger.on(model))
             return
-        if not n:
-            return
+        if not n or n + self._knobs.plan_depth <= quote.slots:
+            return  # no pass promises so many: nobody will ask when one comes free
         per_token_s = quote.tpot_s(min(max(n, 1), quote.slots)) * quote.share
         releases = []
         for track in ledger.on(model):
