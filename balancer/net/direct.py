@@ -108,7 +108,7 @@ class _Running:
         exchange, attempt = self._exchange, self._attempt
         exchange.request.connection.live = self
         try:
-            attempt.handle = self._proxy.upstream.open(self._lease, self._course.call, attempt)
+            self._proxy.send(exchange, self._course, self._lease, attempt)
         except Exception as error:  # noqa: BLE001 - a bug of ours; the lease must go back
             self._broken(error)
         else:

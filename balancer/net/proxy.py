@@ -500,7 +500,7 @@ class Proxy:
         """One try. False: it failed before commit, and `course` tells how."""
         attempt = self.begin(exchange, course, lease)
         try:
-            attempt.handle = self.upstream.open(lease, course.call, attempt)
+            self.send(exchange, course, lease, attempt)
             await attempt.first()
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             relay = self.decided(exchange, course, lease, attempt, resolving(ended))
@@ -516,13 +516,18 @@ class Proxy:
         exchange.backend, exchange.why = lease.backend.name, lease.why
         exchange.attempts = lease.number
         exchange.run = lease.run
-        if course.call.origin is not None:
-            exchange.num_ctx = written(course.call)
-            exchange.num_ctx_asked = (
-                None if exchange.num_ctx is None else context_of(course.call.origin.sent)
-            )
         exchange.phase = "before_first_token"
         return Attempt(course.call, lease, self.clock)
+
+    def send(self, exchange: Exchange, course: Course, lease: Lease, attempt: Attempt) -> None:
+        """Send what *begin* began; should it raise, by a bug of ours, the lease is still held."""
+        call, origin = course.call, course.call.origin
+        if origin is not None:
+            exchange.num_ctx = written(call)
+            exchange.num_ctx_asked = None if exchange.num_ctx is None else context_of(origin.sent)
+            if exchange.hold is not None and call.body is not origin.body:
+                exchange.hold.settle(len(origin.body) + len(call.body))
+        attempt.handle = self.upstream.open(lease, call, attempt)
 
     def decided(
         self,

@@ -12,6 +12,7 @@ import json
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -567,6 +568,48 @@ async def test_a_bug_is_a_mishap_and_a_legible_500(
         assert forgiven(rig) == ["LookupError: inside knowledge"]
         verdict = None if where in ("identify", "submit") else "gone"
         settled(rig, "upstream_error", verdict)
+
+
+@pytest.mark.parametrize("slow", [{}, SLOW])
+@virtual
+async def test_a_body_that_cannot_be_written_gives_its_lease_back(
+    slow: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context is written into it behind the grant: a bug there must not keep the slot."""
+    config = {"models.num_ctx": {"policy": "reuse"}}
+    async with warm(1, config=config) as (rig, _):
+        monkeypatch.setattr("balancer.net.proxy.written", broken)
+        reply = await rig.ask("POST", "/api/chat", CHAT | {"stream": False}, **slow)
+        monkeypatch.undo()
+        assert reply.status == 500
+        assert forgiven(rig) == ["LookupError: inside knowledge"]
+        settled(rig, "upstream_error", "gone")
+        assert (rig.balancer.pool.running, rig.balancer.proxy.memory.held) == (0, 0)
+        assert (await rig.ask("POST", "/api/chat", CHAT)).status == 200
+
+
+@virtual
+async def test_a_body_that_is_written_anew_counts_beside_the_one_that_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is kept in case the next attempt needs another context."""
+    async with warm(1, config={"models.num_ctx": {"policy": "reuse", "default": 4096}}) as (rig, _):
+        proxy, seen = rig.balancer.proxy, list[tuple[int, int]]()
+
+        def opened(lease: Lease, call: Call, sink: Sink) -> Handle:
+            origin = call.origin
+            assert origin is not None
+            kept = 0 if call.body is origin.body else len(origin.body)
+            seen.append((proxy.memory.held, len(call.body) + kept))
+            return rig.balancer.upstream.open(lease, call, sink)
+
+        monkeypatch.setattr(proxy, "upstream", SimpleNamespace(open=opened))
+        for body in (CHAT, CHAT | {"options": {"num_ctx": 8192}}, CHAT):
+            assert (await rig.ask("POST", "/api/chat", body)).status == 200
+        await rig.ended()
+        assert [held for held, _ in seen] == [wanted for _, wanted in seen]
+        assert max(held for held, _ in seen) > 2 * len(json.dumps(CHAT))
+        assert proxy.memory.held == 0
 
 
 @virtual
